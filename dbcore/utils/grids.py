@@ -1,0 +1,127 @@
+"""Pictures of pictures, and plain plots: rows of images with labels, lines and bars.
+
+Everything is drawn with matplotlib's object interface, never with pyplot: no window, no global
+figure list to leak, safe in threads and on machines without a screen. A figure that is the last value
+of a notebook cell shows itself.
+"""
+
+import io
+import textwrap
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette (2008): told apart with every common kind of colour blindness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+INK, PAPER, FAINT = "#222222", "white", "#888888"
+DPI = 120
+
+
+class Picture(Figure):
+    """A matplotlib figure that needs no pyplot to be shown in a notebook or saved."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, dpi=DPI, facecolor=PAPER, layout="constrained", **kwargs)
+        FigureCanvasAgg(self)
+
+    def _repr_png_(self):
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+def image_grid(rows, row_labels=None, column_labels=None, title=None, cell=1.25):
+    """Images in rows, with labels.
+
+    `rows`: a list of lists of PIL images of any size; None leaves a cell empty, and a short row is
+    filled up with empty cells. `row_labels` (left of the rows) and `column_labels` (above the columns)
+    are lists of strings, as many as there are rows and columns. `cell`: side of one picture in inches.
+    Returns a matplotlib Figure. Raises ValueError if there is nothing to draw or the labels do not fit.
+    """
+    rows = [list(row) for row in rows]
+    width = max((len(row) for row in rows), default=0)
+    if width == 0:
+        raise ValueError("image_grid: no images were given; pass at least one row with one image")
+    for name, labels, count in (("row", row_labels, len(rows)), ("column", column_labels, width)):
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"image_grid: {len(labels)} {name}_labels for {count} {name}s; give one each")
+    margin = 1.3 if row_labels else 0.1
+    lines = max((len(_wrap(label, cell).split("\n")) for label in column_labels or []), default=0)
+    height = cell * len(rows) + 0.16 * lines + (0.4 if title else 0.1)
+    figure = Picture(figsize=(cell * width + margin, height))
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    axes = figure.subplots(len(rows), width, squeeze=False)
+    for axis in axes.flat:
+        _bare(axis)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            if image is not None:
+                axes[y, x].imshow(image, interpolation="lanczos")
+    for axis, label in zip(axes[:, 0], row_labels or []):
+        axis.set_ylabel(_wrap(label, 1.5), rotation=0, ha="right", va="center", fontsize=8, color=INK)
+    for axis, label in zip(axes[0], column_labels or []):
+        axis.set_title(_wrap(label, cell), fontsize=8, color=INK, pad=3)
+    if title:
+        figure.suptitle(title, fontsize=10, color=INK)
+    return figure
+
+
+def save_grid(path, rows, row_labels=None, column_labels=None, title=None, cell=1.25):
+    """`image_grid`, written as a PNG to `path` (its folder is made). Returns the path."""
+    return save_figure(path, image_grid(rows, row_labels, column_labels, title, cell))
+
+
+def save_figure(path, figure):
+    """Write a figure as PNG, without the date and version stamps that make equal pictures differ."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path
+
+
+def line_plot(series, xlabel, ylabel, title=None, size=(5.5, 3.0)):
+    """Lines over a common x. `series`: {name: (xs, ys)}. Colour and marker both tell lines apart."""
+    figure, axis = _framed(xlabel, ylabel, title, size)
+    for k, (name, (xs, ys)) in enumerate(series.items()):
+        marker = MARKERS[k % len(MARKERS)] if len(xs) <= 60 else None
+        axis.plot(xs, ys, color=COLOURS[k % len(COLOURS)], marker=marker, markersize=3.5, linewidth=1.3,
+                  label=name)
+    if len(series) > 1:
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def bar_plot(values, xlabel, title=None, width=6.0):
+    """Horizontal bars, first on top. `values`: {name: number}."""
+    size = (width, 0.6 + 0.19 * max(len(values), 3))
+    figure, axis = _framed(xlabel, None, title, size)
+    axis.barh(list(values), list(values.values()), color=COLOURS[0], height=0.7)
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", labelsize=7, length=0)
+    return figure
+
+
+def _framed(xlabel, ylabel, title, size):
+    figure = Picture(figsize=size)
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8, color=FAINT)
+    axis.set_xlabel(xlabel, fontsize=9, color=INK)
+    axis.set_ylabel(ylabel, fontsize=9, color=INK)
+    if title:
+        axis.set_title(title, fontsize=10, color=INK, loc="left")
+    return figure, axis
+
+
+def _bare(axis):
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _wrap(text, inches):
+    """Break a label so that it fits a width; at 8 points some 14 letters go to the inch."""
+    return "\n".join(textwrap.wrap(str(text), max(8, int(14 * inches)), break_long_words=False))

@@ -1,0 +1,88 @@
+"""Grids show the right picture in the right place, and leave no global state behind."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbcore.utils import grids
+
+RED, GREEN, BLUE = (220, 30, 30), (30, 200, 30), (30, 30, 220)
+
+
+def swatch(colour, size=16):
+    return Image.new("RGB", (size, size), colour)
+
+
+def pixels(figure):
+    return np.asarray(Image.open(io.BytesIO(figure._repr_png_())).convert("RGB"))
+
+
+def where(picture, colour):
+    """Centre (row, column) of the pixels of about one colour, or None."""
+    close = (np.abs(picture.astype(int) - colour).max(-1) < 12).nonzero()
+    return tuple(float(axis.mean()) for axis in close) if len(close[0]) else None
+
+
+def test_pictures_stand_in_row_and_column_order():
+    picture = pixels(grids.image_grid([[swatch(RED), swatch(GREEN, 64)], [swatch(BLUE)]]))
+    red, green, blue = (where(picture, colour) for colour in (RED, GREEN, BLUE))
+    assert abs(red[0] - green[0]) < 3 and red[1] < green[1] - 50
+    assert abs(red[1] - blue[1]) < 3 and red[0] < blue[0] - 50
+
+
+def test_labels_and_title_are_drawn():
+    figure = grids.image_grid([[swatch(RED), None]], ["seed 0"], ["before", "after"], "a photo of sks dog")
+    assert [axis.get_title() for axis in figure.axes] == ["before", "after"]
+    assert figure.axes[0].get_ylabel() == "seed 0"
+    assert figure.get_suptitle() == "a photo of sks dog"
+    bare = pixels(grids.image_grid([[swatch(RED), None]]))
+    assert (pixels(figure) < 100).all(-1).sum() > (bare < 100).all(-1).sum() + 50
+
+
+def test_a_long_label_is_broken_not_cut():
+    label = "a photo of sks dog swimming in water at night with a party hat"
+    figure = grids.image_grid([[swatch(RED)]], row_labels=[label])
+    shown = figure.axes[0].get_ylabel()
+    assert "\n" in shown and shown.replace("\n", " ") == label
+
+
+@pytest.mark.parametrize("rows, labels, words", [
+    ([], {}, "no images"),
+    ([[]], {}, "no images"),
+    ([[swatch(RED)]], {"row_labels": ["a", "b"]}, "2 row_labels for 1 row"),
+    ([[swatch(RED)]], {"column_labels": []}, "0 column_labels for 1 column"),
+])
+def test_what_cannot_be_drawn_is_named(rows, labels, words):
+    with pytest.raises(ValueError, match=words):
+        grids.image_grid(rows, **labels)
+
+
+def test_save_makes_the_folder_and_equal_grids_are_equal_files(tmp_path):
+    one = grids.save_grid(tmp_path / "a" / "grid.png", [[swatch(RED)]], title="x")
+    two = grids.save_grid(tmp_path / "b" / "grid.png", [[swatch(RED)]], title="x")
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_no_pyplot_figure_is_left_open():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    before = pyplot.get_fignums()
+    grids.image_grid([[swatch(RED)]])
+    grids.line_plot({"loss": ([0, 1], [1.0, 0.5])}, "step", "loss")
+    assert pyplot.get_fignums() == before
+
+
+def test_lines_carry_their_data_and_differ_by_more_than_colour():
+    figure = grids.line_plot({"with": ([0, 1], [1.0, 0.5]), "without": ([0, 1], [1.0, 2.0])}, "step", "drift")
+    with_prior, without = figure.axes[0].get_lines()
+    assert list(without.get_ydata()) == [1.0, 2.0]
+    assert with_prior.get_color() != without.get_color() and with_prior.get_marker() != without.get_marker()
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["with", "without"]
+
+
+def test_bars_keep_their_order():
+    figure = grids.bar_plot({"first": 1.0, "second": 3.0}, "size")
+    axis = figure.axes[0]
+    assert [bar.get_width() for bar in axis.patches] == [1.0, 3.0]
+    assert axis.yaxis_inverted()
