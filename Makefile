@@ -1,0 +1,48 @@
+# The same in plain python and pip words is in README.md; every target here is one or two commands.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# More words for pip, such as PIP_ARGS="--index-url https://your.mirror/simple".
+PIP_ARGS ?=
+
+# PyPI's torch for Linux brings several GB of CUDA libraries. Where no NVIDIA driver is found, the CPU
+# build is asked for instead; if its index does not answer, pip goes on with the usual one.
+# Choose yourself: TORCH_INDEX=https://download.pytorch.org/whl/cpu, or TORCH_INDEX= for PyPI's build.
+ifeq ($(shell uname -s),Linux)
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lab toybox
+
+help: ## list these targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.setup ## make .venv and install the tested versions into it
+
+# The stamp is newer than what it was made from, so a second make does nothing.
+$(VENV)/.setup: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --no-deps --retries 1 \
+		-c constraints.txt --index-url $(TORCH_INDEX) torch \
+		|| echo "No answer from $(TORCH_INDEX); taking torch from the usual index.")
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[all]'
+	touch $@
+
+quickstart: setup ## teach the toy base a new subject, and show it before and after
+	$(BIN)/python -m dbcore quickstart
+
+test: export HF_HUB_OFFLINE = 1
+test: export TQDM_DISABLE = 1
+test: setup ## lint, unit tests, then the notebooks against their stored outputs
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest
+	$(if $(wildcard notebooks/*.ipynb),$(BIN)/python -m pytest -m "" --nbval --nbval-current-env \
+		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks)
+
+lab: setup ## open the course in JupyterLab
+	$(BIN)/python -m jupyter lab notebooks
+
+toybox: setup ## train the toy base anew (hours on a CPU)
+	$(BIN)/python -m dbcore.toybox
