@@ -1,0 +1,282 @@
+"""Did it learn? What a run leaves beside its weights: evidence, costs, and a model card.
+
+The commonest complaint about LoRA training is a run that ends without an error and changes nothing. So
+every run ends with the same prompts and seeds drawn with the adapter on and off, the size of the update
+in every layer, and the loss where it matters (by timestep), in `README.md` in the run's folder.
+"""
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from peft.tuners.lora import LoraLayer
+
+from dbcore.utils.grids import bar_plot, line_plot, save_figure, save_grid
+
+# Mean difference of pictures with and without the adapter, in grey levels of 255. Two renderings of one
+# picture in half and single precision differ by well under 1; a subject that is there differs by 10 or more.
+VISIBLE = 2.0
+SEEDS = (0, 1, 2, 3)
+BANDS = 5
+SECRETS = {"hub_token"}
+
+
+@dataclass
+class Evidence:
+    """What the report measured. `difference`: grey levels; `update`: {layer: ||dW||_F / ||W||_F}."""
+
+    difference: float
+    update: dict[str, float]
+    overall: float
+    seconds: float
+    memory: int
+    memory_of: str
+
+    @property
+    def visible(self):
+        return self.difference >= VISIBLE
+
+    def verdict(self):
+        words = f"the same prompts and seeds with the adapter on and off differ by {self.difference:.1f} of 255"
+        if self.visible:
+            return f"Yes, it changed the pictures: {words} grey levels on average."
+        return (f"WARNING: nothing visible was learned: {words} grey levels on average (visible: {VISIBLE:g}). "
+                "Train for more steps, raise learning_rate or rank, and check that the prompt you draw "
+                "with holds the words of instance_prompt.")
+
+
+def write_report(modules, draw, config, output_dir, history, seconds):
+    """Measure what the run did, write the model card, and return the `Evidence`.
+
+    `modules`: {"unet": UNet with LoRA layers, and "text_encoder" if that was trained};
+    `draw(prompts, seeds) -> list of PIL images`, one a pair, with the modules as they are;
+    `config`: the run's TrainConfig; `history`: the records of log.jsonl, each {"step", "loss"} and, for the
+    plot by band, "timesteps" and "losses", one value a sample; `seconds`: wall time of the run.
+    """
+    output_dir = Path(output_dir)
+    prompts = report_prompts(config)
+    on, off = draw_on_and_off(modules, draw, prompts)
+    rows = [pictures for pair in zip(off, on) for pictures in pair]
+    labels = [f"{prompt}, {state}" for prompt in prompts for state in ("before", "after")]
+    save_grid(output_dir / "report" / "on_off.png", rows, labels, [f"seed {seed}" for seed in SEEDS])
+    update, overall = update_sizes(modules)
+    evidence = Evidence(pixel_difference(on, off), update, overall, seconds, *peak_memory())
+    save_figure(output_dir / "report" / "update_by_layer.png",
+                bar_plot(by_block(update), "size of the update, relative to the weights"))
+    plot_loss(output_dir / "report" / "loss_by_timestep.png", history)
+    (output_dir / "README.md").write_text(model_card(config, output_dir, evidence, prompts), encoding="utf-8")
+    return evidence
+
+
+# Evidence ---------------------------------------------------------------------------------------------
+
+def report_prompts(config):
+    """The instance prompt, then the validation prompts, without repeats; at most four."""
+    asked = config.validation_prompt or []
+    asked = [asked] if isinstance(asked, str) else list(asked)
+    return list(dict.fromkeys([config.instance_prompt, *asked]))[:4]
+
+
+def draw_on_and_off(modules, draw, prompts):
+    """Two lists (adapter on, adapter off) of one list of PIL images a prompt, one image a seed."""
+    def rows():
+        return [draw([prompt] * len(SEEDS), SEEDS) for prompt in prompts]
+
+    on = rows()
+    with adapters_off(modules):
+        return on, rows()
+
+
+@contextmanager
+def adapters_off(modules):
+    """Every LoRA layer answers as its frozen base layer does, until the block is left."""
+    layers = [layer for _, layer in lora_layers(modules)]
+    trained = [parameter.requires_grad for layer in layers for parameter in layer.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        # peft's switch also thaws and freezes; leave each parameter as it was.
+        for parameter, was in zip((p for layer in layers for p in layer.parameters()), trained):
+            parameter.requires_grad_(was)
+
+
+def lora_layers(modules):
+    """[(name such as "unet.mid_block...to_q", peft layer)] of {name: module}."""
+    return [(f"{part}.{name}", layer) for part, module in modules.items()
+            for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+
+
+@torch.no_grad()
+def update_sizes(modules):
+    """({layer: ||s B A||_F / ||W||_F}, the same over all adapted layers together)."""
+    sizes, change, weight = {}, 0.0, 0.0
+    for name, layer in lora_layers(modules):
+        base_weight = layer.get_base_layer().weight
+        delta = sum(layer.get_delta_weight(adapter).float().square().sum().item()
+                    for adapter in layer.active_adapters)
+        norm = base_weight.float().square().sum().item()
+        sizes[name] = (delta / norm) ** 0.5
+        change, weight = change + delta, weight + norm
+    return sizes, (change / weight) ** 0.5
+
+
+def by_block(update):
+    """{block and kind: mean size}: the 128 layers of a large UNet do not fit in one readable plot."""
+    blocks = {}
+    for name, size in update.items():
+        parts = name.split(".")
+        kinds = [part for part in parts if part in ("attn1", "attn2", "ff")]
+        depth = 3 if parts[1] in ("down_blocks", "up_blocks") else 2
+        blocks.setdefault(" ".join([".".join(parts[:depth]), *kinds[:1]]), []).append(size)
+    return {name: float(np.mean(sizes)) for name, sizes in blocks.items()}
+
+
+def pixel_difference(on, off):
+    """Mean absolute difference in grey levels (0 to 255) of two equally shaped lists of lists of images."""
+    pairs = [(a, b) for row_a, row_b in zip(on, off) for a, b in zip(row_a, row_b)]
+    return float(np.mean([np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean()
+                          for a, b in pairs]))
+
+
+def loss_by_band(history, edges):
+    """{band: mean loss} of the samples whose timestep lies in [edges[k], edges[k + 1]).
+
+    The plain loss hardly falls in a DreamBooth run, because a step's loss depends far more on its timestep
+    (how much noise was to be removed) than on what was learned. Within a band it can be compared.
+    """
+    samples = [pair for record in history
+               for pair in zip(record.get("timesteps", []), record.get("losses", []))]
+    bands = {}
+    for low, high in pairwise(edges):
+        inside = [loss for timestep, loss in samples if low <= timestep < high]
+        if inside:
+            bands[f"t {low} to {high - 1}"] = float(np.mean(inside))
+    return bands
+
+
+def plot_loss(path, history, parts=6):
+    """Loss over the run, a line a band of timesteps; where no timesteps were logged, the plain loss."""
+    last = max((t for record in history for t in record.get("timesteps", [])), default=0)
+    edges = [round(edge) for edge in np.linspace(0, last + 1, BANDS + 1)]
+    series = {}
+    for rows in np.array_split(np.arange(len(history)), min(parts, len(history))):
+        piece = [history[row] for row in rows]
+        bands = loss_by_band(piece, edges) or {"all timesteps": float(np.mean([r["loss"] for r in piece]))}
+        for band, loss in bands.items():
+            xs, ys = series.setdefault(band, ([], []))
+            xs.append(float(np.mean([record["step"] for record in piece])))
+            ys.append(loss)
+    save_figure(path, line_plot(series, "step", "loss", "Loss by timestep (low t: little noise)"))
+
+
+def peak_memory():
+    """(bytes, "GPU" or "process") at the highest point so far."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated(), "GPU"
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset, "process"
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024), "process"  # macOS counts bytes, Linux KiB
+
+
+# The model card ---------------------------------------------------------------------------------------
+
+def model_card(config, output_dir, evidence, prompts):
+    """The text of README.md: front matter for the hub, then what was learned, how, from what."""
+    base = base_facts(config.pretrained_model_name_or_path, config.revision)
+    name = shown(config.pretrained_model_name_or_path)
+    sections = [
+        f"# {config.instance_prompt}: a LoRA for {Path(name).name}",
+        "Trained with DreamBooth and LoRA by dbcore.",
+        "## Did it learn?", evidence.verdict(), "![before and after](report/on_off.png)",
+        learned(evidence), "![loss](report/loss_by_timestep.png)", "![update](report/update_by_layer.png)",
+        "## On the way", validation_links(output_dir),
+        "## Use it", usage(name, config.instance_prompt),
+        "## The base", f"{name}. Licence: {base['license']}. {base['provenance']}",
+        "The photos it was trained on, and whoever they show, have rights of their own: ask before you share.",
+        "## Settings", settings_table(config),
+    ]
+    return f"---\n{front_matter(config, name, base, prompts)}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def front_matter(config, name, base, prompts):
+    """YAML in the hub's words (https://huggingface.co/docs/hub/model-cards)."""
+    return ModelCardData(
+        base_model=name if "/" in name and not name.startswith(("~", ".", "/")) else Path(name).name,
+        instance_prompt=config.instance_prompt,
+        library_name="diffusers",
+        license=base["license"] if base["license"] != "unknown" else "other",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "lora", "dreambooth", "template:sd-lora"],
+        widget=[{"text": prompt, "output": {"url": "report/on_off.png"}} for prompt in prompts],
+    ).to_yaml()
+
+
+def base_facts(name_or_path, revision=None):
+    """{"license", "provenance"} as the base's own card states them; nothing is guessed."""
+    folder = Path(name_or_path).expanduser()
+    try:
+        readme = folder / "README.md" if folder.is_dir() else hf_hub_download(
+            name_or_path, "README.md", revision=revision)
+        data = ModelCard(Path(readme).read_text(encoding="utf-8")).data.to_dict()
+    except (OSError, HfHubHTTPError, ValueError):
+        data = {}
+    return {"license": str(data.get("license", "unknown")),
+            "provenance": str(data.get("provenance", "Its card does not state what it was trained on."))}
+
+
+def learned(evidence):
+    largest = max(evidence.update, key=evidence.update.get)
+    size = f"{evidence.overall:.2%} of the adapted layers' weights (Frobenius norms)"
+    memory = f"at most {evidence.memory / 1e9:.2f} GB ({evidence.memory_of})"
+    return (f"- Size of the update: {size}; largest in `{largest}` ({evidence.update[largest]:.2%}).\n"
+            f"- Cost: {evidence.seconds:.0f} s, {memory}.")
+
+
+def validation_links(output_dir):
+    """A link a validation picture grid, in order of steps."""
+    found = sorted(Path(output_dir).glob("validation/step-*/*grid*.png"))
+    links = [f"[{path.parent.name.removeprefix('step-').lstrip('0') or '0'}]"
+             f"({path.relative_to(output_dir).as_posix()})" for path in found]
+    return "Validation pictures after step " + ", ".join(links) if links else "No validation was asked for."
+
+
+def usage(name, prompt):
+    return f"""```python
+from diffusers import DiffusionPipeline  # run in this folder
+
+pipeline = DiffusionPipeline.from_pretrained("{name}")
+pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")
+pipeline("{prompt}").images[0]
+```"""
+
+
+def settings_table(config):
+    """One row a field of the config; secrets are left out, and no home folder is named."""
+    rows = [f"| {field.name} | {shown(getattr(config, field.name))} |"
+            for field in fields(config) if field.name not in SECRETS]
+    return "\n".join(["| option | value |", "|---|---|", *rows])
+
+
+def shown(value):
+    """A value as text for others to read: paths in the working folder relative, below home from `~`."""
+    text = str(value)
+    if isinstance(value, (str, Path)) and Path(text).is_absolute():
+        for parent, stands in ((Path.cwd(), ""), (Path.home(), "~/")):
+            if Path(text).is_relative_to(parent):
+                return stands + Path(text).relative_to(parent).as_posix()
+    return text.replace("|", "\\|").replace("\n", " ")
