@@ -32,12 +32,13 @@ class Picture(Figure):
         return buffer.getvalue()
 
 
-def image_grid(rows, row_labels=None, column_labels=None, title=None, cell=1.25):
+def image_grid(rows, row_labels=None, column_labels=None, title=None, cell=1.25, header=0):
     """Images in rows, with labels.
 
     `rows`: a list of lists of PIL images of any size; None leaves a cell empty, and a short row is
     filled up with empty cells. `row_labels` (left of the rows) and `column_labels` (above the columns)
-    are lists of strings, as many as there are rows and columns. `cell`: side of one picture in inches.
+    are lists of strings, as many as there are rows and columns. `cell`: side of one picture in inches;
+    `header`: the row above which the column labels stand, for a grid whose first rows are something else.
     Returns a matplotlib Figure. Raises ValueError if there is nothing to draw or the labels do not fit.
     """
     rows = [list(row) for row in rows]
@@ -61,16 +62,16 @@ def image_grid(rows, row_labels=None, column_labels=None, title=None, cell=1.25)
                 axes[y, x].imshow(image, interpolation="lanczos")
     for axis, label in zip(axes[:, 0], row_labels or []):
         axis.set_ylabel(_wrap(label, 1.5), rotation=0, ha="right", va="center", fontsize=8, color=INK)
-    for axis, label in zip(axes[0], column_labels or []):
+    for axis, label in zip(axes[header], column_labels or []):
         axis.set_title(_wrap(label, cell), fontsize=8, color=INK, pad=3)
     if title:
         figure.suptitle(title, fontsize=10, color=INK)
     return figure
 
 
-def save_grid(path, rows, row_labels=None, column_labels=None, title=None, cell=1.25):
+def save_grid(path, rows, row_labels=None, column_labels=None, title=None, cell=1.25, header=0):
     """`image_grid`, written as a PNG to `path` (its folder is made). Returns the path."""
-    return save_figure(path, image_grid(rows, row_labels, column_labels, title, cell))
+    return save_figure(path, image_grid(rows, row_labels, column_labels, title, cell, header))
 
 
 def save_figure(path, figure):

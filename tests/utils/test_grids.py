@@ -48,6 +48,11 @@ def test_a_long_label_is_broken_not_cut():
     assert "\n" in shown and shown.replace("\n", " ") == label
 
 
+def test_column_labels_may_stand_lower_down():
+    figure = grids.image_grid([[swatch(RED)], [swatch(BLUE)]], column_labels=["after"], header=1)
+    assert [axis.get_title() for axis in figure.axes] == ["", "after"]
+
+
 @pytest.mark.parametrize("rows, labels, words", [
     ([], {}, "no images"),
     ([[]], {}, "no images"),
