@@ -31,6 +31,7 @@ HEIC_SUFFIXES = {".heic", ".heif"}
 # Anything with one of these never was a photo, so it is passed over without a look inside.
 OTHER_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".yaml", ".md", ".csv", ".db", ".ini", ".html"}
 JUNK_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r"}
+CONTACT_SHEET = "contact_sheet.png"  # `dbcore prepare` leaves one beside the photos
 MASK_FOLDER = "masks"
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # 270 MB as RGB; every phone's usual mode is below it
@@ -111,7 +112,7 @@ def find_photos(folder):
 
 
 def _is_junk(name):
-    return name.startswith((".", "~")) or name.lower() in JUNK_NAMES
+    return name.startswith((".", "~")) or name.lower() in JUNK_NAMES or name == CONTACT_SHEET
 
 
 def _may_be_photo(path):
