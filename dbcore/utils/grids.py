@@ -23,12 +23,12 @@ class Picture(Figure):
     """A matplotlib figure that needs no pyplot to be shown in a notebook or saved."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, dpi=DPI, facecolor=PAPER, layout="constrained", **kwargs)
+        super().__init__(*args, dpi=DPI, facecolor=PAPER, layout="compressed", **kwargs)
         FigureCanvasAgg(self)
 
     def _repr_png_(self):
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png")
+        self.savefig(buffer, format="png", bbox_inches="tight")
         return buffer.getvalue()
 
 
@@ -78,7 +78,7 @@ def save_figure(path, figure):
     """Write a figure as PNG, without the date and version stamps that make equal pictures differ."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    figure.savefig(path, format="png", bbox_inches="tight", metadata={"Software": None})
     return path
 
 
