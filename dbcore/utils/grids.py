@@ -90,7 +90,7 @@ def line_plot(series, xlabel, ylabel, title=None, size=(5.5, 3.0)):
         axis.plot(xs, ys, color=COLOURS[k % len(COLOURS)], marker=marker, markersize=3.5, linewidth=1.3,
                   label=name)
     if len(series) > 1:
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
