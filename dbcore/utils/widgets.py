@@ -1,0 +1,440 @@
+"""Panels for notebooks: controls over a plain function, and the picture or words it returns.
+
+Every panel is handed functions and data and imports no engine. What a panel shows for one setting is
+`panel.picture()`, so the next cell can call the same function without the panel. A panel is the last value
+of a cell; where no kernel or no ipywidgets is at hand, its first picture stands there instead.
+
+Pictures go through `ipywidgets.Image`, not `Output`: that works from threads, in ipywidgets 7 and 8 alike.
+"""
+
+import html
+import inspect
+import io
+import sys
+import threading
+import time
+from base64 import b64encode
+
+from PIL import Image, ImageDraw
+
+from dbcore.utils.grids import Picture, image_grid, line_plot
+
+try:
+    import ipywidgets
+except ImportError:  # the panels are then still pictures
+    ipywidgets = None
+
+SHOWN = 256  # pixels a small picture is enlarged to, so that a 64 x 64 one can be looked at
+VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def explore(function, **controls):
+    """A panel of controls over `function`, called with them as keywords whenever one has moved.
+
+    A control is given as
+      (low, high) or (low, high, step)   a slider, over whole numbers if all are
+      [a, b, c]                          a slider over the values if they are numbers, else a menu
+      True or False                      a box to tick
+      "text"                             a line to type
+    and starts at the function's default for it, else at the first value. `function` returns a PIL image or
+    matplotlib figure, or text, or the pair (picture, text).
+    """
+    return Panel(function, controls)
+
+
+class Panel:
+    """What `explore` returns: `.value` is {control: setting}, `.picture()` what it shows, `.show()` shows it."""
+
+    def __init__(self, function, controls, start=None):
+        self.function = function
+        defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()
+                    if p.default is not inspect.Parameter.empty}  # fmt: skip
+        given = defaults | (start or {})
+        self.value = {name: given.get(name, _first(spec)) for name, spec in controls.items()}
+        self.controls = {}  # {name: widget}; empty without ipywidgets
+        self._made_with = controls
+        if ipywidgets:
+            self._build()
+
+    def _build(self):
+        for name, spec in self._made_with.items():
+            widget = self.controls[name] = _control(name, spec, self.value[name])
+            widget.observe(lambda change, name=name: self._moved(name, change["new"]), names="value")
+        self._screen = _Screen()
+        self.widget = ipywidgets.VBox([*self.controls.values(), self._screen.widget])
+
+    def _moved(self, name, value):
+        self.value[name] = value
+        self._screen.show(self._call)
+
+    def _call(self):
+        return self.function(**self.value)
+
+    def set(self, **values):
+        """Move controls from code, as if by hand."""
+        for name, value in values.items():
+            if name in self.controls:
+                self.controls[name].value = value
+            else:
+                self.value[name] = value
+
+    def picture(self):
+        """What `function` gives for the settings of now, without any words."""
+        return _parts(self._call())[0]
+
+    def show(self):
+        """Show the panel in the middle of a cell."""
+        from IPython.display import display
+
+        display(self)
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        result = self._call()
+        if ipywidgets:
+            self._screen.show(lambda: result)
+        return _bundle(self, _parts(result)[0])
+
+    def __repr__(self):
+        return f"Panel with {', '.join(self.value)}"
+
+
+def _first(spec):
+    return spec[0] if isinstance(spec, (tuple, list)) else spec
+
+
+def _control(name, spec, value):
+    """The widget for one control; a slider reports once it is let go, so that nothing piles up."""
+    style = {"description": name.replace("_", " "), "style": {"description_width": "9em"},
+             "layout": ipywidgets.Layout(width="32em")}  # fmt: skip
+    if isinstance(spec, bool):
+        return ipywidgets.Checkbox(value=value, **style)
+    if isinstance(spec, str):
+        return ipywidgets.Text(value=value, continuous_update=False, **style)
+    if isinstance(spec, list):
+        if all(isinstance(item, (int, float)) for item in spec):
+            return ipywidgets.SelectionSlider(options=spec, value=value, continuous_update=False, **style)
+        return ipywidgets.Dropdown(options=spec, value=value, **style)
+    low, high, *step = spec
+    whole = all(isinstance(number, int) for number in (*spec, value))
+    kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
+    step = step[0] if step else (1 if whole else (high - low) / 20)
+    return kind(min=low, max=high, step=step, value=value, continuous_update=False, **style)
+
+
+class _Screen:
+    """A picture and a line of words below it, either of which may be missing."""
+
+    def __init__(self):
+        self.image, self.text = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        self.image.layout.max_width = "100%"
+        self.image.layout.align_self = "flex-start"
+        self.widget = ipywidgets.VBox([self.image, self.text])
+
+    def show(self, make):
+        """Show what `make()` returns, or why it could not be made: a callback's error would be lost else."""
+        try:
+            picture, words = _parts(make())
+        except Exception as error:  # noqa: BLE001 - whatever the explored function raises belongs on the panel
+            picture, words = None, f"{type(error).__name__}: {error}"
+        self.image.layout.display = "none" if picture is None else ""
+        if picture is not None:
+            self.image.value = as_png(picture)
+        self.text.value = f'<pre style="white-space: pre-wrap">{html.escape(words)}</pre>' if words else ""
+
+
+def _parts(result):
+    """(picture or None, words) of what an explored function returned."""
+    if isinstance(result, tuple):
+        return result
+    if isinstance(result, str):
+        return None, result
+    return result, ""
+
+
+def as_png(picture):
+    """The bytes of a PNG file, for a PIL image or a figure; a small image is enlarged to be seen."""
+    if isinstance(picture, Picture):
+        return picture._repr_png_()
+    buffer = io.BytesIO()
+    if hasattr(picture, "savefig"):
+        picture.savefig(buffer, format="png", bbox_inches="tight")
+        return buffer.getvalue()
+    factor = max(1, SHOWN // max(picture.size))
+    size = (picture.width * factor, picture.height * factor)
+    picture.resize(size, Image.Resampling.BICUBIC).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _bundle(panel, picture):
+    """For the front end to choose from: the live panel, else its picture, else a line of words."""
+    bundle = {"text/plain": repr(panel)}
+    if ipywidgets:
+        bundle[VIEW] = {"version_major": 2, "version_minor": 0, "model_id": panel.widget.model_id}
+    if picture is not None and not (ipywidgets and "google.colab" in sys.modules):  # Colab would show both
+        bundle["image/png"] = b64encode(as_png(picture)).decode()
+    return bundle
+
+
+# --- panels of the course -----------------------------------------------------------------------------
+
+
+def timestep_slider(frames, timesteps, label="timestep"):
+    """Slide through `frames`, one for each of `timesteps`: PIL images, or rows of them to show side by side."""
+    by_timestep = dict(zip(timesteps, frames, strict=True))
+
+    def frame(**chosen):
+        picture = by_timestep[chosen[label]]
+        return image_grid([picture], cell=2.0) if isinstance(picture, (list, tuple)) else picture
+
+    return explore(frame, **{label: list(by_timestep)})
+
+
+def before_after(before, after, labels):
+    """Choose one of `labels` and see its picture before and after, side by side. All three are equally long."""
+    pairs = dict(zip(labels, zip(before, after, strict=True), strict=True))
+
+    def pair(picture):
+        return image_grid([pairs[picture]], column_labels=["before", "after"], title=str(picture), cell=2.5)
+
+    return Panel(pair, {"picture": list(pairs)})
+
+
+def doctor_sheet(photos, problems, columns=4):
+    """All photos in one figure, each with 'good' or the kinds of its problems below its name."""
+    kinds = {}
+    for problem in problems:
+        kinds.setdefault(problem.path, []).append(problem.kind)
+    cells = [(photo.load(), f"{photo.path.name}: {', '.join(kinds.get(photo.path, ['good']))}") for photo in photos]
+    figure = Picture(figsize=(2 * columns, 2.2 * -(-len(cells) // columns)))
+    axes = figure.subplots(-(-len(cells) // columns), columns, squeeze=False).flat
+    for axis in axes:
+        axis.axis("off")
+    for axis, (image, label) in zip(figure.axes, cells):
+        axis.imshow(image)
+        axis.set_title(label, fontsize=8, wrap=True)
+    return figure
+
+
+def photo_doctor(photos, problems):
+    """Go through a folder's files and read what `gather_photos` found about each."""
+    loaders = {photo.path.name: photo.load for photo in photos}
+    notes = {name: [] for name in loaders}
+    for problem in problems:
+        notes.setdefault(problem.path.name, []).append(problem.message + (" [skipped]" if problem.skipped else ""))
+
+    def look(photo):
+        picture = loaders[photo]() if photo in loaders else None
+        if picture is not None:
+            picture.thumbnail((SHOWN, SHOWN))
+        return picture, "\n".join(notes[photo]) or "Nothing wrong with this one."
+
+    return Panel(look, {"photo": list(notes)})
+
+
+def crop_square(size, across=0.5, down=0.5, side=1.0):
+    """A square in `size` = (width, height), in pixels: (left, top, right, bottom).
+
+    `side` in (0, 1] is a fraction of the shorter side; `across` and `down` in [0, 1] place the square in
+    the room that is left, 0.5 being the middle.
+    """
+    width, height = size
+    pixels = max(1, round(side * min(size)))
+    left, top = round(across * (width - pixels)), round(down * (height - pixels))
+    return left, top, left + pixels, top + pixels
+
+
+def draw_crop(photo, box):
+    """The photo with everything outside `box` darkened, and beside it what is kept."""
+    dark = Image.blend(photo, Image.new("RGB", photo.size, "black"), 0.6)
+    dark.paste(photo.crop(box), box[:2])
+    left, top, right, bottom = box
+    ImageDraw.Draw(dark).rectangle((left, top, right - 1, bottom - 1), outline="white",
+                                   width=max(1, min(photo.size) // 128))  # fmt: skip
+    return image_grid([[dark, photo.crop(box)]], column_labels=["the photo", "what is kept"], cell=2.5)
+
+
+class CropBox(Panel):
+    """Choose a square of a photo (a PIL image in RGB); `.box` is (left, top, right, bottom) in its pixels."""
+
+    def __init__(self, photo):
+        self.photo = photo
+        super().__init__(lambda **place: draw_crop(photo, crop_square(photo.size, **place)),
+                         {"across": (0.0, 1.0), "down": (0.0, 1.0), "side": (0.2, 1.0)},
+                         {"across": 0.5, "down": 0.5, "side": 1.0})  # fmt: skip
+
+    @property
+    def box(self):
+        return crop_square(self.photo.size, **self.value)
+
+
+def design_subject(render, menus, sliders, start=None):
+    """Design a character: `render(values) -> PIL image`, for values = {menu or slider: setting}.
+
+    `menus`: {name: choices}; `sliders`: the names of proportions in [0, 1]. `.value` of the panel is the
+    design, ready for `render` or `Character(**panel.value)`.
+    """
+    controls = {name: list(choices) for name, choices in menus.items()} | dict.fromkeys(sliders, (0.0, 1.0))
+    middle = dict.fromkeys(sliders, 0.5)
+    return Panel(lambda **values: render(values), controls, middle | (start or {}))
+
+
+# --- training -----------------------------------------------------------------------------------------
+
+
+class Dashboard:
+    """Watch a training run and stop it: loss, validation pictures, time left, and a Stop button.
+
+        dashboard = Dashboard()
+        dashboard.run(lambda: train(config, callback=dashboard.update, should_stop=dashboard.should_stop))
+
+    `run` starts a thread, so that the cell ends at once and the button can be pressed; `result()`, in the
+    next cell, waits for the run and gives what the function returned. Interrupting the kernel while it
+    waits stops the run in the same orderly way.
+    """
+
+    def __init__(self, every=1.0):
+        self.every = every  # seconds between two drawings, at least
+        self.losses, self.pictures, self.stopped = {}, {}, False
+        self.steps = self.validated = None
+        self._thread = self._outcome = self._begun = None
+        self._drawn, self._cost = -float("inf"), 0.0
+        if ipywidgets:
+            self._build()
+
+    def _build(self):
+        self.button = ipywidgets.Button(description="Stop", button_style="warning", icon="stop",
+                                        tooltip="end the run after this step and keep what was learned")  # fmt: skip
+        self.button.on_click(lambda _: self.stop())
+        self.bar = ipywidgets.IntProgress(min=0, max=1)
+        self.words = ipywidgets.Label("waiting for the first step")
+        self._screen = _Screen()
+        top = ipywidgets.HBox([self.button, self.bar, self.words])
+        self.widget = ipywidgets.VBox([top, self._screen.widget])
+
+    def run(self, function):
+        """Call `function()` in a thread and return the dashboard, to be shown. Raises RuntimeError if one runs."""
+        if self._thread and self._thread.is_alive():
+            raise RuntimeError("this dashboard still watches a run: press Stop, or call result() to wait for it")
+        self.losses, self.pictures, self.stopped = {}, {}, False
+        self._begun = self._outcome = None
+        self._thread = threading.Thread(target=self._work, args=(function,), daemon=True)
+        self._thread.start()
+        return self
+
+    def _work(self, function):
+        try:
+            self._outcome = (function(), None)
+        except BaseException as error:  # noqa: BLE001 - raised again where result() is called
+            self._outcome = (None, error)
+        self._draw(final=True)
+
+    def result(self):
+        """Wait for the run's end; its function's value, or the error it raised."""
+        if self._thread is None:
+            raise RuntimeError("nothing was started: call run(function) first")
+        while self._thread.is_alive():
+            try:
+                self._thread.join(0.2)
+            except KeyboardInterrupt:
+                self.stop()
+        value, error = self._outcome
+        if error:
+            raise error
+        return value
+
+    def stop(self):
+        """What the Stop button does: the run ends after the step it is in."""
+        self.stopped = True
+        if ipywidgets:
+            self.button.disabled, self.button.description = True, "Stopping"
+
+    def should_stop(self):
+        return self.stopped
+
+    def update(self, record):
+        """The run's callback: {"step", "steps", "loss"} after a step, {"step", "pictures": {prompt: [PIL]}}."""
+        now = time.monotonic()
+        if "loss" in record:
+            self._begun = self._begun or (now, record["step"])
+            self.steps = record["steps"]
+            self.losses[record["step"]] = record["loss"]
+        if "pictures" in record:
+            self.pictures, self.validated = record["pictures"], record["step"]
+        if "pictures" in record or now - self._drawn > max(self.every, 10 * self._cost):
+            self._draw()
+
+    def seconds_left(self):
+        """From the pace since the first step that was seen; None before the second."""
+        if not self._begun or not self.losses or max(self.losses) == self._begun[1]:
+            return None
+        step, (begun, first) = max(self.losses), self._begun
+        return (self.steps - step) * (time.monotonic() - begun) / (step - first)
+
+    def picture(self):
+        """The loss so far as a figure, with its running mean; None before the first step."""
+        if not self.losses:
+            return None
+        steps, losses = list(self.losses), list(self.losses.values())
+        return line_plot({"loss": (steps, losses), "mean so far of the last 20": (steps, _running_mean(losses, 20))},
+                         "step", "loss")  # fmt: skip
+
+    def validation(self):
+        """The last validation pictures in a grid, a row for a prompt; None before the first."""
+        if not self.pictures:
+            return None
+        return image_grid(list(self.pictures.values()), list(self.pictures), title=f"step {self.validated}")
+
+    def _draw(self, final=False):
+        if not ipywidgets:
+            return
+        begun = time.monotonic()
+        if self.losses:
+            self.bar.max, self.bar.value = self.steps, max(self.losses)
+        self.words.value = self._state(final)
+        self._screen.show(self._view)
+        self._drawn = time.monotonic()
+        self._cost = self._drawn - begun
+        if final:
+            self.button.disabled, self.button.description = True, "Stopped" if self.stopped else "Done"
+
+    def _state(self, final):
+        if final and self._outcome[1]:
+            return f"{type(self._outcome[1]).__name__}: {self._outcome[1]}"
+        if not self.losses:
+            return "waiting for the first step"
+        left = self.seconds_left()
+        end = "" if final or left is None else f", about {left:.0f} s left"
+        return f"step {max(self.losses)} of {self.steps}{end}"
+
+    def _view(self):
+        """Loss and validation grid in one picture, for the screen."""
+        figures = [figure for figure in (self.picture(), self.validation()) if figure is not None]
+        if not figures:
+            return ""
+        return _stacked([Image.open(io.BytesIO(as_png(figure))).convert("RGB") for figure in figures])
+
+    def show(self):
+        """Show the dashboard in the middle of a cell."""
+        from IPython.display import display
+
+        display(self)
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return _bundle(self, None)
+
+    def __repr__(self):
+        return "Dashboard"
+
+
+def _running_mean(values, width):
+    return [sum(values[max(0, k - width + 1):k + 1]) / len(values[max(0, k - width + 1):k + 1])
+            for k in range(len(values))]  # fmt: skip
+
+
+def _stacked(images):
+    sheet = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    return sheet
