@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from base64 import b64encode
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from PIL import Image, ImageDraw
 
@@ -295,6 +296,7 @@ class Dashboard:
     def __init__(self, every=1.0):
         self.every = every  # seconds between two drawings, at least
         self.losses, self.pictures, self.stopped = {}, {}, False
+        self.printed = io.StringIO()  # what the run writes; in the notebook it would land under any cell
         self.steps = self.validated = None
         self._thread = self._outcome = self._begun = None
         self._drawn, self._cost = -float("inf"), 0.0
@@ -323,7 +325,8 @@ class Dashboard:
 
     def _work(self, function):
         try:
-            self._outcome = (function(), None)
+            with _printing_to(self.printed):
+                self._outcome = (function(), None)
         except BaseException as error:  # noqa: BLE001 - raised again where result() is called
             self._outcome = (None, error)
         self._draw(final=True)
@@ -424,6 +427,24 @@ class Dashboard:
 
     def __repr__(self):
         return "Dashboard"
+
+
+@contextmanager
+def _printing_to(file):
+    """Send what this thread prints to `file`, and leave the prints of all others alone."""
+    out, err = (_Fork(file, stream) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
+        yield
+
+
+class _Fork:
+    """A stream that writes to `mine` in the thread that made it, and to `other` in every other."""
+
+    def __init__(self, mine, other):
+        self.mine, self.other, self.thread = mine, other, threading.get_ident()
+
+    def __getattr__(self, name):
+        return getattr(self.mine if threading.get_ident() == self.thread else self.other, name)
 
 
 def _running_mean(values, width):

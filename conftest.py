@@ -1,0 +1,3 @@
+"""Pictures in notebooks are compared too, whenever pytest runs with --nbval."""
+
+pytest_plugins = ["notebook_pictures"]
