@@ -14,10 +14,10 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lab toybox
+.PHONY: help setup quickstart test lab badges bundle toybox
 
 help: ## list these targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(VENV)/.setup ## make .venv and install the tested versions into it
 
@@ -43,6 +43,23 @@ test: setup ## lint, unit tests, then the notebooks against their stored outputs
 
 lab: setup ## open the course in JupyterLab
 	$(BIN)/python -m jupyter lab notebooks
+
+badges: ## write REPO=owner/name (on GitHub) into the notebooks' Colab badges and set-up cells
+	$(PYTHON) -m dbcore.tools.badges $(REPO)
+
+# For other computers than this one: BUNDLE_FOR="--platform win_amd64 --python-version 3.12 --only-binary=:all:".
+BUNDLE_FOR ?=
+BUNDLE := build/bundle/dbcore-course
+
+bundle: setup ## dist/dbcore-course.zip: the project and its packages, for a room without network
+	rm -rf build/bundle dist/dbcore-course.zip
+	mkdir -p $(BUNDLE)/wheelhouse dist
+	git archive HEAD | tar -x -C $(BUNDLE)
+	mv $(BUNDLE)/notebooks/INSTALL.txt $(BUNDLE)/INSTALL.txt
+	$(BIN)/python -m pip wheel $(PIP_ARGS) --no-deps -w $(BUNDLE)/wheelhouse $(BUNDLE)
+	$(BIN)/python -m pip download $(PIP_ARGS) $(BUNDLE_FOR) -c constraints.txt -d $(BUNDLE)/wheelhouse \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(ls $(BUNDLE)/wheelhouse/dbcore-*.whl)[all]"
+	cd build/bundle && $(abspath $(BIN))/python -m zipfile -c ../../dist/dbcore-course.zip dbcore-course
 
 toybox: setup ## train the toy base anew (hours on a CPU)
 	$(BIN)/python -m dbcore.toybox
