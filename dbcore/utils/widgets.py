@@ -295,30 +295,35 @@ class Dashboard:
 
     def __init__(self, every=1.0):
         self.every = every  # seconds between two drawings, at least
-        self.losses, self.pictures, self.stopped = {}, {}, False
-        self.printed = io.StringIO()  # what the run writes; in the notebook it would land under any cell
-        self.steps = self.validated = None
-        self._thread = self._outcome = self._begun = None
-        self._drawn, self._cost = -float("inf"), 0.0
+        self._thread = None
         if ipywidgets:
             self._build()
+        self._reset()
 
     def _build(self):
-        self.button = ipywidgets.Button(description="Stop", button_style="warning", icon="stop",
+        self.button = ipywidgets.Button(button_style="warning", icon="stop",
                                         tooltip="end the run after this step and keep what was learned")  # fmt: skip
         self.button.on_click(lambda _: self.stop())
         self.bar = ipywidgets.IntProgress(min=0, max=1)
-        self.words = ipywidgets.Label("waiting for the first step")
+        self.words = ipywidgets.Label()
         self._screen = _Screen()
         top = ipywidgets.HBox([self.button, self.bar, self.words])
         self.widget = ipywidgets.VBox([top, self._screen.widget])
+
+    def _reset(self):
+        self.losses, self.pictures, self.stopped = {}, {}, False
+        self.printed = io.StringIO()  # what the run writes; in the notebook it would land under any cell
+        self.steps = self.validated = self._outcome = self._begun = None
+        self._drawn, self._cost = -float("inf"), 0.0
+        if ipywidgets:
+            self.button.disabled, self.button.description = False, "Stop"
+            self.bar.value, self.words.value = 0, "waiting for the first step"
 
     def run(self, function):
         """Call `function()` in a thread and return the dashboard, to be shown. Raises RuntimeError if one runs."""
         if self._thread and self._thread.is_alive():
             raise RuntimeError("this dashboard still watches a run: press Stop, or call result() to wait for it")
-        self.losses, self.pictures, self.stopped = {}, {}, False
-        self._begun = self._outcome = None
+        self._reset()
         self._thread = threading.Thread(target=self._work, args=(function,), daemon=True)
         self._thread.start()
         return self
