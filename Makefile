@@ -14,7 +14,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lab badges bundle toybox
+.PHONY: help setup quickstart test test-browser lab badges bundle toybox
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ test: setup ## lint, unit tests, then the notebooks against their stored outputs
 	$(BIN)/python -m pytest
 	$(if $(wildcard notebooks/*.ipynb),$(BIN)/python -m pytest -m "" --nbval --nbval-current-env \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks)
+
+test-browser: setup ## open the notebooks in JupyterLab and move their controls (needs chromium, chromedriver)
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lab: setup ## open the course in JupyterLab
 	$(BIN)/python -m jupyter lab notebooks
