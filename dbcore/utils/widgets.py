@@ -368,7 +368,7 @@ class Dashboard:
             self.losses[record["step"]] = record["loss"]
         if "pictures" in record:
             self.pictures, self.validated = record["pictures"], record["step"]
-        if "pictures" in record or now - self._drawn > max(self.every, 10 * self._cost):
+        if "pictures" in record or now - self._drawn > max(self.every, min(5.0, 10 * self._cost)):
             self._draw()
 
     def seconds_left(self):
@@ -379,11 +379,11 @@ class Dashboard:
         return (self.steps - step) * (time.monotonic() - begun) / (step - first)
 
     def picture(self):
-        """The loss so far as a figure, with its running mean; None before the first step."""
-        if not self.losses:
+        """The loss so far as a figure, with its running mean; None before the second step."""
+        if len(self.losses) < 2:
             return None
         steps, losses = list(self.losses), list(self.losses.values())
-        return line_plot({"loss": (steps, losses), "mean so far of the last 20": (steps, _running_mean(losses, 20))},
+        return line_plot({"loss": (steps, losses), "mean of the last 20": (steps, _running_mean(losses, 20))},
                          "step", "loss")  # fmt: skip
 
     def validation(self):
