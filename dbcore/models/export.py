@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps the LoraConfigs in a file's header
@@ -112,7 +112,7 @@ def _read_diffusers(tensors, header, name):
             continue
         module = key.removesuffix(".lora_A.weight")
         component, _, inside = module.partition(".")
-        inside = _plain(component, inside)
+        inside = plain_name(component, inside)
         parts = {part: f"{module}.{part}" for part in ("lora_A.weight", "lora_B.weight")}
         magnitude = next((k for k in _magnitude_keys(module) if k in tensors), None)
         if component not in COMPONENTS or parts["lora_B.weight"] not in tensors:
@@ -166,7 +166,7 @@ def _scale(config, module, rank):
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _plain(component, module):
+def plain_name(component, module):
     """A CLIP module's name without the `text_model.` that transformers had until version 5."""
     return module.removeprefix("text_model.") if component.startswith("text_encoder") else module
 
@@ -211,7 +211,7 @@ def _module_names(base):
             else:
                 kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
                 model = kind(CLIPTextConfig.from_pretrained(folder))
-        yield from ((component, _plain(component, name)) for name, _ in model.named_modules() if name)
+        yield from ((component, plain_name(component, name)) for name, _ in model.named_modules() if name)
 
 
 def _kohya_prefixes(component):
@@ -362,9 +362,20 @@ def _save(tensors, path, header):
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
     whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file(whole, beside, {"format": "pt", **{key: str(value) for key, value in header.items()}})
+    notes = {"format": "pt", **{key: str(value) for key, value in header.items()}}
+    beside.write_bytes(_in_order(save(whole, notes)))
     os.replace(beside, path)
     return path
+
+
+def _in_order(data):
+    """A safetensors file with its header's notes sorted: the library writes them in another order each time."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors after it stay aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 # --- merge and extract --------------------------------------------------------------------------------
@@ -472,7 +483,7 @@ def extract_adapter(base, tuned, rank):
             layer = extract_layer(difference, rank)
             lost += float((difference - layer.delta()).square().sum())
             change += norm
-            layers.setdefault(component, {})[_plain(component, module)] = layer
+            layers.setdefault(component, {})[plain_name(component, module)] = layer
     if not layers:
         raise LoraFileError("the fine-tuned model's layers equal the base's: there is nothing to extract")
     return Adapter(layers), {"error": math.sqrt(lost / change), "outside": outside / (outside + change)}

@@ -1,0 +1,42 @@
+"""The command line: `python -m dbcore TOOL ...`, or `dbcore TOOL ...`."""
+
+import argparse
+import importlib
+import os
+import sys
+
+TOOLS = ("prepare", "train", "generate", "quickstart", "export", "merge", "extract")
+
+
+def make_parser(wanted):
+    """A parser of all tools; only the wanted one's options are read, so that --help is quick."""
+    parser = argparse.ArgumentParser(prog="dbcore", description="Teach a text-to-image model a new subject.")
+    tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
+    for name in TOOLS:
+        module = importlib.import_module(f"dbcore.tools.{name}") if wanted in (name, None) else None
+        tool = tools.add_parser(name, help=module and module.HELP, description=module and module.HELP,
+                                allow_abbrev=False)
+        if module and wanted == name:
+            module.add_arguments(tool)
+    return parser
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    wanted = argv[0] if argv and argv[0] in TOOLS else None
+    args = make_parser(wanted).parse_args(argv)
+    try:
+        importlib.import_module(f"dbcore.tools.{args.tool}").main(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("DBCORE_DEBUG"):
+            raise
+        sys.exit(f"dbcore {args.tool}: {error}")
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        print(error)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""Every knob, once: a field here is a CLI flag, a keyword argument, a YAML key and a row of the model card.
+
+Names are those of diffusers' DreamBooth scripts where they have one. `auto` means: it depends on the base
+or the hardware; `dbcore.models.base.settle` replaces it before training and the run prints what it chose.
+Nothing heavy is imported, so that `--help` and a mistake in an option answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+AUTO = "auto"
+OPTIMIZERS = ("AdamW", "AdamW8bit", "Prodigy", "Adafactor")
+PRECISIONS = (AUTO, "no", "fp16", "bf16")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+SECRETS = {"hub_token"}
+
+
+class ConfigError(ValueError):
+    """An option that cannot be: names it, what was found, and what to do."""
+
+
+def knob(default, help, choices=None, low=None, high=None, above=None):
+    """A field with its help, and the values it may take."""
+    rules = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=rules)
+    return dataclasses.field(default=default, metadata=rules)
+
+
+@dataclass
+class TrainConfig:
+    """One training run. Lists of one may be given as the one value."""
+
+    # The model
+    pretrained_model_name_or_path: str | None = knob(None, "the base: a folder or a name on the hub")
+    revision: str | None = knob(None, "branch, tag or commit of the base on the hub")
+    variant: str | None = knob(None, "which files of the base, such as fp16, to save download")
+    tokenizer_name: str | None = knob(None, "another tokenizer than the base's own; rarely needed")
+    # The data
+    instance_data_dir: str | None = knob(None, "folder of photos of the subject, 3 to 10 of them")
+    instance_prompt: str | None = knob(
+        None, "the words that will call the subject, such as 'a photo of sks dog'; a photo's own caption wins")
+    class_data_dir: str | None = knob(
+        None, "folder of class pictures: your own are used as they are, an empty one is filled; "
+        "without it they are made once and kept in a cache")
+    class_prompt: str | None = knob(None, "the class in words, such as 'a photo of a dog'")
+    resolution: int | str = knob(AUTO, "side of the training pictures in pixels; auto is the base's own", low=8)
+    center_crop: bool = knob(False, "crop the middle instead of a random place along the longer side")
+    random_flip: bool = knob(False, "mirror photos at random; not for subjects whose sides differ")
+    image_interpolation_mode: str = knob(
+        "lanczos", "how photos are resized", ("nearest", "bilinear", "bicubic", "lanczos"))
+    use_masks: bool = knob(True, "learn only what dog.mask.png leaves white, where a photo has one")
+    # Prior preservation
+    with_prior_preservation: bool = knob(False, "also learn from pictures of the class, so that it stays as it is")
+    prior_loss_weight: float = knob(1.0, "lambda of the class pictures' loss; higher keeps the class better", low=0)
+    num_class_images: int = knob(100, "class pictures to have; more keep more of the class's variety", low=1)
+    sample_batch_size: int = knob(4, "class pictures made at a time; lower it when memory runs out", low=1)
+    prior_generation_precision: str = knob(AUTO, "precision in which they are made", PRECISIONS)
+    # The LoRA
+    rank: int | str = knob(AUTO, "rank r of the update B A; more learns more detail and forgets more", low=1)
+    lora_alpha: float | str = knob(AUTO, "the update is scaled by alpha / rank; auto is alpha = rank", above=0)
+    lora_dropout: float = knob(0.0, "share of the LoRA's inputs dropped in training, against overfitting", low=0,
+                               high=0.99)
+    use_dora: bool = knob(False, "DoRA: learn magnitude and direction apart; slower, a little better at low rank")
+    use_rslora: bool = knob(False, "scale by alpha / sqrt(rank), for high ranks")
+    lora_layers: str = knob(AUTO, "where it goes: attention, attention+ff, all (linear and convolution), "
+                            "or module names with commas")
+    # The text encoder
+    train_text_encoder: bool = knob(False, "also put a LoRA on the text encoder; see text_encoder_lr")
+    text_encoder_lr: float | str = knob(AUTO, "its learning rate; auto is a tenth of learning_rate", above=0)
+    text_encoder_rank: int | str = knob(AUTO, "its rank; auto is rank", low=1)
+    train_text_encoder_frac: float = knob(1.0, "stop training it after this fraction of the steps", above=0, high=1)
+    tokenizer_max_length: int | None = knob(None, "cut prompts to this many tokens instead of the tokenizer's", low=3)
+    # Optimisation
+    learning_rate: float | str = knob(AUTO, "step size; auto is the base's recommendation, else 2e-4", above=0)
+    scale_lr: bool = knob(False, "multiply it by processes, batch and accumulation")
+    lr_scheduler: str = knob("constant", "how the rate goes on over the run", SCHEDULES)
+    lr_warmup_steps: int = knob(0, "steps over which the rate rises from 0", low=0)
+    lr_num_cycles: int = knob(1, "restarts of cosine_with_restarts", low=1)
+    lr_power: float = knob(1.0, "exponent of polynomial", above=0)
+    train_batch_size: int = knob(1, "photos a step and process", low=1)
+    gradient_accumulation_steps: int = knob(1, "batches a step: a larger batch in the memory of a small one", low=1)
+    max_train_steps: int | None = knob(None, "steps; without it and num_train_epochs, 150", low=1)
+    num_train_epochs: int | None = knob(None, "passes over the photos, instead of steps", low=1)
+    optimizer: str = knob("AdamW", "AdamW8bit needs bitsandbytes, Prodigy prodigyopt (and learning_rate 1)", OPTIMIZERS)
+    adam_beta1: float = knob(0.9, "decay of the gradient's mean", low=0, high=0.9999)
+    adam_beta2: float = knob(0.999, "decay of its square's mean", low=0, high=0.99999)
+    adam_weight_decay: float = knob(1e-2, "pull of the LoRA's weights to 0", low=0)
+    adam_epsilon: float = knob(1e-8, "added to the denominator", above=0)
+    max_grad_norm: float = knob(1.0, "longer gradients are shortened to this", above=0)
+    snr_gamma: float | None = knob(None, "min-SNR-gamma weighting of the loss (5 is usual)", above=0)
+    noise_offset: float = knob(0.0, "shift of the noise a channel, for darker and brighter pictures", low=0)
+    use_ema: bool = knob(False, "save the running mean of the LoRA's weights instead of the last ones")
+    ema_decay: float = knob(0.99, "decay of that mean; 0.99 looks back some 100 steps", low=0, high=0.99999)
+    seed: int = knob(0, "of everything random; 0 is a seed like any other")
+    # Memory and speed
+    mixed_precision: str = knob(AUTO, "precision of the frozen base; auto is bf16 or fp16 on a GPU, no elsewhere",
+                                PRECISIONS)
+    gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them: slower, smaller")
+    cache_latents: bool = knob(True, "encode each photo once, before training")
+    pre_compute_text_embeddings: bool = knob(True, "encode each prompt once, before training")
+    allow_tf32: bool = knob(False, "faster, coarser float32 products on NVIDIA GPUs since Ampere")
+    compile: bool = knob(False, "torch.compile the UNet: minutes of compiling, then faster steps")
+    # Following the run
+    validation_prompt: list[str] = knob([], "draw these during the run")
+    num_validation_images: int = knob(4, "pictures a validation prompt", low=1)
+    validation_steps: int | None = knob(None, "draw every this many steps; without it, five times a run", low=1)
+    validation_epochs: int | None = knob(None, "draw every this many passes over the photos", low=1)
+    report_to: str = knob("tensorboard", "tracker, if it is installed", ("tensorboard", "wandb", "none"))
+    logging_dir: str = knob("logs", "folder of the tracker's files, within output_dir")
+    # Keeping it
+    output_dir: str = knob("lora-dreambooth-model", "the run's folder")
+    overwrite_output_dir: bool = knob(False, "replace a finished run that is there")
+    checkpointing_steps: int = knob(500, "save what resuming needs every this many steps", low=1)
+    checkpoints_total_limit: int | None = knob(None, "keep only the newest of them", low=1)
+    resume_from_checkpoint: str | None = knob(None, "latest, or a checkpoint's folder")
+    push_to_hub: bool = knob(False, "upload the LoRA and its card to the hub at the end")
+    hub_model_id: str | None = knob(None, "name there; without it, the name of output_dir")
+    hub_token: str | None = knob(None, "better left out: log in with `hf auth login`")
+
+    def __post_init__(self):
+        coerce_and_check(self)
+
+    def check(self):
+        """Stop on contradictions, before any model is loaded. Raises ConfigError."""
+        for name in ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"):
+            need(getattr(self, name), f"--{name} is missing: {help_of(TrainConfig, name)}")
+        if self.with_prior_preservation:
+            need(self.class_prompt, "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
+        for given in ("class_prompt", "class_data_dir"):
+            need(self.with_prior_preservation or not getattr(self, given),
+                 f"--{given} does nothing without --with_prior_preservation: add that, or leave this out")
+        for given in ("text_encoder_lr", "text_encoder_rank"):
+            need(self.train_text_encoder or getattr(self, given) == AUTO,
+                 f"--{given} does nothing without --train_text_encoder: add that, or leave this out")
+        need(self.train_text_encoder or self.train_text_encoder_frac == 1,
+             "--train_text_encoder_frac does nothing without --train_text_encoder")
+        need(self.max_train_steps is None or self.num_train_epochs is None,
+             "--max_train_steps and --num_train_epochs both say how long: give one")
+        need(self.validation_steps is None or self.validation_epochs is None,
+             "--validation_steps and --validation_epochs both say how often: give one")
+        for given in ("validation_steps", "validation_epochs"):
+            need(self.validation_prompt or getattr(self, given) is None,
+                 f"--{given} does nothing without --validation_prompt")
+        need(not (self.use_dora and self.use_rslora and self.lora_layers == "all"),
+             "--use_dora with --use_rslora on convolutions is not supported by peft: leave one out")
+        need(not self.hub_model_id or self.push_to_hub, "--hub_model_id does nothing without --push_to_hub")
+        need(not (self.push_to_hub and self.hub_token and self.report_to == "wandb"),
+             "--hub_token would be sent to Weights & Biases with the options: log in with `hf auth login` instead")
+
+
+@dataclass
+class GenerateConfig:
+    """Pictures from a base, with or without LoRAs."""
+
+    pretrained_model_name_or_path: str | None = knob(
+        None, "the base; without it, the one the first LoRA's run was trained on")
+    revision: str | None = knob(None, "branch, tag or commit of the base on the hub")
+    variant: str | None = knob(None, "which files of the base, such as fp16")
+    checkpoint_dir: list[str] = knob([], "runs, checkpoints or LoRA files to put on the base; none for the base alone")
+    lora_scale: list[float] = knob([1.0], "how much of each LoRA: 0 is none, 1 is as trained")
+    prompt: list[str] = knob([], "what to draw; several are drawn in turn")
+    negative_prompt: str = knob("", "what to keep away from")
+    num_images: int = knob(4, "pictures a prompt", low=1)
+    seed: int = knob(0, "of the first picture; the next has seed + 1, and so on")
+    num_inference_steps: int | str = knob(AUTO, "denoising steps; auto is the base's recommendation, else 25", low=1)
+    guidance_scale: float | str = knob(AUTO, "pull towards the prompt; auto is the base's recommendation, else 7.5",
+                                       low=0)
+    scheduler: str = knob(AUTO, "sampler: auto (the base's own), ddim, dpm++, euler, euler_a, unipc or ddpm",
+                          (AUTO, "ddim", "dpm++", "euler", "euler_a", "unipc", "ddpm"))
+    resolution: int | str = knob(AUTO, "side of the pictures in pixels", low=8)
+    batch_size: int = knob(8, "pictures drawn at a time", low=1)
+    mixed_precision: str = knob(AUTO, "precision; auto is bf16 or fp16 on a GPU, no elsewhere", PRECISIONS)
+    output_dir: str = knob("pictures", "where the pictures and a grid go")
+
+    def __post_init__(self):
+        coerce_and_check(self)
+
+    def check(self):
+        """Raises ConfigError."""
+        need(self.pretrained_model_name_or_path or self.checkpoint_dir,
+             "give --pretrained_model_name_or_path, --checkpoint_dir or both")
+        need(self.prompt, "--prompt is missing: say what to draw")
+        need(len(self.lora_scale) in (1, len(self.checkpoint_dir)) or not self.checkpoint_dir,
+             f"{len(self.lora_scale)} values of --lora_scale for {len(self.checkpoint_dir)} of --checkpoint_dir: "
+             "give one, or one each")
+
+
+# Options of other scripts that no longer say anything; each is accepted and answered in one line.
+ANSWERED = {
+    "local_rank": "processes are counted by `accelerate launch`",
+    "enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always on, and as fast",
+    "dataloader_num_workers": "photos are encoded once before training, so no loader is left to speed up",
+    "set_grads_to_none": "gradients are always freed between steps",
+    "text_encoder_use_attention_mask": "Stable Diffusion's text encoder is trained and used without a mask",
+    "class_labels_conditioning": "it belongs to DeepFloyd IF, which this does not train",
+    "offload_ema": "the running mean of a LoRA is a few megabytes",
+}
+ALIASES = {"use_8bit_adam": ("optimizer", "AdamW8bit"), "lora": ("checkpoint_dir", None)}
+
+
+def need(condition, message):
+    if not condition:
+        raise ConfigError(message)
+
+
+def help_of(cls, name):
+    return next(f.metadata["help"] for f in fields(cls) if f.name == name)
+
+
+def coerce_and_check(config):
+    """Turn each field into its type (YAML and notebooks give text and numbers freely) and check its rule."""
+    hints = typing.get_type_hints(type(config))
+    for field in fields(config):
+        value = coerce(field.name, getattr(config, field.name), hints[field.name])
+        check_rules(field, value)
+        setattr(config, field.name, value)
+
+
+def coerce(name, value, hint):
+    """`value` as `hint`; raises ConfigError where it is not one."""
+    if typing.get_origin(hint) is list:
+        (inner,) = typing.get_args(hint)
+        values = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+        return [coerce(name, item, inner) for item in values]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None:
+        need(type(None) in kinds, f"--{name} is empty: give a value")
+        return None
+    if value == AUTO and str in kinds:
+        return AUTO
+    if isinstance(value, Path):
+        value = str(value)
+    for kind in kinds:
+        if kind in (int, float) and (number := as_number(value, kind)) is not None:
+            return number
+        if kind is bool and (truth := as_bool(value)) is not None:
+            return truth
+    if str in kinds and not {int, float} & set(kinds) and isinstance(value, str):
+        return value
+    wanted = " or ".join({int: "a whole number", float: "a number", bool: "true or false", str: "text"}[k]
+                         for k in kinds if k in (int, float, bool) or (k is str and not {int, float} & set(kinds)))
+    raise ConfigError(f"--{name} {value!r}: give {wanted}" + (" or auto" if {int, float, str} & set(kinds) > {str} else ""))
+
+
+def as_number(value, kind):
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        return None
+    return int(value) if kind is int and isinstance(value, int) else kind(number)
+
+
+def as_bool(value):
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(str(value).lower())
+
+
+def check_rules(field, value):
+    rules, name = field.metadata, field.name
+    if rules["choices"] and value not in rules["choices"]:
+        raise ConfigError(f"--{name} {value!r}: choose one of {', '.join(rules['choices'])}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    for rule, holds, words in (("low", lambda limit: value >= limit, "at least"),
+                               ("high", lambda limit: value <= limit, "at most"),
+                               ("above", lambda limit: value > limit, "more than")):
+        limit = rules[rule]
+        need(limit is None or holds(limit), f"--{name} {value:g}: it must be {words} {limit:g}"
+             if limit is not None else "")
+
+
+# --- command line and YAML ----------------------------------------------------------------------------
+
+
+def add_options(parser, cls):
+    """One flag a field; nothing has a default, so that what was given can be told from what was not."""
+    hints = typing.get_type_hints(cls)
+    parser.add_argument("--config", metavar="YAML", help="file of these options, as a run's config.yaml; flags win")
+    for field in fields(cls):
+        extra = {}
+        if hints[field.name] is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hints[field.name]) is list:
+            extra["nargs"] = "+"
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        shown = "" if default in (None, [], "") else f" (default: {default})"
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=None if "action" in extra else "X",
+                            help=(field.metadata["help"] + shown).replace("%", "%%"), **extra)
+    names = {field.name for field in fields(cls)}
+    for alias, (name, value) in ALIASES.items():
+        if name in names:
+            how = {"action": "store_const", "const": value} if value else {"nargs": "+"}
+            parser.add_argument(f"--{alias}", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **how)
+    if cls is TrainConfig:
+        for name in ANSWERED:
+            parser.add_argument(f"--{name}", nargs="?", const=True, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def from_args(args, cls):
+    """The config out of parsed arguments: the YAML file's values, then the flags. Raises ConfigError."""
+    given = {name: value for name, value in vars(args).items() if name in {f.name for f in fields(cls)}}
+    for name, answer in ANSWERED.items():
+        if name in vars(args):
+            print(f"--{name} has no effect: {answer}.")
+    if args.config:
+        given = {**read_yaml(args.config, cls), **given}
+    return cls(**given)
+
+
+def read_yaml(path, cls):
+    """The options in a YAML file. Raises ConfigError for a file that is none, or an unknown name."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    need(isinstance(found, dict), f"--config {path}: write one `name: value` a line")
+    names = [field.name for field in fields(cls)]
+    for name in found:
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, 1)
+            raise ConfigError(f"--config {path}: {name!r} is no option" + (f"; did you mean {close[0]}?" if close else ""))
+    return found
+
+
+def write_yaml(config, path):
+    """Every option but the secret ones, so that `--config` repeats the run."""
+    import yaml
+
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in SECRETS}
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,143 @@
+"""DreamBooth's data: which photo, seen how, with which words, at every step of a run.
+
+Sample g of a run (counted over steps, accumulation, processes and batch) is photo order[g] in an order
+drawn anew for each pass, so a batch is a function of (seed, step): there is no loader to rewind, no
+partial batch, and processes share the samples of one sequence.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dbcore.datasets.cache import TensorStore
+from dbcore.datasets.photos import Photo, crop_to_square
+from dbcore.utils.seeding import integer, normal, permutation
+
+CROPS = 4  # places along the longer side that a random crop chooses from, so that each is encoded once
+
+order = lru_cache(maxsize=8)(permutation)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One photo as one step sees it."""
+
+    photo: Photo
+    prompt: str
+    place: float  # of the crop along the longer side, in [0, 1]
+    mirrored: bool
+    number: int  # within its step; what it draws at random hangs on it
+    is_class: bool = False
+
+    @property
+    def view(self):
+        """What its latents depend on."""
+        return self.photo.path, self.place, self.mirrored
+
+
+class DreamBoothData:
+    """Photos of the subject, and, with prior preservation, of its class."""
+
+    def __init__(self, config, photos, class_photos=()):
+        self.config, self.photos, self.class_photos = config, list(photos), list(class_photos)
+        self.latents = TensorStore()
+
+    def samples(self, step, micro=0, rank=0, world=1):
+        """The batch of one process: instance samples first, then as many of the class.
+
+        `micro` counts the batches of one optimizer step, `rank` of `world` the processes.
+        """
+        size, steps = self.config.train_batch_size, self.config.gradient_accumulation_steps
+        numbers = [(micro * world + rank) * size + i for i in range(size)]
+        first = step * steps * world * size
+        rows = [self._sample(step, number, first + number, False) for number in numbers]
+        if self.class_photos:
+            rows += [self._sample(step, number, first + number, True) for number in numbers]
+        return rows
+
+    def _sample(self, step, number, count, is_class):
+        photos, stream = (self.class_photos, "class") if is_class else (self.photos, "instance")
+        seed = self.config.seed
+        epoch, place = divmod(count, len(photos))
+        photo = photos[order(len(photos), seed, stream, epoch)[place]]
+        square = photo.size[0] == photo.size[1]
+        crop = 0.5 if self.config.center_crop or square else (
+            integer(CROPS, seed, f"{stream} crop", step, number) / (CROPS - 1))
+        mirrored = self.config.random_flip and integer(2, seed, f"{stream} flip", step, number) == 1
+        prompt = self.config.class_prompt if is_class else photo.caption or self.config.instance_prompt
+        return Sample(photo, prompt, crop, mirrored, number, is_class)
+
+    def steps_per_epoch(self, world=1):
+        batch = self.config.train_batch_size * self.config.gradient_accumulation_steps * world
+        return -(-len(self.photos) // batch)
+
+    def prompts(self):
+        """Every text that a run can meet."""
+        own = [photo.caption or self.config.instance_prompt for photo in self.photos]
+        return list(dict.fromkeys(own + ([self.config.class_prompt] if self.class_photos else [])))
+
+    def encode(self, base, samples, batch_size=4):
+        """Latents of each new view among `samples`, into the store."""
+        new = list({s.view: s for s in samples if s.view not in self.latents}.values())
+        for first in range(0, len(new), batch_size):
+            for sample, entry in zip(new[first:], encode_views(base, new[first:first + batch_size], self.config)):
+                self.latents.put(sample.view, entry)
+
+    def batch(self, base, samples, step):
+        """Tensors of a batch on the base's device.
+
+        x0, noise: (n, c, h, w); t: (n,) integers; mask: (n, 1, h, w) in [0, 1]; prompts: n strings.
+        x0 is drawn from the posterior: mean + std * epsilon, as the autoencoder defines it.
+        """
+        if self.config.cache_latents:
+            rows = [self.latents.get(s.view, base.device) for s in samples]
+        else:
+            rows = encode_views(base, samples, self.config)
+        mean, std, mask = (torch.stack([row[name] for row in rows]) for name in ("mean", "std", "mask"))
+        draw = [self.draws(s, step, mean.shape[1:], base.num_timesteps) for s in samples]
+        eps, noise = (torch.stack(column).to(base.device) for column in list(zip(*draw))[:2])
+        t = torch.tensor([row[2] for row in draw], device=base.device)
+        return {"x0": mean + std * eps, "noise": noise, "t": t, "mask": mask, "prompts": [s.prompt for s in samples]}
+
+    def draws(self, sample, step, shape, num_timesteps):
+        """(posterior's epsilon, noise, timestep) of one sample, functions of (seed, stream, step, sample)."""
+        kind, seed = ("class " if sample.is_class else ""), self.config.seed
+        epsilon = normal(shape, seed, kind + "posterior", step, [sample.number])[0]
+        noise = normal(shape, seed, kind + "noise", step, [sample.number])[0]
+        if self.config.noise_offset:
+            shift = normal((shape[0], 1, 1), seed, kind + "noise offset", step, [sample.number])[0]
+            noise = noise + self.config.noise_offset * shift
+        return epsilon, noise, integer(num_timesteps, seed, kind + "timestep", step, sample.number)
+
+
+def encode_views(base, samples, config):
+    """[{"mean", "std", "mask"}] of samples, one autoencoder pass."""
+    looks = [look(sample, config) for sample in samples]
+    mean, std = base.encode_images(torch.stack([pixels for pixels, _ in looks]))
+    masks = [torch.ones(1, *mean.shape[2:]) if mask is None else shrink(mask, mean.shape[2:]) for _, mask in looks]
+    return [{"mean": m, "std": s, "mask": mask.to(m.device)} for m, s, mask in zip(mean, std, masks)]
+
+
+def look(sample, config):
+    """(pixels (3, r, r) in [-1, 1], mask image or None) of a photo as a sample sees it."""
+    how = {"resolution": config.resolution, "center_crop": False, "at": sample.place}
+    image = crop_to_square(sample.photo.load(), interpolation=config.image_interpolation_mode, **how)
+    mask = sample.photo.load_mask() if config.use_masks else None
+    if mask is not None:
+        mask = crop_to_square(mask, interpolation="nearest", **how)
+    if sample.mirrored:
+        image, mask = (x and x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, mask))
+    return to_pixels(image), mask
+
+
+def to_pixels(image):
+    """An RGB image as a float tensor (3, h, w) in [-1, 1]."""
+    return torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
+
+
+def shrink(mask, size):
+    """A mask image as (1, h, w) in [0, 1] at the latents' size: the white share of each latent's patch."""
+    return torch.from_numpy(np.asarray(mask.resize(size[::-1], Image.Resampling.BOX), dtype=np.float32) / 255)[None]

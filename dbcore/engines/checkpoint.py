@@ -1,0 +1,182 @@
+"""Checkpoints that are whole or absent: written beside their name, flushed, checked, renamed.
+
+checkpoint-50/  pytorch_lora_weights.safetensors   a stock pipeline loads it
+                training.safetensors               weights, their running mean, the optimizer's tensors
+                state.json                         step, the optimizer's numbers, a digest of each file
+No pickle anywhere: safetensors and JSON cannot run a program.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+
+from dbcore.config import ConfigError, need
+from dbcore.models.lora import save_lora
+
+STATE, TRAINING = "state.json", "training.safetensors"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be written, or cannot be gone on from."""
+
+
+def checkpoints(output_dir):
+    """[(step, folder)] of the whole checkpoints in a run's folder, oldest first."""
+    found = [(int(match[1]), path) for path in Path(output_dir).glob("checkpoint-*")
+             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()]
+    return sorted(found)
+
+
+def find_checkpoint(output_dir, which):
+    """The folder that `--resume_from_checkpoint` means, or None for `latest` where there is none yet.
+
+    Raises CheckpointError for a folder that is no checkpoint.
+    """
+    if which == "latest":
+        return next((path for _, path in reversed(checkpoints(output_dir)) if is_sound(path)), None)
+    for path in (Path(which), Path(output_dir) / which):
+        if (path / STATE).is_file():
+            if not is_sound(path):
+                raise CheckpointError(f"--resume_from_checkpoint {which} is damaged: a file in it is not what was "
+                                      "saved; give an earlier one, or latest")
+            return path
+    have = ", ".join(path.name for _, path in checkpoints(output_dir)) or "none"
+    raise CheckpointError(f"--resume_from_checkpoint {which}: no such checkpoint (in {output_dir}: {have}); "
+                          "give one of them, or latest")
+
+
+def is_sound(folder):
+    """Whether every file is there and is what was saved."""
+    try:
+        digests = json.loads((folder / STATE).read_text(encoding="utf-8"))["sha256"]
+        return all(digest_of(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def digest_of(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def save_checkpoint(output_dir, step, run, limit=None):
+    """Write checkpoint-<step>, then remove the oldest beyond `limit`. `run`: the `Run` of engines/train.py.
+
+    Raises CheckpointError if the disk is full or read-only; the checkpoints before it stand untouched.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    partial = final.with_name(final.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        numbers = write_training(partial / TRAINING, run)
+        with run.averaged():
+            save_lora(run.trained_modules, partial / "pytorch_lora_weights.safetensors", run.notes)
+        digests = {path.name: digest_of(path) for path in sorted(partial.iterdir())}
+        write_synced(partial / STATE, json.dumps({"step": step, **numbers, "sha256": digests}, indent=1).encode())
+        for path in partial.iterdir():
+            sync(path)
+        put_in_place(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = checkpoints(output_dir)
+        raise CheckpointError(f"checkpoint-{step} could not be written to {output_dir}: {error.strerror or error}. "
+                              f"{f'{last[-1][1].name} is intact' if last else 'None was written before'}; free some "
+                              "space or check the folder's permissions, then --resume_from_checkpoint latest") from error
+    for _, old in checkpoints(output_dir)[: -limit if limit else 0]:
+        shutil.rmtree(old)
+
+
+def put_in_place(partial, final):
+    """Rename; a checkpoint of this name (an earlier try at the same step) gives way in one more rename."""
+    old = final.with_name(final.name + ".old")
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_synced(path, data):
+    """Write bytes and have them on the disk when this returns."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path):
+    """Flush a file, or a folder's list of names, to the disk."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_training(path, run):
+    """The tensors of weights, mean and optimizer; returns what is left, numbers for state.json."""
+    tensors = {f"weight.{i}": p.detach() for i, p in enumerate(run.parameters)}
+    tensors |= {f"mean.{i}": m for i, m in enumerate(run.mean or [])}
+    state = run.optimizer.state_dict()
+    kept = {}
+    for index, entry in state["state"].items():
+        for name, value in entry.items():
+            if torch.is_tensor(value):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                kept[f"{index}.{name}"] = value
+    groups = [{k: v for k, v in group.items() if plain(v)} for group in state["param_groups"]]
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_synced(path, save(whole))
+    return {"optimizer": {"state": kept, "param_groups": groups}, "scaler": run.scaler.state_dict(),
+            "seconds": run.seconds}
+
+
+def plain(value):
+    with contextlib.suppress(TypeError, ValueError):
+        return json.loads(json.dumps(value)) == value or isinstance(value, tuple)
+    return False
+
+
+def load_checkpoint(folder, run):
+    """Give a run, set up as it was, what a checkpoint holds; returns the steps that were done.
+
+    Raises CheckpointError if the LoRA there is of another shape.
+    """
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    tensors = load((folder / TRAINING).read_bytes())
+    shapes = [tuple(tensors[f"weight.{i}"].shape) for i in range(sum(k.startswith("weight.") for k in tensors))]
+    if shapes != [tuple(p.shape) for p in run.parameters]:
+        raise CheckpointError(f"{folder.name} holds a LoRA of another shape: give the rank, lora_layers and "
+                              "train_text_encoder that it was trained with (they are in config.yaml)")
+    for i, parameter in enumerate(run.parameters):
+        parameter.data.copy_(tensors[f"weight.{i}"])
+    if run.mean is not None:
+        need("mean.0" in tensors, f"{folder.name} was saved without --use_ema: resume it without, or start anew")
+        for i, mean in enumerate(run.mean):
+            mean.copy_(tensors[f"mean.{i}"])
+    run.optimizer.load_state_dict(optimizer_state(state["optimizer"], tensors))
+    run.scaler.load_state_dict(state["scaler"])
+    run.seconds = state["seconds"]
+    return state["step"]
+
+
+def optimizer_state(numbers, tensors):
+    """The optimizer's state_dict, put together again."""
+    state = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, entry = name.split(".", 2)
+            state.setdefault(int(index), {})[entry] = tensor
+    for name, value in numbers["state"].items():
+        index, entry = name.split(".", 1)
+        state.setdefault(int(index), {})[entry] = value
+    return {"state": state, "param_groups": numbers["param_groups"]}

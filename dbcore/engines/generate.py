@@ -1,0 +1,76 @@
+"""Pictures from a base and any number of LoRAs, and the grid they are looked at in."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from dbcore.config import ConfigError, TrainConfig, read_yaml
+from dbcore.models.base import load_base, settle, torch_dtype
+from dbcore.models.lora import load_lora, set_scale
+from dbcore.utils.grids import save_grid
+
+
+def generate(config, base=None):
+    """A list for each prompt of `num_images` PIL images, with seeds config.seed, config.seed + 1, ...
+
+    `config`: GenerateConfig. `base`: one that is loaded already, LoRAs and all. Raises ConfigError and
+    LoraFileError for what cannot be loaded.
+    """
+    config.check()
+    config = settle(with_base(config))
+    base = base or base_with_loras(config)
+    seeds = [config.seed + k for k in range(config.num_images)]
+    pictures = base.draw(
+        [prompt for prompt in config.prompt for _ in seeds], seeds * len(config.prompt),
+        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
+        negative_prompt=config.negative_prompt, resolution=config.resolution, scheduler=config.scheduler,
+        batch_size=config.batch_size)
+    return [pictures[first:first + len(seeds)] for first in range(0, len(pictures), len(seeds))]
+
+
+def with_base(config):
+    """`config` with the base that its first LoRA's run was trained on, if it names none."""
+    if config.pretrained_model_name_or_path:
+        return config
+    first = Path(config.checkpoint_dir[0])
+    for folder in (first, first.parent, first.parent.parent):
+        if (folder / "config.yaml").is_file():
+            run = read_yaml(folder / "config.yaml", TrainConfig)
+            return dataclasses.replace(config, revision=config.revision or run.get("revision"),
+                                       pretrained_model_name_or_path=run["pretrained_model_name_or_path"])
+    raise ConfigError(f"--checkpoint_dir {first} does not say which base it belongs to: "
+                      "give --pretrained_model_name_or_path as well")
+
+
+def base_with_loras(config):
+    """The base on the best device there is, with every LoRA of `checkpoint_dir` at its scale."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant, device=device,
+                     dtype=torch_dtype(config.mixed_precision))
+    names = [f"lora_{k}" for k in range(len(config.checkpoint_dir))]
+    for name, path in zip(names, config.checkpoint_dir):
+        load_lora(base, path, name=name)
+    scales = config.lora_scale * len(names) if len(config.lora_scale) == 1 else config.lora_scale
+    if names:
+        set_scale(base, dict(zip(names, scales)))
+    return base
+
+
+def generate_and_save(config):
+    """`generate`, then PNG files and a grid in `output_dir`, which is returned; earlier pictures stay."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = generate(config)
+    for prompt, row in zip(config.prompt, rows):
+        for k, image in enumerate(row):
+            image.save(folder / f"{slug(prompt)}-seed{config.seed + k}.png")
+    seeds = [f"seed {config.seed + k}" for k in range(config.num_images)]
+    save_grid(folder / "grid.png", rows, config.prompt, seeds)
+    return folder
+
+
+def slug(text):
+    """Words as part of a file name."""
+    return re.sub(r"\W+", "-", text.lower()).strip("-")[:60] or "picture"

@@ -1,0 +1,118 @@
+"""Class images: what the base itself draws of the class, kept so that training cannot forget it.
+
+They are kept under a name made of everything they depend on (base, prompt, sampler, size, seed), with a
+manifest that says so: pictures of another class or base are refused, never taken for these. A folder of
+the user's own class photos has no manifest and is taken as it is.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from dbcore.config import ConfigError
+from dbcore.datasets.photos import find_photos, gather_photos
+from dbcore.utils.seeding import key
+
+MANIFEST = "manifest.json"
+BLANK = 2.0  # standard deviation in grey levels below which a picture shows nothing
+TRIES = 3
+
+
+def cache_dir():
+    """Where class images are kept: $DBCORE_CACHE, or the user's cache folder."""
+    home = os.environ.get("DBCORE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dbcore"
+    return Path(home) / "class_images"
+
+
+def describe(base, config):
+    """All that class images depend on, but their number: each picture hangs on its own index."""
+    return {
+        "base": base.fingerprint(), "prompt": config.class_prompt, "resolution": config.resolution,
+        "num_inference_steps": base.settings["num_inference_steps"], "seed": config.seed,
+        "guidance_scale": base.settings["guidance_scale"], "scheduler": base.index["scheduler"][1],
+        "precision": config.prior_generation_precision,
+    }
+
+
+def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None):
+    """The folder with at least `num_class_images` pictures of the class, made where they are missing.
+
+    Processes share the work: whole batches go round, so the pictures are those one process would make.
+    `wait` returns when every process has called it. Raises ConfigError for a folder made for another base,
+    prompt or size.
+    """
+    about = describe(base, config)
+    if config.class_data_dir and is_own(Path(config.class_data_dir)):
+        return Path(config.class_data_dir)
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.class_data_dir) if config.class_data_dir else cache_dir() / name
+    refuse_others(folder, about)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / MANIFEST, json.dumps(about, indent=1).encode(), rank)
+    size = config.sample_batch_size
+    batches = [range(first, min(first + size, config.num_class_images))
+               for first in range(0, config.num_class_images, size)]
+    missing = [batch for batch in batches if not all(picture(folder, k).is_file() for k in batch)]
+    for batch in (progress or (lambda x: x))(missing[rank::world]):
+        for index, image in zip(batch, draw_class(base, config, list(batch))):
+            save_png(image, picture(folder, index), rank)
+    wait()
+    return folder
+
+
+def is_own(folder):
+    """A folder that the user filled: photos and no manifest."""
+    return folder.is_dir() and not (folder / MANIFEST).is_file() and bool(find_photos(folder))
+
+
+def refuse_others(folder, about):
+    if not (folder / MANIFEST).is_file():
+        return
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        found = {}
+    for name, value in about.items():
+        if found.get(name) != value:
+            raise ConfigError(f"--class_data_dir {folder} holds class images made with another {name} "
+                              f"({found.get(name)!r}, now {value!r}): choose another folder, or empty this one")
+
+
+def picture(folder, index):
+    return folder / f"{index:05d}.png"
+
+
+def draw_class(base, config, indices):
+    """Pictures of the class prompt; a blank one (overflow, a safety checker's black) is drawn again."""
+    seeds, images = [key(config.seed, "class image", 0, index) for index in indices], {}
+    for attempt in range(TRIES):
+        left = [k for k in range(len(indices)) if k not in images]
+        drawn = base.draw([config.class_prompt] * len(left), [seeds[k] + attempt for k in left],
+                          resolution=config.resolution, stream="class image", batch_size=config.sample_batch_size)
+        images |= {k: image for k, image in zip(left, drawn) if np.asarray(image, np.float32).std() > BLANK}
+        if len(images) == len(indices):
+            return [images[k] for k in range(len(indices))]
+    raise ConfigError(f"{config.class_prompt!r} was drawn blank {TRIES} times: try --prior_generation_precision no, "
+                      "or give your own photos with --class_data_dir")
+
+
+def save_png(image, path, rank):
+    partial = path.with_name(f"{path.name}.{rank}.partial")
+    image.save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+def write_whole(path, data, rank):
+    partial = path.with_name(f"{path.name}.{rank}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def class_photos(folder, config):
+    """(photos, problems) of the class: all of the user's own, the first `num_class_images` of those made."""
+    photos, problems = gather_photos(folder, resolution=config.resolution)
+    made = (folder / MANIFEST).is_file()
+    return (photos[:config.num_class_images] if made else photos), problems

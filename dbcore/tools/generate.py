@@ -1,0 +1,18 @@
+"""`dbcore generate`: pictures from a base, with or without LoRAs."""
+
+from dbcore.config import GenerateConfig, add_options, from_args
+
+HELP = "draw pictures with a base and any number of LoRAs"
+
+
+def add_arguments(parser):
+    add_options(parser, GenerateConfig)
+
+
+def main(args):
+    config = from_args(args, GenerateConfig)
+    config.check()
+    from dbcore.engines.generate import generate_and_save
+
+    folder = generate_and_save(config)
+    print(f"{len(config.prompt) * config.num_images} pictures and a grid are in {folder}.")

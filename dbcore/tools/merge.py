@@ -1,0 +1,33 @@
+"""`dbcore merge`: several LoRAs of one base -> one LoRA that is their weighted sum."""
+
+from dbcore.tools.export import add_overwrite, free_path
+
+HELP = "add several LoRAs, each with a weight, into one"
+
+
+def add_arguments(parser):
+    parser.add_argument("--lora", required=True, nargs="+", help="two or more run folders or LoRA files")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", help="one number for each LoRA; 1 each if left out"
+    )
+    parser.add_argument("--output", required=True, help="the new .safetensors file, in diffusers' format")
+    parser.add_argument(
+        "--rank", type=int, help="cut to this rank by SVD; without it the ranks add up, exactly"
+    )
+    parser.add_argument("--pretrained_model_name_or_path", help="the base's folder, to read kohya's names")
+    add_overwrite(parser)
+
+
+def main(args):
+    from dbcore.models.export import merge_adapters, read_adapter, save_diffusers
+
+    if args.rank is not None and args.rank < 1:
+        raise ValueError(f"--rank {args.rank}: give 1 or more, or leave it out to add the ranks up")
+    output = free_path(args.output, args.overwrite)
+    weights = args.weights if args.weights is not None else [1.0] * len(args.lora)
+    adapters = [read_adapter(path, args.pretrained_model_name_or_path) for path in args.lora]
+    merged, error = merge_adapters(adapters, weights, args.rank)
+    save_diffusers(merged, output)
+    ranks = sorted({layer.rank for _, _, layer in merged.every()})
+    terms = " + ".join(f"{weight:g} x {path}" for path, weight in zip(args.lora, weights))
+    print(f"{terms} -> {output}: rank {ranks[-1]}, relative error {error:.4f}")

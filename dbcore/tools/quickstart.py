@@ -1,0 +1,101 @@
+"""The main job from beginning to end: five photos in, a LoRA and one picture that shows it out.
+
+It trains through the same config and functions as `python -m dbcore train`, with prior preservation, at
+the base's recommended settings, and then draws the same prompts and seeds without and with the LoRA.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import dbcore
+
+HELP = "teach the toy base a subject that ships with dbcore, and show it before and after"
+PLACES = ("in the snow", "on the beach", "swimming in water")  # none of them is in the photos
+SEEDS = 3  # pictures of one prompt
+CLASS_IMAGES = 40
+
+
+def add_arguments(parser):
+    parser.add_argument("--subject", default="dog",
+                        help="a subject that ships with dbcore (%(default)s), or a folder made like one")
+    parser.add_argument("--pretrained_model_name_or_path", default=str(dbcore.TOY_BASE), metavar="BASE",
+                        help="the base to teach; the toy base if not given")
+    parser.add_argument("--max_train_steps", type=int, default=150, help="training steps (%(default)s)")
+    parser.add_argument("--output_dir", type=Path, default=Path("work_dirs/quickstart"),
+                        help="where the LoRA and before_after.png go (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of training and of the first picture (%(default)s)")
+
+
+def main(args):
+    folder, subject = read_subject(args.subject)
+    prompts = prompts_for(subject)
+    started = time.perf_counter()
+    lora = learn(args, folder, subject)
+    learned = time.perf_counter()
+    before, after = draw(args, prompts), draw(args, prompts, lora)
+    grid = save_before_after(args.output_dir / "before_after.png", folder, prompts, before, after)
+    drawn = time.perf_counter()
+    print(f"Done: {subject['instance_prompt']!r} was learned from the photos in {shown(folder)}, "
+          f"in {args.max_train_steps} steps.")
+    print(f"Time: {learned - started:.0f} s to learn, class images and report included; "
+          f"{drawn - learned:.0f} s for {2 * SEEDS * len(prompts)} pictures before and after.")
+    print(f"Look: {shown(grid)} (the LoRA: {shown(lora)}; did it learn: {shown(lora.parent / 'README.md')}).")
+    print("Next: --subject cat, or your own photos (python -m dbcore train --help), or the course in notebooks/.")
+
+
+def shown(path):
+    """Relative to the working folder where it lies in it: short, and easy to open."""
+    path = Path(path).absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def read_subject(name):
+    """(folder, the contents of its subject.json). Raises ValueError with the names there are."""
+    folder = Path(name) if (Path(name) / "subject.json").is_file() else dbcore.SUBJECTS / name
+    path = folder / "subject.json"
+    if not path.is_file():
+        known = sorted(path.parent.name for path in dbcore.SUBJECTS.glob("*/subject.json"))
+        raise ValueError(f"--subject {name}: not there; choose one of {', '.join(known)}, or a folder with photos "
+                         "and a subject.json like theirs")
+    return folder, json.loads(path.read_text(encoding="utf-8"))
+
+
+def learn(args, folder, subject):
+    """Train; returns the path of the LoRA file."""
+    from dbcore.config import TrainConfig
+    from dbcore.engines.train import train
+
+    return train(TrainConfig(
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path, instance_data_dir=str(folder),
+        instance_prompt=subject["instance_prompt"], class_prompt=subject["class_prompt"],
+        with_prior_preservation=True, num_class_images=CLASS_IMAGES, max_train_steps=args.max_train_steps,
+        output_dir=str(args.output_dir), seed=args.seed))
+
+
+def prompts_for(subject):
+    """The subject as in its photos, in places no photo shows, and the class that was to be kept."""
+    prompt = subject["instance_prompt"]
+    return [prompt, *(f"{prompt} {place}" for place in PLACES), subject["class_prompt"]]
+
+
+def draw(args, prompts, lora=None):
+    """One list of pictures a prompt, a picture a seed."""
+    from dbcore.config import GenerateConfig
+    from dbcore.engines.generate import generate
+
+    return generate(GenerateConfig(
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path, prompt=prompts,
+        checkpoint_dir=[str(lora)] if lora else [], num_images=SEEDS, seed=args.seed))
+
+
+def save_before_after(path, folder, prompts, before, after):
+    """The photos on top; under them a row a prompt, without the LoRA on the left and with it on the right."""
+    from dbcore.datasets.photos import gather_photos
+    from dbcore.utils.grids import save_grid
+
+    photos = [photo.load() for photo in gather_photos(folder)[0][:2 * SEEDS - 1]]
+    rows = [[None, *photos], *([*left, None, *right] for left, right in zip(before, after))]
+    columns = [""] * (2 * SEEDS + 1)
+    columns[SEEDS // 2], columns[SEEDS + 1 + SEEDS // 2] = "before", "after"
+    return save_grid(path, rows, ["the photos it learned from", *prompts], columns, header=1)

@@ -1,0 +1,37 @@
+"""Randomness without state: every random number is a function of (seed, stream, step, sample).
+
+A generator that is carried along must be saved, restored and kept in step between processes, and one
+draw more in one place changes all that follow. Here each draw names what it is for, so a resumed run,
+a run with other validation pictures and a run on more processes draw the same numbers.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+
+
+def key(seed, stream, step=0, sample=0):
+    """A 63-bit integer that looks random: the hash of its arguments. `stream` says what is drawn."""
+    text = f"{seed}/{stream}/{step}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed, stream, step=0, sample=0):
+    """A CPU `torch.Generator`: the same numbers whatever device they are used on."""
+    return torch.Generator().manual_seed(key(seed, stream, step, sample))
+
+
+def normal(shape, seed, stream, step=0, samples=(0,)):
+    """Standard normal float32 of shape (len(samples), *shape), one generator a sample."""
+    return torch.stack([torch.randn(shape, generator=generator(seed, stream, step, s)) for s in samples])
+
+
+def integer(high, seed, stream, step=0, sample=0):
+    """One integer in [0, high), evenly enough: `high` is far below 2**63."""
+    return key(seed, stream, step, sample) % high
+
+
+def permutation(count, seed, stream, epoch=0):
+    """A list: 0 .. count - 1 in random order."""
+    return np.random.default_rng(key(seed, stream, epoch)).permutation(count).tolist()
