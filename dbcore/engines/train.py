@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
 from dbcore.config import AUTO, ConfigError, TrainConfig, need, read_yaml, write_yaml
@@ -57,7 +58,8 @@ def train(config, callback=None, should_stop=None):
     and FloatingPointError when the loss is no longer a number.
     """
     config.check()
-    accelerator = Accelerator(mixed_precision="no", log_with=tracker(config), project_dir=config.output_dir)
+    project = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir)))
+    accelerator = Accelerator(mixed_precision="no", log_with=tracker(config), project_config=project)
     say = accelerator.print
     config = settle(config, accelerator.device)
     say("Chosen for this base and machine: " + ", ".join(
@@ -71,9 +73,7 @@ def train(config, callback=None, should_stop=None):
         say(f"{config.output_dir} is finished ({resume.name}); nothing was changed. "
             "Give more --max_train_steps to go on.")
         return Path(config.output_dir) / LORA_FILE
-    with Signals() as signals:
-        run = Run(config, accelerator, photos, callback)
-        return run.go(resume, lambda: signals.caught or bool(should_stop and should_stop()))
+    return Run(config, accelerator, photos, callback).go(resume, should_stop or bool)
 
 
 class Run:
@@ -171,6 +171,12 @@ class Run:
         self.log = Log(self.folder, start, self.rank)
         self.start_trackers()
         self.encode_ahead(start)
+        with Signals() as signals:
+            self.loop(start, lambda: signals.caught or bool(should_stop()))
+        return self.finish()
+
+    def loop(self, start, should_stop):
+        c = self.config
         bar = tqdm(range(start, c.max_train_steps), initial=start, total=c.max_train_steps, desc="steps",
                    disable=self.rank > 0)
         for step in bar:
@@ -189,7 +195,6 @@ class Run:
             if stop and not last:
                 raise Interrupted(f"Stopped after step {done} of {c.max_train_steps}; checkpoint-{done} is saved in "
                                   f"{c.output_dir}. Go on with --resume_from_checkpoint latest.")
-        return self.finish()
 
     def step(self, step):
         """One optimizer step over all its batches; returns its record for the log, still on the device."""

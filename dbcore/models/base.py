@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from dbcore.config import AUTO, ConfigError, need
 from dbcore.datasets.cache import TensorStore
@@ -285,8 +286,11 @@ class StableDiffusion:
         """A list of PIL images, one for each (prompt, seed) pair; picture k depends on its own pair alone.
 
         `num_inference_steps`, `guidance_scale`, `resolution`: None is the base's recommendation. `callback`:
-        as diffusers' callback_on_step_end. Modules in training mode are set to eval and back.
+        as diffusers' callback_on_step_end. Modules in training mode are set to eval and back. Raises ConfigError
+        unless both are lists of one length.
         """
+        need(not isinstance(prompts, str) and len(prompts) == len(seeds),
+             f"draw takes a list of prompts and one seed for each prompt: there are {prompts!r} and {seeds!r}")
         training = [module for module in (self.unet, self.__dict__.get("text_encoder")) if module and module.training]
         for module in training:
             module.eval()
@@ -297,7 +301,7 @@ class StableDiffusion:
         for first in range(0, len(prompts), batch_size):
             these, own_seeds = list(prompts[first:first + batch_size]), seeds[first:first + batch_size]
             noise = torch.cat([normal(shape, seed, stream) for seed in own_seeds])
-            pictures += pipeline(
+            latents = pipeline(
                 prompt_embeds=self.encode_prompts(these)["encoder_hidden_states"],
                 negative_prompt_embeds=self.encode_prompts([negative_prompt] * len(these))["encoder_hidden_states"],
                 latents=noise.to(self.device, self.dtype),
@@ -305,8 +309,15 @@ class StableDiffusion:
                 num_inference_steps=num_inference_steps or self.settings["num_inference_steps"],
                 guidance_scale=self.settings["guidance_scale"] if guidance_scale is None else guidance_scale,
                 height=resolution or self.resolution, width=resolution or self.resolution,
-                callback_on_step_end=callback,
+                callback_on_step_end=callback, output_type="latent",
             ).images
+            pictures += to_images(self.decode(latents.float()))  # in the autoencoder's own precision
         for module in training:
             module.train()
         return pictures
+
+
+def to_images(pixels):
+    """Pictures (n, 3, h, w) in [-1, 1] as PIL images."""
+    levels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(level) for level in levels]

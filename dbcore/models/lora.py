@@ -97,8 +97,9 @@ def load_lora(base, path, scale=1.0, name="default"):
     """
     adapter = read_adapter(path, base.name)
     for component, layers in adapter.layers.items():
+        fit_or_refuse(base.modules, component, layers, path)
+    for component, layers in adapter.layers.items():
         module = base.modules[component]
-        fit_or_refuse(module, component, layers, path)
         module.add_adapter(lora_config(layers), adapter_name=name)
         for plain, layer in ((plain_name(component, n), found) for n, found in lora_layers(module)):
             if plain in layers:
@@ -108,8 +109,10 @@ def load_lora(base, path, scale=1.0, name="default"):
     return base
 
 
-def fit_or_refuse(module, component, layers, path):
-    own = {plain_name(component, name): m for name, m in module.named_modules()}
+def fit_or_refuse(modules, component, layers, path):
+    need(component in modules, f"{path} does not fit this base, which has no {component}; "
+         "give the base that it was trained on")
+    own = {plain_name(component, name): m for name, m in modules[component].named_modules()}
     for name, layer in layers.items():
         weight = getattr(getattr(own.get(name), "base_layer", own.get(name)), "weight", None)
         same = weight is not None and (weight.shape[0], weight.shape[1:]) == (len(layer.up), layer.down.shape[1:])
@@ -130,16 +133,24 @@ def fill(peft_layer, layer, name):
 
 
 def set_scale(base, scales):
-    """{name: scale}: use just these LoRAs, each `scale` times as strong as it was trained (0 is off)."""
-    for component in ("unet", "text_encoder"):
-        for _, layer in lora_layers(base.modules[component]):
-            there = [name for name in scales if name in layer.lora_A]
-            for name in there:
-                layer.trained_scaling = {**getattr(layer, "trained_scaling", {})}
-                layer.trained_scaling.setdefault(name, layer.scaling[name])
-                layer.scaling[name] = layer.trained_scaling[name] * scales[name]
-            layer.set_adapter(there)
-            layer.requires_grad_(False)
+    """{name: scale}: use just these LoRAs, each `scale` times as strong as it was trained (0 is off).
+
+    Raises ConfigError for a name that is not there, and while a LoRA is merged into the weights.
+    """
+    layers = [layer for module in base.modules.values() for _, layer in lora_layers(module)]
+    known = sorted({name for layer in layers for name in layer.lora_A})
+    for name in scales:
+        need(name in known, f"there is no LoRA named {name!r}; there is {', '.join(known) or 'none'}")
+    need(not any(layer.merged for layer in layers), "a LoRA is merged into the weights: unmerge_lora it first")
+    for layer in layers:
+        # a DoRA at scale 0 would still rescale the weights' rows, so 0 takes the LoRA out
+        there = [name for name in scales if name in layer.lora_A and scales[name]]
+        for name in there:
+            layer.trained_scaling = {**getattr(layer, "trained_scaling", {})}
+            layer.trained_scaling.setdefault(name, layer.scaling[name])
+            layer.scaling[name] = layer.trained_scaling[name] * scales[name]
+        layer.set_adapter(there)
+        layer.requires_grad_(False)
 
 
 def merge_lora(module):

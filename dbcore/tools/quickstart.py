@@ -70,7 +70,7 @@ def learn(args, folder, subject):
         pretrained_model_name_or_path=args.pretrained_model_name_or_path, instance_data_dir=str(folder),
         instance_prompt=subject["instance_prompt"], class_prompt=subject["class_prompt"],
         with_prior_preservation=True, num_class_images=CLASS_IMAGES, max_train_steps=args.max_train_steps,
-        output_dir=str(args.output_dir), seed=args.seed))
+        output_dir=str(args.output_dir), overwrite_output_dir=True, seed=args.seed))
 
 
 def prompts_for(subject):
