@@ -1,0 +1,243 @@
+"""Did it learn, in numbers: the measures of the DreamBooth paper (Ruiz et al. 2023, section 4.1 and 4.3).
+
+Every measure is a mean cosine between feature vectors. What it says hangs on the encoder that made them:
+CLIP's image tower sees kind, colour and place; DINO, trained to tell pictures apart without words, sees
+more of the individual. A base's folder may bring encoders of its own world, or name others (`metrics` in
+its recommended.json).
+Compare numbers of one encoder only, and only between a floor (the base without adapter) and a ceiling
+(real photos against each other).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from dbcore.config import ConfigError
+from dbcore.datasets.dreambooth import to_pixels
+from dbcore.models.base import recommended
+from dbcore.utils.seeding import key
+
+ENCODERS = ("openai/clip-vit-base-patch32", "facebook/dino-vits16")  # for a base that brings none
+
+
+# --- encoders -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Encoder:
+    """Pictures, and for some encoders texts, to unit vectors. `note` says what to keep in mind of it."""
+
+    name: str
+    embed_images: Callable  # list of PIL images -> (n, d)
+    embed_texts: Callable | None = None  # list of strings -> (n, d) in the same space
+    note: str = ""
+
+    @torch.no_grad()
+    def images(self, pictures, batch_size=32):
+        """(n, d) float32 unit vectors on the CPU. Raises ValueError if there is no picture."""
+        return self._batches(self.embed_images, pictures, batch_size, "picture")
+
+    @torch.no_grad()
+    def texts(self, prompts, batch_size=32):
+        """(n, d) float32 unit vectors on the CPU. Raises ValueError for an encoder of pictures alone."""
+        if self.embed_texts is None:
+            raise ValueError(f"{self.name} reads pictures and no text: take a CLIP for prompt fidelity")
+        return self._batches(self.embed_texts, prompts, batch_size, "prompt")
+
+    def _batches(self, embed, things, size, what):
+        things = list(things)
+        if not things:
+            raise ValueError(f"{self.name}: no {what} was given; give at least one")
+        parts = [embed(things[first:first + size]) for first in range(0, len(things), size)]
+        return normalize(torch.cat(parts).float().cpu(), dim=-1)
+
+
+def load_encoder(base_or_name):
+    """One `Encoder`: the first for a base, or the one of that name.
+
+    `base_or_name`: a `StableDiffusion`, its folder, or a CLIP or a ViT (DINO) of transformers, as a folder
+    or a name on the hub. Raises ConfigError if it is none of these.
+    """
+    return load_encoders(base_or_name)[0]
+
+
+def load_encoders(base_or_name):
+    """Every encoder for a base, the one that also reads prompts first; see `load_encoder`."""
+    is_base = hasattr(base_or_name, "encode_prompts")
+    folder = Path(base_or_name.name if is_base else base_or_name)
+    if not is_base and not (folder / "model_index.json").is_file():
+        return [load_hub_encoder(str(base_or_name))]
+    own = [name for name in OWN if (folder / name).is_dir()]
+    named = recommended(folder).get("metrics") or own or ENCODERS
+    named = [named] if isinstance(named, str) else named
+    return [OWN[name](folder) if name in OWN else load_hub_encoder(name) for name in named]
+
+
+def toy_clip(folder):
+    """The CLIP that was trained with the toy base's text encoder (Radford et al. 2021, in miniature)."""
+    from dbcore.toybox.clip import load_clip
+
+    clip = load_clip(folder)
+    return Encoder("clip_image", clip.embed_images, clip.embed_texts,
+                   "its text tower is the base's own text encoder, so prompt fidelity is on the kind side")
+
+
+def toy_reader(folder):
+    """Features of the attribute reader: trained on renders and labels, it shares nothing with the base."""
+    from dbcore.toybox.reader import load_reader
+
+    reader = load_reader(folder)
+
+    def embed(pictures):
+        pixels = torch.stack([to_pixels(picture.convert("RGB").resize((64, 64))) for picture in pictures])
+        return reader.neck(reader.body(pixels))
+
+    return Encoder("reader", embed, None, "plays DINO's part; trained on renders and what they show")
+
+
+OWN = {"clip_image": toy_clip, "reader": toy_reader}  # folders that a base may bring
+
+
+def load_hub_encoder(name):
+    """A CLIP, or a ViT such as DINO (Caron et al. 2021), of transformers. Raises ConfigError for another kind."""
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        make = {"clip": hub_clip, "vit": hub_vit, "dinov2": hub_vit}.get(kind)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"metric encoder {name}: neither a base's folder nor a model of transformers ({reason})"
+                          ) from None
+    if make is None:
+        raise ConfigError(f"metric encoder {name} is a {kind}: give a CLIP or a ViT, such as {' or '.join(ENCODERS)}")
+    return make(name, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def hub_clip(name, device):
+    from transformers import AutoTokenizer, CLIPModel
+
+    clip = CLIPModel.from_pretrained(name).eval().to(device)
+    tokenizer, prepare = AutoTokenizer.from_pretrained(name), preprocessing(name)
+
+    def embed_images(pictures):
+        return clip.visual_projection(clip.vision_model(prepare(pictures).to(device)).pooler_output)
+
+    def embed_texts(prompts):
+        ids = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device)
+        return clip.text_projection(clip.text_model(**ids).pooler_output)
+
+    return Encoder(name, embed_images, embed_texts)
+
+
+def hub_vit(name, device):
+    """Its [CLS] vector, as the paper takes it."""
+    from transformers import AutoModel
+
+    model, prepare = AutoModel.from_pretrained(name).eval().to(device), preprocessing(name)
+    return Encoder(name, lambda pictures: model(prepare(pictures).to(device)).last_hidden_state[:, 0])
+
+
+def preprocessing(name):
+    """A function from PIL images to the pixels (n, 3, h, w) that the model of that name was trained on."""
+    from PIL import Image, ImageOps
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    asked, _ = BaseImageProcessor.get_image_processor_dict(name)
+    size = asked.get("crop_size") or asked["size"]
+    side = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
+    mean, std = (torch.tensor(asked[which]).view(3, 1, 1) for which in ("image_mean", "image_std"))
+
+    def prepare(pictures):
+        squares = [ImageOps.fit(p.convert("RGB"), (side, side), Image.Resampling.BICUBIC) for p in pictures]
+        return torch.stack([((to_pixels(square) + 1) / 2 - mean) / std for square in squares])
+
+    return prepare
+
+
+# --- measures -----------------------------------------------------------------------------------------
+
+
+def features(pictures, encoder):
+    """(n, d) unit vectors of PIL images; vectors that `encoder.images` made before are taken as they are."""
+    return pictures if torch.is_tensor(pictures) else encoder.images(pictures)
+
+
+def subject_fidelity(pictures, photos, encoder):
+    """Is it this one? Mean cosine over all pairs of a drawn picture and a real photo, in [-1, 1].
+
+    With CLIP's image tower this is CLIP-I, with DINO it is DINO (Ruiz et al. 2023, section 4.1). Copies of
+    the photos score highest: read it beside `prompt_fidelity` and `nearest_photo`.
+    """
+    return float((features(pictures, encoder) @ features(photos, encoder).T).mean())
+
+
+def real_against_real(photos, encoder):
+    """The ceiling of `subject_fidelity`: mean cosine over all pairs of different photos of the subject."""
+    vectors = features(photos, encoder)
+    count = len(vectors)
+    if count < 2:
+        raise ValueError("one picture alone cannot be compared: give two or more")
+    cosines = vectors @ vectors.T
+    return float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
+
+
+def prompt_fidelity(pictures, prompts, encoder):
+    """Does it show what was asked? Mean cosine of each picture and its prompt (CLIP-T), in [-1, 1].
+
+    `prompts`: one a picture, or one for all, without the identifier: to CLIP it is a stray word. Raises
+    ValueError if the numbers differ, or the encoder reads no text.
+    """
+    vectors = features(pictures, encoder)
+    prompts = [prompts] * len(vectors) if isinstance(prompts, str) else list(prompts)
+    if len(prompts) != len(vectors):
+        raise ValueError(f"{len(prompts)} prompts for {len(vectors)} pictures: give one a picture, or one for all")
+    unique = list(dict.fromkeys(prompts))
+    texts = encoder.texts(unique)[[unique.index(prompt) for prompt in prompts]]
+    return float((vectors * texts).sum(dim=1).mean())
+
+
+def prior_preservation_metric(class_pictures, photos, encoder):
+    """PRES: do others of its class now look like the subject? Mean cosine over all pairs; lower is better.
+
+    `class_pictures`: drawn for the class prompt, without the identifier, after training. The number of the
+    untrained base is what a perfect prior would keep (Ruiz et al. 2023, section 4.3).
+    """
+    return subject_fidelity(class_pictures, photos, encoder)
+
+
+def diversity(pictures, encoder):
+    """DIV: how much pictures of one prompt differ, 1 - the mean cosine of different ones, in [0, 2].
+
+    The paper takes LPIPS between them; here it is the encoder's own distance. Higher is better while the
+    subject is kept. Raises ValueError for fewer than two pictures.
+    """
+    return 1 - real_against_real(pictures, encoder)
+
+
+def nearest_photo(pictures, photos, encoder):
+    """Is it a copy? (which, cosine) for each picture: the photo nearest to it, and how near, each (n,).
+
+    A cosine above what photos of the subject reach among themselves, with a place that was not asked for,
+    is a memorised photo.
+    """
+    cosines, which = (features(pictures, encoder) @ features(photos, encoder).T).max(dim=1)
+    return which.tolist(), cosines.tolist()
+
+
+def bootstrap_interval(values, seed=0, level=0.95, count=10_000):
+    """(low, high) of the mean of `values`: the percentile bootstrap (Efron 1979), values drawn with return.
+
+    Give one value a subject: pictures of one subject are not independent. One value gives (value, value).
+    Raises ValueError if there is none.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.size == 0:
+        raise ValueError("bootstrap_interval: no values were given; give one a subject")
+    picks = np.random.default_rng(key(seed, "bootstrap")).integers(0, len(values), (count, len(values)))
+    low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
