@@ -16,7 +16,7 @@ from pathlib import Path
 
 AUTO = "auto"
 OPTIMIZERS = ("AdamW", "AdamW8bit", "Prodigy", "Adafactor")
-PRECISIONS = (AUTO, "no", "fp16", "bf16")
+PRECISIONS = (AUTO, "no", "fp32", "fp16", "bf16")  # no and fp32 are one
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 SECRETS = {"hub_token"}
 
@@ -87,7 +87,7 @@ class TrainConfig:
     train_batch_size: int = knob(1, "photos a step and process", low=1)
     gradient_accumulation_steps: int = knob(1, "batches a step: a larger batch in the memory of a small one", low=1)
     max_train_steps: int | None = knob(None, "steps; without it and num_train_epochs, 150", low=1)
-    num_train_epochs: int | None = knob(None, "passes over the photos, instead of steps", low=1)
+    num_train_epochs: int | None = knob(None, "passes over the photos; max_train_steps wins where both are given", low=1)
     optimizer: str = knob("AdamW", "AdamW8bit needs bitsandbytes, Prodigy prodigyopt (and learning_rate 1)", OPTIMIZERS)
     adam_beta1: float = knob(0.9, "decay of the gradient's mean", low=0, high=0.9999)
     adam_beta2: float = knob(0.999, "decay of its square's mean", low=0, high=0.99999)
@@ -141,8 +141,6 @@ class TrainConfig:
                  f"--{given} does nothing without --train_text_encoder: add that, or leave this out")
         need(self.train_text_encoder or self.train_text_encoder_frac == 1,
              "--train_text_encoder_frac does nothing without --train_text_encoder")
-        need(self.max_train_steps is None or self.num_train_epochs is None,
-             "--max_train_steps and --num_train_epochs both say how long: give one")
         need(self.validation_steps is None or self.validation_epochs is None,
              "--validation_steps and --validation_epochs both say how often: give one")
         for given in ("validation_steps", "validation_epochs"):
@@ -199,6 +197,7 @@ ANSWERED = {
     "dataloader_num_workers": "photos are encoded once before training, so no loader is left to speed up",
     "set_grads_to_none": "gradients are always freed between steps",
     "text_encoder_use_attention_mask": "Stable Diffusion's text encoder is trained and used without a mask",
+    "validation_images": "it belongs to DeepFloyd IF's upscaler, which this does not train",
     "class_labels_conditioning": "it belongs to DeepFloyd IF, which this does not train",
     "offload_ema": "the running mean of a LoRA is a few megabytes",
 }

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from dbcore.config import ConfigError, TrainConfig, read_yaml
-from dbcore.models.base import load_base, settle, torch_dtype
+from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import load_lora, set_scale
 from dbcore.utils.grids import save_grid
 
@@ -44,10 +44,7 @@ def with_base(config):
 
 def base_with_loras(config):
     """The base on the best device there is, with every LoRA of `checkpoint_dir` at its scale."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant, device=device,
+    base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant, device=best_device(),
                      dtype=torch_dtype(config.mixed_precision))
     names = [f"lora_{k}" for k in range(len(config.checkpoint_dir))]
     for name, path in zip(names, config.checkpoint_dir):

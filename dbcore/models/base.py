@@ -76,6 +76,12 @@ def settle(config, device=None):
     chosen = {name: wished[name] for name in names & set(wished) if getattr(config, name) == AUTO}
     chosen |= {name: best_precision(device) for name in ("mixed_precision", "prior_generation_precision")
                if getattr(config, name, None) == AUTO}
+    if torch.device(device or best_device()).type == "cpu":  # which has no arithmetic in fp16
+        halves = [name for name in ("mixed_precision", "prior_generation_precision")
+                  if getattr(config, name, None) == "fp16"]
+        chosen |= {name: "no" for name in halves}
+        for name in halves:
+            print(f"--{name} fp16 needs a GPU: float32 is used here.")
     if getattr(config, "resolution", None) == AUTO and "resolution" not in chosen:
         chosen["resolution"] = native_resolution(config.pretrained_model_name_or_path, config.revision)
     if "learning_rate" in chosen and config.optimizer == "Prodigy":
@@ -90,13 +96,18 @@ def settle(config, device=None):
 
 def best_precision(device=None):
     """bf16 where a GPU has it, fp16 on older ones, no elsewhere: CPUs and Macs are slower or wrong in half."""
-    if torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type != "cuda":
+    if torch.device(device or best_device()).type != "cuda":
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def best_device():
+    """"cuda", "mps" or "cpu", the fastest that is there."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def torch_dtype(precision):
-    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    return {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 def native_resolution(name_or_path, revision=None):
