@@ -60,8 +60,10 @@ bundle: setup ## dist/dbcore-course.zip: the project and its packages, for a roo
 	git archive HEAD | tar -x -C $(BUNDLE)
 	mv $(BUNDLE)/notebooks/INSTALL.txt $(BUNDLE)/INSTALL.txt
 	$(BIN)/python -m pip wheel $(PIP_ARGS) --no-deps -w $(BUNDLE)/wheelhouse $(BUNDLE)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip download $(BUNDLE_FOR) --no-deps --retries 1 -d $(BUNDLE)/wheelhouse \
+		-c constraints.txt --index-url $(TORCH_INDEX) torch || echo "No answer from $(TORCH_INDEX).")
 	$(BIN)/python -m pip download $(PIP_ARGS) $(BUNDLE_FOR) -c constraints.txt -d $(BUNDLE)/wheelhouse \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(ls $(BUNDLE)/wheelhouse/dbcore-*.whl)[all]"
+		--find-links $(BUNDLE)/wheelhouse "$$(ls $(BUNDLE)/wheelhouse/dbcore-*.whl)[all]"
 	cd build/bundle && $(abspath $(BIN))/python -m zipfile -c ../../dist/dbcore-course.zip dbcore-course
 
 toybox: setup ## train the toy base anew (hours on a CPU)

@@ -73,19 +73,23 @@ def _numbers(version):
 
 def install(lines):
     """pip install `lines`, with every package of the course that is already good enough held where it is."""
-    print("Installing what is missing:", ", ".join(re.split("[>=]", line)[0] for line in lines), flush=True)
-    absent = {re.split("[>=]", line)[0] for line in lines}
-    held = [f"{name}=={_version(name)}" for name in NEEDS if name not in absent]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *lines]
+    absent = {re.split("[>=]", line)[0]: line for line in lines}
+    print("Installing what is missing:", ", ".join(absent), flush=True)
     if "torch" in absent and platform.system() == "Linux" and not shutil.which("nvidia-smi"):
-        command += ["--extra-index-url", CPU_WHEELS]  # the usual one brings gigabytes of CUDA
+        _pip("--no-deps", "--retries", "1", "--index-url", CPU_WHEELS, absent["torch"])  # without gigabytes of CUDA
     with tempfile.TemporaryDirectory() as folder:
-        constraints = Path(folder, "held.txt")
-        constraints.write_text("\n".join(held))
-        done = subprocess.run([*command, "--constraint", str(constraints)], capture_output=True, text=True,
-                              check=False)
-    if done.returncode:
-        raise SetupError(f"pip could not install {', '.join(lines)}:\n{done.stderr.strip()[-1500:]}")
+        held = Path(folder, "held.txt")
+        held.write_text("\n".join(f"{name}=={_version(name)}" for name in NEEDS if name not in absent))
+        trouble = _pip(*lines, "--constraint", str(held))
+    if trouble:
+        raise SetupError(f"pip could not install {', '.join(lines)}:\n{trouble[-1500:]}")
+
+
+def _pip(*arguments):
+    """pip install; what it complained of if it failed, else None."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stderr.strip() or "no reason given" if done.returncode else None
 
 
 def hardware():

@@ -29,7 +29,8 @@ def pip(monkeypatch):
     calls = []
 
     def run(command, **_):
-        calls.append((command, Path(command[-1]).read_text().split()))
+        held = Path(command[-1]).read_text().split() if "--constraint" in command else None
+        calls.append((command, held))
         return SimpleNamespace(returncode=1 if "broken>=1" in command else 0, stderr="no such thing")
 
     monkeypatch.setattr(notebook.subprocess, "run", run)
@@ -68,13 +69,14 @@ def test_an_install_holds_everything_else_where_it_is(installed, pip, capsys):
     assert "Installing what is missing: peft" in capsys.readouterr().out
 
 
-def test_a_missing_torch_is_the_small_one_where_no_gpu_is(installed, pip, monkeypatch):
+@pytest.mark.parametrize("driver, small", [(None, True), ("/usr/bin/nvidia-smi", False)])
+def test_a_missing_torch_is_the_small_one_where_no_gpu_is(installed, pip, monkeypatch, driver, small):
     installed(**(COLAB | {"torch": None}))
     monkeypatch.setattr(notebook.platform, "system", lambda: "Linux")
-    for driver, small in ((None, True), ("/usr/bin/nvidia-smi", False)):
-        monkeypatch.setattr(notebook.shutil, "which", lambda name, driver=driver: driver)
-        notebook.install(["torch>=2.4"])
-        assert (notebook.CPU_WHEELS in pip[-1][0]) == small
+    monkeypatch.setattr(notebook.shutil, "which", lambda name: driver)
+    notebook.install(["torch>=2.4"])
+    assert (notebook.CPU_WHEELS in pip[0][0]) == small
+    assert "torch>=2.4" in pip[-1][0] and pip[-1][1] is not None  # finds it there, or fetches the usual one
 
 
 def test_what_pip_could_not_do_is_said(installed, pip):
