@@ -6,6 +6,7 @@ which prints itself as the last value of a cell and counts as True or False.
 """
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -77,3 +78,78 @@ def _compared(got, wanted):
         return f"is {got.item():.4g}; expected {wanted.item():.4g}"
     k = int(np.abs(got - wanted).argmax())
     return f"is off most at entry {k}: {got.flat[k]:.4g}; expected {wanted.flat[k]:.4g}"
+
+
+# --- 00 ---
+
+
+@exercise
+def check_00_room(room):
+    def tokenizer(prompt):
+        return SimpleNamespace(input_ids=["start", *prompt.split(), "end"])
+
+    tokenizer.model_max_length = 24
+    same(room(tokenizer, "a photo of a dog"), 17, "with room for 24 tokens, room(tokenizer, 'a photo of a dog')")
+    tokenizer.model_max_length = 77
+    same(room(tokenizer, ""), 75, "with room for 77 tokens, room(tokenizer, '')")
+    return "the two marks take their places too."
+
+
+@exercise
+def check_00_clean(clean):
+    import torch
+
+    x0, noise = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    for abar in torch.tensor([0.9, 0.5, 0.05]):
+        x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+        same(clean(x_t, noise, abar), x0, f"clean(x_t, noise, {abar.item():.2g})", tolerance=1e-3)
+    return "whoever knows the noise knows the picture. That is why a network need only learn the noise."
+
+
+@exercise
+def check_00_guided(guided):
+    import torch
+
+    wanted, unwanted = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    same(guided(wanted, unwanted, 1.0), wanted, "guided(wanted, unwanted, 1)")
+    same(guided(wanted, wanted, 7.5), wanted, "guided(wanted, wanted, 7.5)")
+    same(guided(wanted, unwanted, 0.0), unwanted, "guided(wanted, unwanted, 0)")
+    same(guided(wanted, unwanted, 4.0), 4 * wanted - 3 * unwanted, "guided(wanted, unwanted, 4)", tolerance=1e-3)
+    return "with w = 1 it is the wanted answer alone; where both agree, guidance changes nothing."
+
+
+# --- 01 ---
+
+
+@exercise
+def check_01_corner(corner):
+    same(corner(60, 40, 120), 40, "a square of 40 around 60, on a side of 120: corner(60, 40, 120)")
+    same(corner(10, 40, 120), 0, "near the left edge: corner(10, 40, 120)")
+    same(corner(115, 40, 120), 80, "near the right edge, where the square must end at 120: corner(115, 40, 120)")
+    same(corner(30, 120, 120), 0, "a square as long as the side: corner(30, 120, 120)")
+    return "around the subject where that is possible, and always inside the photo."
+
+
+@exercise
+def check_01_twins(twins):
+    prints = [np.array(list(map(int, bits))) for bits in ("00000000", "11110000", "00000001", "11110111")]
+    found = [tuple(pair) for pair in twins(prints, 2)]
+    expect((0, 0) not in found, "Every photo is the twin of itself; leave those pairs out.")
+    expect((0, 2) in found, "Photos 0 and 2 differ in one sign of eight; with limit 2 they are twins.")
+    expect((2, 0) not in found, "(0, 2) and (2, 0) are the same pair; give it once, the smaller number first.")
+    expect((1, 3) not in found, "Photos 1 and 3 differ in three signs; with limit 2 they are no twins.")
+    expect(found == [(0, 2)], f"found {found}; expected [(0, 2)]")
+    same(len(twins(prints, 4)), 2, "the number of pairs with limit 4")
+    return "each pair is compared once, and only near copies are named."
+
+
+@exercise
+def check_01_prompts(prompts):
+    answer = prompts("sks", "teapot")
+    expect(isinstance(answer, tuple) and len(answer) == 2, "Return two sentences: with the word, and without it.")
+    named, plain = answer
+    expect("sks" not in plain, "The class prompt speaks of any teapot, so the word must not be in it.")
+    expect(named == "a photo of sks teapot", f"the first is {named!r}; expected 'a photo of sks teapot'")
+    expect(plain == "a photo of a teapot", f"the second is {plain!r}; expected 'a photo of a teapot'")
+    expect(prompts("ohwx", "owl")[1] == "a photo of an owl", "It should say 'an owl', not 'a owl'.")
+    return "the same sentence twice; the word stands where the article was."
