@@ -3,6 +3,8 @@
     y = W x + (alpha / r) B A x        Hu et al. 2021, equation 3; B starts at 0, so at first nothing changes
 """
 
+import warnings
+
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -93,14 +95,17 @@ def save_lora(modules, path, notes=None, name="default"):
 def load_lora(base, path, scale=1.0, name="default"):
     """Put a saved LoRA (a run's folder, or a file of diffusers, kohya or peft) on a base, beside others there.
 
-    Raises LoraFileError for a bad file, ConfigError if it was trained on a base of another shape.
+    It is then used alone; `set_scale` mixes several. Raises LoraFileError for a bad file, ConfigError if it was
+    trained on a base of another shape, in which case nothing has changed.
     """
     adapter = read_adapter(path, base.name)
     for component, layers in adapter.layers.items():
         fit_or_refuse(base.modules, component, layers, path)
     for component, layers in adapter.layers.items():
         module = base.modules[component]
-        module.add_adapter(lora_config(layers), adapter_name=name)
+        with warnings.catch_warnings():  # a second LoRA beside the first is meant
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            module.add_adapter(lora_config(layers), adapter_name=name)
         for plain, layer in ((plain_name(component, n), found) for n, found in lora_layers(module)):
             if plain in layers:
                 fill(layer, layers[plain], name)

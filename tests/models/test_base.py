@@ -1,0 +1,205 @@
+"""The frozen base behind its few methods, and what `auto` becomes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pipelines import make_tiny_pipeline
+
+from dbcore.config import ConfigError, GenerateConfig, TrainConfig
+from dbcore.models.base import best_precision, load_base, settle
+from dbcore.models.lora import add_lora
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_pipeline(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return load_base(folder)
+
+
+def away(one, other):
+    """Largest difference of two pictures in grey levels."""
+    return np.abs(np.asarray(one, int) - np.asarray(other, int)).max()
+
+
+# --- drawing ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", ["auto", "ddim", "euler_a"])
+def test_picture_k_depends_on_its_own_pair_alone(base, scheduler):
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "scheduler": scheduler}
+    prompts, seeds = ["a red dog", "a blue car", "a red dog", "a red dog"], [1, 2, 2, 1]
+    together = base.draw(prompts, seeds, **options)
+    (alone,) = base.draw(prompts[2:3], seeds[2:3], **options)
+    by_two = base.draw(prompts, seeds, batch_size=2, **options)
+    assert away(together[2], alone) <= 1 and all(away(a, b) <= 1 for a, b in zip(together, by_two))
+    assert away(together[0], together[3]) <= 1  # the same pair, the same picture
+    assert away(together[0], together[2]) > 10  # another seed
+
+
+def test_the_prompt_and_the_guidance_are_heard(base):
+    def draw(prompt, **more):
+        return base.draw([prompt], [0], num_inference_steps=3, **more)[0]
+
+    red = draw("a red dog", guidance_scale=7.0)
+    assert away(red, draw("a blue car", guidance_scale=7.0)) > 1
+    assert away(red, draw("a red dog", guidance_scale=1.0)) > 1
+    assert away(red, draw("a red dog", guidance_scale=7.0, negative_prompt="snow")) > 1
+
+
+def test_drawing_leaves_torchs_random_numbers_and_the_modules_mode_alone(base):
+    base.unet.train()
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    base.draw(["a dog"], [0], num_inference_steps=1)
+    assert base.unet.training and torch.equal(torch.rand(3), wanted)
+    base.unet.eval()
+
+
+def test_pictures_are_as_large_as_asked(base):
+    assert base.draw(["a dog"], [0], num_inference_steps=1)[0].size == (32, 32)
+    assert base.draw(["a dog"], [0], num_inference_steps=1, resolution=48)[0].size == (48, 48)
+
+
+@pytest.mark.parametrize("prompts, seeds", [(["a dog", "a cat"], [0]), (["a dog"], [0, 1]), ("a dog", [0])])
+def test_a_prompt_without_a_seed_is_refused(base, prompts, seeds):
+    with pytest.raises(ConfigError, match="one seed for each prompt"):
+        base.draw(prompts, seeds, num_inference_steps=1)
+
+
+def test_the_recommended_settings_are_used(tmp_path):
+    folder = make_tiny_pipeline(tmp_path)
+    wished = {"num_inference_steps": 2, "guidance_scale": 6.0}
+    (folder / "recommended.json").write_text(json.dumps(wished))
+    base, counted = load_base(folder), []
+    by_itself = base.draw(["a dog"], [0], callback=lambda pipe, step, t, more: counted.append(step) or more)
+    assert counted == [0, 1]
+    assert away(by_itself[0], base.draw(["a dog"], [0], **wished)[0]) == 0
+    assert away(by_itself[0], base.draw(["a dog"], [0], guidance_scale=1.0)[0]) > 1
+
+
+# --- encoding, noise and targets -------------------------------------------------------------------------
+
+
+def test_prompts_become_embeddings_once(folder):
+    base = load_base(folder)
+    prompts = ["a red dog", "a blue car"]
+    wanted = base.encode_prompts(prompts)["encoder_hidden_states"]
+    assert wanted.shape == (2, 16, 16)
+    base.remember(prompts)
+    base.release("text_encoder")
+    assert torch.allclose(base.encode_prompts(prompts)["encoder_hidden_states"], wanted, atol=1e-6)
+    assert "text_encoder" not in vars(base)
+
+
+def test_pictures_become_latents_and_come_back_in_range(base):
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    mean, std = base.encode_images(pixels)
+    assert mean.shape == std.shape == (2, *base.latent_shape(32)) and (std > 0).all()
+    posterior = base.vae.encode(pixels).latent_dist
+    assert torch.allclose(mean, posterior.mean * base.vae.config.scaling_factor)
+    back = base.decode(mean)
+    assert back.shape == pixels.shape and back.abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_target_is_what_the_base_was_trained_to_say(kind, tmp_path):
+    base = load_base(make_tiny_pipeline(tmp_path, kind))
+    x0, noise, t = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16), torch.tensor([0, 400, 999])
+    abar = base.noise_scheduler.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+    x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+    assert torch.allclose(base.add_noise(x0, noise, t), x_t, atol=1e-5)
+    wanted = {"epsilon": noise, "sample": x0, "v_prediction": abar.sqrt() * noise - (1 - abar).sqrt() * x0}[kind]
+    assert torch.allclose(base.target(x0, noise, t), wanted, atol=1e-5)
+    assert torch.allclose(base.snr(t), (abar / (1 - abar)).flatten())
+
+
+def test_everything_is_frozen(base):
+    assert all(not p.requires_grad for part in (base.unet, base.vae, base.text_encoder) for p in part.parameters())
+    assert not any(part.training for part in (base.unet, base.vae, base.text_encoder))
+
+
+def test_another_base_has_another_fingerprint(base, folder, tmp_path):
+    assert load_base(folder).fingerprint() == base.fingerprint()
+    assert load_base(make_tiny_pipeline(tmp_path, seed=1)).fingerprint() != base.fingerprint()
+
+
+def test_what_is_released_comes_back_as_it_was(folder):
+    base = load_base(folder)
+    add_lora(base.unet, 2, 2.0)
+    base.release("unet")
+    assert not any("lora" in name for name, _ in base.unet.named_parameters())
+
+
+# --- auto ------------------------------------------------------------------------------------------------
+
+
+def test_auto_without_a_recommendation(folder):
+    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder)), "cpu")
+    assert (config.rank, config.learning_rate, config.lora_layers) == (4, 2e-4, "attention")
+    assert (config.lora_alpha, config.text_encoder_rank, config.text_encoder_lr) == (4.0, 4, 2e-5)
+    assert (config.resolution, config.mixed_precision, config.prior_generation_precision) == (32, "no", "no")
+    drawn = settle(GenerateConfig(pretrained_model_name_or_path=str(folder)), "cpu")
+    assert (drawn.num_inference_steps, drawn.guidance_scale, drawn.resolution) == (25, 7.5, 32)
+
+
+def test_auto_follows_the_bases_recommendation_and_what_was_given(tmp_path):
+    folder = make_tiny_pipeline(tmp_path)
+    wished = {"rank": 16, "learning_rate": 1e-3, "lora_layers": "attention+ff", "resolution": 64,
+              "guidance_scale": 3.0}  # fmt: skip
+    (folder / "recommended.json").write_text(json.dumps(wished))
+    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder)), "cpu")
+    assert {name: getattr(config, name) for name in wished if name != "guidance_scale"} == {
+        name: value for name, value in wished.items() if name != "guidance_scale"}
+    assert (config.lora_alpha, config.text_encoder_lr) == (16.0, 1e-4)
+    assert settle(GenerateConfig(pretrained_model_name_or_path=str(folder))).guidance_scale == 3.0
+    given = settle(TrainConfig(pretrained_model_name_or_path=str(folder), rank=8, lora_alpha=2, resolution=32,
+                               learning_rate=5e-4, mixed_precision="bf16"), "cpu")  # fmt: skip
+    assert (given.rank, given.lora_alpha, given.resolution, given.learning_rate) == (8, 2.0, 32, 5e-4)
+    assert given.mixed_precision == "bf16"
+
+
+def test_prodigy_finds_its_rate_itself(folder):
+    assert settle(TrainConfig(pretrained_model_name_or_path=str(folder), optimizer="Prodigy")).learning_rate == 1.0
+
+
+def test_processors_and_macs_train_in_full_precision():
+    assert best_precision("cpu") == best_precision("mps") == "no"
+
+
+# --- bases that are not there ----------------------------------------------------------------------------
+
+
+def test_a_base_that_has_moved_is_named(monkeypatch):
+    def gone(*args, **kwargs):
+        raise OSError("404")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", gone)
+    with pytest.raises(ConfigError, match="has moved to stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        load_base("runwayml/stable-diffusion-v1-5")
+    with pytest.raises(ConfigError, match="--pretrained_model_name_or_path my/own: no base found there"):
+        load_base("my/own")
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no base found there"):
+        load_base(tmp_path)
+
+
+def test_another_family_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ConfigError, match="FluxPipeline: Stable Diffusion 1.x and 2.x"):
+        load_base(tmp_path)
+
+
+def test_a_base_with_a_part_missing_says_which(tmp_path):
+    folder = make_tiny_pipeline(tmp_path)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="its unet cannot be loaded"):
+        load_base(folder).unet  # noqa: B018 - loaded when touched

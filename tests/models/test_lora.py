@@ -1,0 +1,312 @@
+"""What a LoRA is, as equations of a network's outputs, on a small random base."""
+
+import pytest
+import torch
+from pipelines import make_tiny_pipeline
+
+from dbcore.config import ConfigError
+from dbcore.models.base import load_base
+from dbcore.models.export import Adapter, Layer, LoraFileError, merge_adapters, read_adapter, save_diffusers
+from dbcore.models.lora import (
+    add_lora,
+    count_parameters,
+    load_lora,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    read_lora,
+    remove_lora,
+    save_lora,
+    set_scale,
+    target_modules,
+    unmerge_lora,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_pipeline(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def base(folder):
+    return load_base(folder)
+
+
+@torch.no_grad()
+def said(base):
+    """What the UNet predicts of fixed latents, under what the text encoder says of a fixed prompt."""
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    return base.predict(latents, torch.tensor([10, 700]), base.encode_prompts(["a photo of sks dog", "a red car"]))
+
+
+def as_if_trained(module, seed=0, size=0.3):
+    """Numbers in A and B (and DoRA's magnitudes) as training would leave them."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.data *= 1 + 0.3 * torch.rand(parameter.shape, generator=generator)
+        elif "lora_" in name:
+            parameter.data = size * torch.randn(parameter.shape, generator=generator)
+
+
+def a_file(base, path, seed=0, rank=4, alpha=2.0, text_encoder=False, **more):
+    """A LoRA of `base`, trained as far as anyone can tell, in a file; the base is left as it was."""
+    modules = {"unet": base.unet, **({"text_encoder": base.text_encoder} if text_encoder else {})}
+    for module in modules.values():
+        add_lora(module, rank, alpha, **more)
+        as_if_trained(module, seed)
+    save_lora(modules, path)
+    remove_lora(base)
+    return path
+
+
+def close(a, b):
+    return torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+# --- injection -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"layers": "attention+ff"}])
+def test_at_first_nothing_changes(base, options):
+    plain = said(base)
+    add_lora(base.unet, 4, 8.0, **options)
+    add_lora(base.text_encoder, 4, 8.0, **options)
+    assert close(said(base), plain)
+    as_if_trained(base.unet)
+    assert not close(said(base), plain)
+
+
+def test_only_the_lora_gets_gradients(base):
+    parameters = add_lora(base.unet, 2, 2.0)
+    as_if_trained(base.unet)
+    cond = base.encode_prompts(["a photo of sks dog"])
+    base.predict(torch.zeros(1, 4, 16, 16), torch.tensor([500]), cond).square().mean().backward()
+    frozen = [p for p in base.unet.parameters() if not any(p is own for own in parameters)]
+    assert all(p.grad is not None for p in parameters)
+    assert frozen and all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+def test_parameters_are_rank_times_inputs_and_outputs(base):
+    sides = sum(sum(base.unet.get_submodule(name).weight.shape) for name in target_modules(base.unet, "attention"))
+    everything = sum(p.numel() for p in base.unet.parameters())
+    parameters = add_lora(base.unet, 3, 3.0)
+    assert count_parameters(base.unet) == (3 * sides, everything + 3 * sides)
+    assert sum(p.numel() for p in parameters) == 3 * sides
+
+
+def test_the_layer_computes_the_papers_equation(base):
+    linear = base.unet.get_submodule(target_modules(base.unet, "attention")[0])
+    weight, bias = linear.weight.clone(), linear.bias
+    add_lora(base.unet, 4, 2.0)
+    as_if_trained(base.unet)
+    _, layer = lora_layers(base.unet)[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(3))
+    wanted = torch.nn.functional.linear(x, weight + 2.0 / 4 * b @ a, bias)
+    assert close(layer(x), wanted)
+
+
+def test_a_is_drawn_by_the_seed_alone(folder):
+    drawn = []
+    for seed, noise in ((5, 0), (5, 1), (6, 0)):
+        torch.manual_seed(noise)
+        unet = load_base(folder).unet
+        add_lora(unet, 4, 4.0, seed=seed)
+        drawn.append(lora_layers(unet)[0][1].lora_A["default"].weight)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_adding_a_lora_leaves_torchs_own_random_numbers_alone(base):
+    unet = base.unet
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    add_lora(unet, 4, 4.0)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_a_half_precision_base_gets_a_lora_in_full_precision(folder):
+    base = load_base(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in add_lora(base.unet, 4, 4.0)} == {torch.float32}
+    assert base.unet.conv_in.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layers, endings", [
+    ("attention", {"to_q", "to_k", "to_v", "0"}),
+    ("attention+ff", {"to_q", "to_k", "to_v", "0", "proj", "2"}),
+    ("to_k, to_v", {"to_k", "to_v"}),
+])  # fmt: skip
+def test_which_layers(base, layers, endings):
+    add_lora(base.unet, 2, 2.0, layers=layers)
+    assert {name.rpartition(".")[2] for name, _ in lora_layers(base.unet)} == endings
+
+
+def test_all_layers(base):
+    fitting = [m for m in base.unet.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    add_lora(base.unet, 2, 2.0, layers="all")
+    assert len(lora_layers(base.unet)) == len(fitting)
+
+
+def test_a_layer_that_is_not_there_is_named(base):
+    with pytest.raises(ConfigError, match="--lora_layers to_z: .*attention"):
+        add_lora(base.unet, 2, 2.0, layers="to_z")
+
+
+# --- merge and remove ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"layers": "all"}])
+def test_merged_is_unmerged(base, options):
+    add_lora(base.unet, 4, 2.0, **options)
+    as_if_trained(base.unet)
+    unmerged = said(base)
+    merge_lora(base.unet)
+    assert all(layer.merged for _, layer in lora_layers(base.unet))
+    assert close(said(base), unmerged)
+    unmerge_lora(base.unet)
+    assert close(said(base), unmerged)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_removing_gives_the_base_back(base, merged):
+    plain, names = said(base), [name for name, _ in base.unet.named_modules()]
+    add_lora(base.unet, 4, 2.0)
+    add_lora(base.text_encoder, 4, 2.0)
+    as_if_trained(base.unet)
+    as_if_trained(base.text_encoder)
+    if merged:
+        merge_lora(base.unet)
+    remove_lora(base)
+    assert [name for name, _ in base.unet.named_modules()] == names
+    assert lora_parameters(base.unet) == []
+    assert close(said(base), plain)
+    add_lora(base.unet, 4, 2.0)  # and there is room for the next
+    assert close(said(base), plain)
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    {"rank": 4, "alpha": 1.0}, {"rank": 2, "alpha": 8.0, "text_encoder": True}, {"use_rslora": True},
+    {"use_dora": True}, {"layers": "all", "rank": 3},
+])  # fmt: skip
+def test_a_loaded_file_says_what_the_trained_network_said(base, tmp_path, options):
+    options = {"rank": 4, "alpha": 2.0, **options}
+    plain = said(base)
+    modules = {"unet": base.unet}
+    if options.pop("text_encoder", False):
+        modules["text_encoder"] = base.text_encoder
+    for module in modules.values():
+        add_lora(module, **options)
+        as_if_trained(module)
+    trained = said(base)
+    path = save_lora(modules, tmp_path / "lora.safetensors")
+    fresh = load_lora(load_base(base.name), path)
+    assert close(said(fresh), trained) and not close(trained, plain)
+    assert lora_parameters(fresh.unet) == []
+
+
+def test_a_runs_folder_is_a_file(base, tmp_path):
+    path = a_file(base, tmp_path / "pytorch_lora_weights.safetensors")
+    assert close(said(load_lora(load_base(base.name), tmp_path)), said(load_lora(base, path)))
+
+
+def test_read_lora_is_what_was_saved(base, tmp_path):
+    path = a_file(base, tmp_path / "a.safetensors", rank=4, alpha=1.0)
+    layers = read_lora(load_lora(base, path).modules).layers["unet"]
+    assert len(layers) == len(lora_layers(base.unet))
+    assert {(layer.rank, layer.scale) for layer in layers.values()} == {(4, 0.25)}
+
+
+def test_a_lora_of_another_base_is_refused_and_changes_nothing(base, tmp_path):
+    plain = said(base)
+    path = a_file(base, tmp_path / "a.safetensors", text_encoder=True)
+    good = read_adapter(path).layers
+    name = next(iter(good["text_encoder"]))
+    wide = Layer(torch.ones(4, 99), good["text_encoder"][name].up, 1.0)
+    wrong = {
+        "wide": {**good, "text_encoder": {name: wide}},
+        "unknown": {"unet": {"down_blocks.7.to_q": Layer(torch.ones(4, 8), torch.ones(8, 4), 1.0)}},
+        "second": {**good, "text_encoder_2": good["text_encoder"]},
+    }
+    for word, layers in wrong.items():
+        bad = save_diffusers(Adapter(layers), tmp_path / f"{word}.safetensors")
+        with pytest.raises(ConfigError, match=f"{word}.safetensors does not fit this base"):
+            load_lora(base, bad)
+        assert close(said(base), plain) and not lora_layers(base.unet), word
+
+
+def test_a_file_that_is_none_is_refused(base, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"not at all")
+    with pytest.raises(LoraFileError, match="damaged"):
+        load_lora(base, tmp_path / "a.safetensors")
+
+
+# --- scales ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_scale_0_is_the_base_and_1_is_as_trained(base, tmp_path, options):
+    plain = said(base)
+    load_lora(base, a_file(base, tmp_path / "a.safetensors", text_encoder=True, **options))
+    trained = said(base)
+    set_scale(base, {"default": 0})
+    assert close(said(base), plain)
+    set_scale(base, {"default": 0.5})
+    half = said(base)
+    assert not close(half, plain) and not close(half, trained)
+    set_scale(base, {"default": 1})  # of what was trained, not of what was set before
+    assert close(said(base), trained)
+
+
+def test_half_the_scale_is_half_the_update(base, tmp_path):
+    load_lora(base, a_file(base, tmp_path / "a.safetensors"), scale=0.5)
+    _, layer = lora_layers(base.unet)[0]
+    half = layer.get_delta_weight("default").clone()
+    set_scale(base, {"default": 1})
+    assert close(layer.get_delta_weight("default"), 2 * half)
+
+
+def test_two_loras_add_up(base, tmp_path):
+    paths = [a_file(base, tmp_path / f"{seed}.safetensors", seed, rank, alpha=3.0)
+             for seed, rank in ((1, 2), (2, 4))]  # fmt: skip
+    for name, path in zip("ab", paths):
+        load_lora(base, path, name=name)
+    set_scale(base, {"a": 0.7, "b": 0.4})
+    both = said(base)
+    set_scale(base, {"a": 0.7})
+    assert not close(said(base), both)  # one that is not named is off
+    summed, _ = merge_adapters([read_adapter(path) for path in paths], [0.7, 0.4])
+    one = load_lora(load_base(base.name), save_diffusers(summed, tmp_path / "sum.safetensors"))
+    assert close(said(one), both)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_second_lora_is_no_surprise_and_is_used_alone(base, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        load_lora(base, a_file(load_base(base.name), tmp_path / f"{name}.safetensors", seed), name=name)
+    second = load_lora(load_base(base.name), tmp_path / "b.safetensors")
+    assert close(said(base), said(second))
+
+
+def test_a_scale_for_a_lora_that_is_not_there_is_refused(base, tmp_path):
+    load_lora(base, a_file(base, tmp_path / "a.safetensors"), name="dog")
+    with pytest.raises(ConfigError, match="no LoRA named 'cat'; there is dog"):
+        set_scale(base, {"cat": 0.5})
+
+
+def test_a_merged_lora_has_no_scale(base, tmp_path):
+    load_lora(base, a_file(base, tmp_path / "a.safetensors"))
+    merge_lora(base.unet)
+    with pytest.raises(ConfigError, match="unmerge_lora"):
+        set_scale(base, {"default": 0.5})
+
+
+def test_a_name_that_is_taken_is_refused(base, tmp_path):
+    path = a_file(base, tmp_path / "a.safetensors")
+    load_lora(base, path)
+    with pytest.raises(ValueError, match="default"):
+        load_lora(base, path)
