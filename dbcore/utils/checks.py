@@ -153,3 +153,63 @@ def check_01_prompts(prompts):
     expect(plain == "a photo of a teapot", f"the second is {plain!r}; expected 'a photo of a teapot'")
     expect(prompts("ohwx", "owl")[1] == "a photo of an owl", "It should say 'an owl', not 'a owl'.")
     return "the same sentence twice; the word stands where the article was."
+
+
+# --- 02 ---
+
+
+def _factors(d, k, rank, seed):
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in ((d, k), (rank, k), (d, rank))]
+
+
+@exercise
+def check_02_layer(lora_layer):
+    import torch
+
+    W, A, B = _factors(5, 7, 2, 0)
+    x = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    same(lora_layer(x, W, A, 0 * B, 4), x @ W.T, "with B = 0, where it should be W x alone,")
+    same(lora_layer(x, W, A, B, 2), x @ (W + B @ A).T, "with alpha = rank, where it should be (W + B A) x,")
+    same(lora_layer(x, W, A, B, 6), x @ (W + 3 * B @ A).T, "with alpha = 3 rank, where it should be (W + 3 B A) x,")
+    return "two thin products beside the old one, times alpha / rank."
+
+
+@exercise
+def check_02_merge(merged):
+    W, A, B = _factors(5, 7, 2, 2)
+    _, A2, B2 = _factors(5, 7, 4, 3)
+    before = W.clone()
+    same(merged(W, []), W, "without any LoRA the weight")
+    same(merged(W, [(A, B, 2, 1.0)]), W + B @ A, "with one LoRA at alpha = rank the weight")
+    same(merged(W, [(A, B, 1, 0.5), (A2, B2, 8, 2.0)]), W + 0.25 * B @ A + 4 * B2 @ A2, "with two LoRAs the weight")
+    expect(bool((W == before).all()), "W itself was changed: write W = W + ..., not W += ..., to leave the base alone.")
+    return "updates add up; that is why LoRAs can be mixed, and taken out again."
+
+
+@exercise
+def check_02_breakeven(largest_rank):
+    for d, k in ((320, 320), (320, 768), (96, 64), (1280, 1280)):
+        rank = largest_rank(d, k)
+        expect(rank is not None, "largest_rank gives nothing yet; does it return a number?")
+        expect(float(rank).is_integer(), f"A rank is a whole number; largest_rank({d}, {k}) is {rank}.")
+        expect(rank * (d + k) < d * k, f"At rank {rank} a LoRA on ({d}, {k}) has {rank * (d + k):,.0f} numbers, and the "
+               f"layer has {d * k:,}: no longer smaller.")
+        expect((rank + 1) * (d + k) >= d * k, f"Rank {rank + 1} would still be smaller than a ({d}, {k}) layer.")
+    return "for a square layer that is just under half its side; a LoRA of rank 4 is far from it."
+
+
+@exercise
+def check_02_rank(rank_for):
+    import torch
+
+    left, right = (torch.linalg.qr(matrix)[0] for matrix in _factors(6, 6, 1, 4)[:1] + _factors(6, 6, 1, 5)[:1])
+    update = left @ torch.diag(torch.tensor([4.0, 2.0, 2.0, 1.0, 0.0, 0.0])) @ right  # squares: 16, 4, 4, 1, of 25
+    for share, rank in ((0.5, 1), (0.7, 2), (0.9, 3), (0.999, 4)):
+        got = rank_for(update, share)
+        expect(got is not None, "rank_for gives nothing yet; does it return a number?")
+        expect(got == rank, f"the singular values are 4, 2, 2, 1, 0, 0; to keep {share:.1%} of their squares takes "
+               f"rank {rank}, not {got}.")
+    return "the smallest rank that keeps enough, read off the spectrum."
