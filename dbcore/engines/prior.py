@@ -55,8 +55,9 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     size = config.sample_batch_size
     batches = [range(first, min(first + size, config.num_class_images))
                for first in range(0, config.num_class_images, size)]
-    missing = [batch for batch in batches if not all(picture(folder, k).is_file() for k in batch)]
-    for batch in (progress or (lambda x: x))(missing[rank::world]):
+    mine = batches[rank::world]  # by number, so that no process takes another's unfinished work for its own
+    missing = [batch for batch in mine if not all(picture(folder, k).is_file() for k in batch)]
+    for batch in (progress or (lambda x: x))(missing):
         for index, image in zip(batch, draw_class(base, config, list(batch))):
             save_png(image, picture(folder, index), rank)
     wait()
@@ -74,7 +75,8 @@ def refuse_others(folder, about):
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except ValueError:
-        found = {}
+        found = None
+    found = found if isinstance(found, dict) else {}
     for name, value in about.items():
         if found.get(name) != value:
             raise ConfigError(f"--class_data_dir {folder} holds class images made with another {name} "
@@ -99,14 +101,19 @@ def draw_class(base, config, indices):
                       "or give your own photos with --class_data_dir")
 
 
+def beside(path, rank):
+    """Where a process writes before it renames; the leading dot hides what a kill left from find_photos."""
+    return path.with_name(f".{path.name}.{rank}.partial")
+
+
 def save_png(image, path, rank):
-    partial = path.with_name(f"{path.name}.{rank}.partial")
+    partial = beside(path, rank)
     image.save(partial, format="PNG")
     os.replace(partial, path)
 
 
 def write_whole(path, data, rank):
-    partial = path.with_name(f"{path.name}.{rank}.partial")
+    partial = beside(path, rank)
     partial.write_bytes(data)
     os.replace(partial, path)
 
@@ -114,5 +121,7 @@ def write_whole(path, data, rank):
 def class_photos(folder, config):
     """(photos, problems) of the class: all of the user's own, the first `num_class_images` of those made."""
     photos, problems = gather_photos(folder, resolution=config.resolution)
-    made = (folder / MANIFEST).is_file()
-    return (photos[:config.num_class_images] if made else photos), problems
+    if (folder / MANIFEST).is_file():  # a killed run may have left a half-named file there
+        made = {picture(folder, k) for k in range(config.num_class_images)}
+        photos = [photo for photo in photos if photo.path in made]
+    return photos, problems

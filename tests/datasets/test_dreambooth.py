@@ -1,0 +1,219 @@
+"""Which photo, seen how, with which words: a batch is a function of (seed, step), whoever asks."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from pipelines import make_tiny_pipeline
+
+from dbcore.config import TrainConfig
+from dbcore.datasets.dreambooth import CROPS, DreamBoothData
+from dbcore.datasets.photos import Photo, gather_photos
+from dbcore.models.base import load_base
+
+OPTIONS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog", "resolution": 32}
+
+
+def config(**options):
+    return TrainConfig(**{**OPTIONS, **options})
+
+
+def named(count, kind="subject"):
+    return [Photo(Path(f"{kind}{k}.png"), (32, 32)) for k in range(count)]
+
+
+def names(samples):
+    return [s.photo.path.stem for s in samples]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return load_base(make_tiny_pipeline(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Four real files: squares and oblongs, one with a mask, one with a caption."""
+    folder, numbers = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for k, (width, height) in enumerate([(40, 40), (60, 40), (40, 70), (48, 48)]):
+        Image.fromarray(numbers.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    Image.fromarray(np.tri(40, dtype=np.uint8) * 255).save(folder / "0.mask.png")
+    (folder / "1.txt").write_text("a photo of sks dog on the beach")
+    return gather_photos(folder)[0]
+
+
+# --- order -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_the_subject_comes_first_then_as_many_of_the_class(batch):
+    data = DreamBoothData(config(train_batch_size=batch), named(5), named(7, "class"))
+    for step in range(4):
+        samples = data.samples(step)
+        assert [s.is_class for s in samples] == [False] * batch + [True] * batch
+        assert [s.prompt for s in samples] == ["a photo of sks dog"] * batch + ["a photo of a dog"] * batch
+        assert all(name.startswith("class") for name in names(samples)[batch:])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_without_class_pictures_the_batch_is_the_subject_alone(batch):
+    samples = DreamBoothData(config(train_batch_size=batch), named(5)).samples(0)
+    assert len(samples) == batch and not any(s.is_class for s in samples)
+
+
+def test_three_photos_in_batches_of_two_are_seen_equally_often():
+    data = DreamBoothData(config(train_batch_size=2), named(3))
+    batches = [names(data.samples(step)) for step in range(3)]
+    assert all(len(batch) == 2 for batch in batches)  # no partial batch, none dropped
+    assert set(Counter(name for batch in batches for name in batch).values()) == {2}
+    assert data.steps_per_epoch() == 2
+
+
+def test_each_pass_has_every_photo_once_in_an_order_of_its_own():
+    data = DreamBoothData(config(), named(8))
+    seen = [names(data.samples(step))[0] for step in range(24)]
+    passes = [seen[k:k + 8] for k in (0, 8, 16)]
+    assert all(len(set(one)) == 8 for one in passes) and passes[0] != passes[1] != passes[2]
+    other = DreamBoothData(config(seed=1), named(8))
+    assert [names(other.samples(step))[0] for step in range(8)] != passes[0]
+
+
+def test_a_step_can_be_asked_for_alone():
+    """What a resumed run does: nothing before the step was drawn."""
+    run, resumed = (DreamBoothData(config(train_batch_size=2), named(5), named(9, "class")) for _ in range(2))
+    before = [run.samples(step) for step in range(12)]
+    assert resumed.samples(11) == before[11]
+
+
+# --- processes and accumulation --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world, batch, micros", [(2, 1, 1), (2, 3, 1), (4, 2, 1), (1, 2, 4), (2, 2, 2)])
+def test_processes_and_accumulation_draw_what_one_large_batch_draws(base, photos, world, batch, micros):
+    options = {"random_flip": True, "noise_offset": 0.1, "seed": 3}
+    whole = DreamBoothData(config(train_batch_size=world * batch * micros, **options), photos, photos[::-1])
+    parts = DreamBoothData(config(train_batch_size=batch, gradient_accumulation_steps=micros, **options),
+                           photos, photos[::-1])
+    for step in (0, 5):
+        wanted = whole.samples(step)
+        got = [parts.samples(step, micro, rank, world) for micro in range(micros) for rank in range(world)]
+        subject, of_class = ([s for part in got for s in part if s.is_class == kind] for kind in (False, True))
+        assert subject + of_class == wanted
+        for sample in wanted:
+            ours, theirs = (d.draws(sample, step, (4, 16, 16), 1000) for d in (whole, parts))
+            assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2])) and ours[2] == theirs[2]
+
+
+def test_every_draw_is_its_own():
+    data = DreamBoothData(config(train_batch_size=2), named(2), named(2, "class"))
+    samples = data.samples(0)
+    noises = [data.draws(s, step, (4, 4, 4), 1000)[1] for step in (0, 1) for s in samples]
+    epsilons = [data.draws(s, 0, (4, 4, 4), 1000)[0] for s in samples]
+    different = [tuple(t.flatten().tolist()) for t in noises + epsilons]
+    assert len(set(different)) == len(different)
+
+
+def test_class_pictures_change_nothing_for_the_subject():
+    alone, beside = (DreamBoothData(config(random_flip=True), named(5), c) for c in ([], named(3, "class")))
+    for step in range(6):
+        (one, *_), (two, *_) = alone.samples(step), beside.samples(step)
+        assert one == two
+        assert torch.equal(alone.draws(one, step, (4, 4, 4), 1000)[1], beside.draws(two, step, (4, 4, 4), 1000)[1])
+
+
+# --- words and views -------------------------------------------------------------------------------------
+
+
+def test_a_photos_caption_wins_over_the_prompt(photos):
+    data = DreamBoothData(config(), photos, photos)
+    by_photo = {s.photo.path.stem: s.prompt for step in range(4) for s in data.samples(step) if not s.is_class}
+    assert by_photo == {"1": "a photo of sks dog on the beach", **dict.fromkeys("023", "a photo of sks dog")}
+    assert {s.prompt for step in range(4) for s in data.samples(step) if s.is_class} == {"a photo of a dog"}
+    assert sorted(data.prompts()) == sorted({*by_photo.values(), "a photo of a dog"})
+
+
+def test_crops_and_mirrors_are_drawn_and_can_be_switched_off():
+    oblong = [Photo(Path("long.png"), (60, 40))]
+    free = DreamBoothData(config(random_flip=True), oblong)
+    views = {s.view[1:] for step in range(60) for s in free.samples(step)}
+    assert len({place for place, _ in views}) == CROPS and {mirrored for _, mirrored in views} == {False, True}
+    fixed = DreamBoothData(config(center_crop=True), oblong)
+    assert {s.view[1:] for step in range(20) for s in fixed.samples(step)} == {(0.5, False)}
+
+
+# --- the latents' store ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_cached_and_uncached_batches_are_the_same(base, photos, batch):
+    options = {"train_batch_size": batch, "random_flip": True, "noise_offset": 0.05}
+    cached = DreamBoothData(config(**options), photos, photos[1:])
+    fresh = DreamBoothData(config(cache_latents=False, **options), photos, photos[1:])
+    for step in range(4):  # all encoded ahead, as a run does, before the first is read
+        cached.encode(base, cached.samples(step))
+    for step in range(4):
+        one, two = (d.batch(base, d.samples(step), step) for d in (cached, fresh))
+        assert one["prompts"] == two["prompts"] and one["x0"].shape == (2 * batch, 4, 16, 16)
+        for name in ("noise", "t", "mask"):
+            assert torch.equal(one[name], two[name])
+        torch.testing.assert_close(one["x0"], two["x0"], rtol=1e-4, atol=1e-5)
+
+
+def test_each_view_is_encoded_once(base, photos, monkeypatch):
+    data, encoded = DreamBoothData(config(), photos[:1] + photos[3:]), []
+    encode = base.encode_images
+    monkeypatch.setattr(base, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    for step in range(10):
+        data.encode(base, data.samples(step))
+    assert sum(encoded) == 2  # two square photos, ten steps
+
+
+def test_a_mask_follows_its_photo(base, photos):
+    data = DreamBoothData(config(train_batch_size=4, cache_latents=False), photos)
+    batch = data.batch(base, samples := data.samples(0), 0)
+    masks = dict(zip(names(samples), batch["mask"]))
+    assert masks["1"].eq(1).all()
+    assert masks["0"].mean() == pytest.approx(0.5, abs=0.05) and masks["0"][0, -1, 0] == 1 and masks["0"][0, 0, -1] == 0
+    ignored = DreamBoothData(config(train_batch_size=4, cache_latents=False, use_masks=False), photos)
+    assert ignored.batch(base, samples, 0)["mask"].eq(1).all()
+
+
+def test_x0_is_drawn_from_the_posterior(base, photos):
+    """mean + std * epsilon, not the mean."""
+    data = DreamBoothData(config(), photos)
+    data.encode(base, samples := data.samples(0))
+    entry = data.latents.get(samples[0].view)
+    epsilon = data.draws(samples[0], 0, (4, 16, 16), 1000)[0]
+    torch.testing.assert_close(data.batch(base, samples, 0)["x0"][0], entry["mean"] + entry["std"] * epsilon)
+    assert entry["std"].min() > 0
+
+
+class Grey(Photo):
+    def load(self):
+        return Image.new("RGB", (8, 8), "grey")
+
+
+class Encoder:
+    """Latents of 32 kB a picture, as a base of 256 x 256 pixels has them."""
+
+    device = torch.device("cpu")
+
+    def encode_images(self, pixels):
+        return torch.zeros(len(pixels), 4, 32, 32), torch.ones(len(pixels), 4, 32, 32)
+
+
+def test_five_thousand_photos_do_not_grow_memory():
+    many = [Grey(Path(f"{k}.png"), (8, 8)) for k in range(5000)]
+    data = DreamBoothData(dataclasses.replace(config(), train_batch_size=50, resolution=8), many)
+    data.encode(Encoder(), data.samples(0))
+    before = psutil.Process().memory_info().rss
+    for step in range(100):
+        data.encode(Encoder(), data.samples(step))
+    grown = psutil.Process().memory_info().rss - before
+    assert len(data.latents.where) == 5000
+    assert grown < 40e6, f"{grown / 1e6:.0f} MB for 180 MB of latents"
