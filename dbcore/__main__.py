@@ -27,6 +27,8 @@ def main(argv=None):
     args = make_parser(wanted).parse_args(argv)
     try:
         importlib.import_module(f"dbcore.tools.{args.tool}").main(args)
+    except KeyboardInterrupt:
+        sys.exit(f"dbcore {args.tool}: stopped at once, nothing was saved after the last checkpoint")
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DBCORE_DEBUG"):
             raise

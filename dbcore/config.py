@@ -6,6 +6,7 @@ Nothing heavy is imported, so that `--help` and a mistake in an option answer at
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -25,12 +26,12 @@ class ConfigError(ValueError):
     """An option that cannot be: names it, what was found, and what to do."""
 
 
-def knob(default, help, choices=None, low=None, high=None, above=None):
-    """A field with its help, and the values it may take."""
+def knob(default, help, choices=None, low=None, high=None, above=None, secret=False):
+    """A field with its help, and the values it may take; a secret one is never shown."""
     rules = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=rules)
-    return dataclasses.field(default=default, metadata=rules)
+    return dataclasses.field(default=default, metadata=rules, repr=not secret)
 
 
 @dataclass
@@ -122,7 +123,7 @@ class TrainConfig:
     resume_from_checkpoint: str | None = knob(None, "latest, or a checkpoint's folder")
     push_to_hub: bool = knob(False, "upload the LoRA and its card to the hub at the end")
     hub_model_id: str | None = knob(None, "name there; without it, the name of output_dir")
-    hub_token: str | None = knob(None, "better left out: log in with `hf auth login`")
+    hub_token: str | None = knob(None, "better left out: log in with `hf auth login`", secret=True)
 
     def __post_init__(self):
         coerce_and_check(self)
@@ -146,6 +147,12 @@ class TrainConfig:
         for given in ("validation_steps", "validation_epochs"):
             need(self.validation_prompt or getattr(self, given) is None,
                  f"--{given} does nothing without --validation_prompt")
+        need(not self.lr_warmup_steps or self.lr_scheduler != "constant",
+             "--lr_warmup_steps does nothing with --lr_scheduler constant: choose constant_with_warmup")
+        for given in ("output_dir", "class_data_dir"):
+            need(not is_within(getattr(self, given), self.instance_data_dir),
+                 f"--{given} {getattr(self, given)} lies in --instance_data_dir, so its pictures would be learnt as "
+                 "photos of the subject: choose a folder outside")
         need(not (self.use_dora and self.use_rslora and self.lora_layers == "all"),
              "--use_dora with --use_rslora on convolutions is not supported by peft: leave one out")
         need(not self.hub_model_id or self.push_to_hub, "--hub_model_id does nothing without --push_to_hub")
@@ -209,6 +216,11 @@ def need(condition, message):
         raise ConfigError(message)
 
 
+def is_within(folder, other):
+    """Whether `folder` is `other`, or somewhere in it."""
+    return folder is not None and Path(folder).resolve().is_relative_to(Path(other).resolve())
+
+
 def help_of(cls, name):
     return next(f.metadata["help"] for f in fields(cls) if f.name == name)
 
@@ -236,6 +248,8 @@ def coerce(name, value, hint):
         return AUTO
     if isinstance(value, Path):
         value = str(value)
+    if value is False and bool not in kinds:
+        value = "no"  # YAML's `mixed_precision: no`
     for kind in kinds:
         if kind in (int, float) and (number := as_number(value, kind)) is not None:
             return number
@@ -245,19 +259,24 @@ def coerce(name, value, hint):
         return value
     wanted = " or ".join({int: "a whole number", float: "a number", bool: "true or false", str: "text"}[k]
                          for k in kinds if k in (int, float, bool) or (k is str and not {int, float} & set(kinds)))
-    raise ConfigError(f"--{name} {value!r}: give {wanted}" + (" or auto" if {int, float, str} & set(kinds) > {str} else ""))
+    found = "(not shown)" if name in SECRETS else repr(value)
+    raise ConfigError(f"--{name} {found}: give {wanted}" + (" or auto" if {int, float, str} & set(kinds) > {str} else ""))
 
 
 def as_number(value, kind):
     if isinstance(value, bool):
         return None
+    if kind is int:
+        with contextlib.suppress(TypeError, ValueError):
+            if isinstance(value, (int, str)):
+                return int(value)  # a float would round a long seed
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     if not math.isfinite(number) or (kind is int and number != int(number)):
         return None
-    return int(value) if kind is int and isinstance(value, int) else kind(number)
+    return kind(number)
 
 
 def as_bool(value):
@@ -300,8 +319,8 @@ def add_options(parser, cls):
     names = {field.name for field in fields(cls)}
     for alias, (name, value) in ALIASES.items():
         if name in names:
-            how = {"action": "store_const", "const": value} if value else {"nargs": "+"}
-            parser.add_argument(f"--{alias}", dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **how)
+            how = {"action": "store_true"} if value else {"nargs": "+"}
+            parser.add_argument(f"--{alias}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **how)
     if cls is TrainConfig:
         for name in ANSWERED:
             parser.add_argument(f"--{name}", nargs="?", const=True, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -313,6 +332,10 @@ def from_args(args, cls):
     for name, answer in ANSWERED.items():
         if name in vars(args):
             print(f"--{name} has no effect: {answer}.")
+    for alias, (name, value) in ALIASES.items():
+        if alias in vars(args):
+            print(f"--{alias} is read as --{name}{f' {value}' if value else ''}.")
+            given[name] = value or getattr(args, alias)
     if args.config:
         given = {**read_yaml(args.config, cls), **given}
     return cls(**given)
@@ -324,8 +347,11 @@ def read_yaml(path, cls):
 
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
+    except yaml.YAMLError as error:  # its own words would quote the line, and the line may hold a token
+        where = f" in line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise ConfigError(f"--config {path} is no YAML{where}: write one `name: value` a line") from None
     need(isinstance(found, dict), f"--config {path}: write one `name: value` a line")
     names = [field.name for field in fields(cls)]
     for name in found:
