@@ -213,3 +213,46 @@ def check_02_rank(rank_for):
         expect(got == rank, f"the singular values are 4, 2, 2, 1, 0, 0; to keep {share:.1%} of their squares takes "
                f"rank {rank}, not {got}.")
     return "the smallest rank that keeps enough, read off the spectrum."
+
+
+# --- 05 ---
+
+
+@exercise
+def check_05_calls(looks):
+    same(looks(1, 25, 1.0), 25, "one picture of 25 steps without guidance")
+    same(looks(1, 25, 4.0), 50, "one picture of 25 steps with guidance 4, asked twice a step,")
+    same(looks(6, 20, 7.5), 240, "six pictures of 20 steps with guidance")
+    return "steps and guidance are what you pay for; the scale costs nothing."
+
+
+@exercise
+def check_05_right_scale(right_scale):
+    same(right_scale(16, 16), 1.0, "right_scale(alpha=16, rank=16)")
+    same(right_scale(8, 16), 0.5, "right_scale(alpha=8, rank=16)")
+    same(right_scale(1, 64), 1 / 64, "right_scale(alpha=1, rank=64)")
+    return "alpha / rank, as in training. A file whose alpha is lost comes out too strong or too weak."
+
+
+@exercise
+def check_05_side_by_side(side_by_side):
+    _, A1, B1 = _factors(5, 7, 2, 6)
+    _, A2, B2 = _factors(5, 7, 3, 7)
+    answer = side_by_side(A1, B1, 0.6, A2, B2, 0.4)
+    expect(isinstance(answer, (tuple, list)) and len(answer) == 2, "Return two matrices: A, B.")
+    A, B = answer
+    expect(tuple(A.shape) == (5, 7), f"A has shape {tuple(A.shape)}; with ranks 2 and 3, and 7 numbers in, expected (5, 7).")
+    expect(tuple(B.shape) == (5, 5), f"B has shape {tuple(B.shape)}; with 5 numbers out and rank 5, expected (5, 5).")
+    same(B @ A, 0.6 * B1 @ A1 + 0.4 * B2 @ A2, "B A")
+    return "ranks add up, and each scale goes into one factor, once."
+
+
+@exercise
+def check_05_kohya(kohya_name):
+    name = kohya_name("mid_block.attentions.0.proj_in")
+    expect(isinstance(name, str), "Return a string.")
+    expect(name.startswith("lora_unet_"), f"{name!r} should begin with lora_unet_")
+    expect(name.endswith(".lora_down.weight"), f"{name!r} should end with .lora_down.weight, after the one dot that stays")
+    wanted = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
+    expect(name == wanted, f"{name!r}; expected {wanted!r}")
+    return "every dot of the module's name has become an underscore."
