@@ -215,6 +215,97 @@ def check_02_rank(rank_for):
     return "the smallest rank that keeps enough, read off the spectrum."
 
 
+# --- 03 ---
+
+
+@exercise
+def check_03_loss(two_part_loss):
+    import torch
+
+    numbers = torch.Generator().manual_seed(3)
+    prediction, target = (torch.randn(4, 2, 3, 3, generator=numbers) for _ in range(2))
+    errors = (prediction - target).square().mean(dim=(1, 2, 3))
+    own, of_class = errors[:2].mean(), errors[2:].mean()
+    same(two_part_loss(prediction, target, 0.0), own, "with lambda = 0, the subject's part alone,")
+    got = two_part_loss(prediction, target, 1.0)
+    expect(abs(float(got) - float(errors.mean())) > 1e-4,
+           "With lambda = 1 you have the mean over all four: the parts are two means, added.")
+    same(got, own + of_class, "with lambda = 1, the loss")
+    same(two_part_loss(prediction, target, 0.3), own + 0.3 * of_class, "with lambda = 0.3, the loss")
+    return "the subject's mean error plus lambda times the class's."
+
+
+@exercise
+def check_03_diversity(diversity_of):
+    right_angles = np.eye(4)
+    same(diversity_of(np.ones((3, 4)) / 2), 0.0, "for three times the same picture it")
+    got = diversity_of(right_angles)
+    expect(got is not None and abs(float(got) - 0.75) > 1e-4,
+           "For four vectors at right angles it is 0.75; expected 1. Leave out the pairs of a vector with itself.")
+    same(got, 1.0, "for four vectors at right angles it")
+    spread = np.array([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]])
+    same(diversity_of(spread), 1 - (0.8 + 0.6 + 0.96) / 3, "for cosines of 0.8, 0.6 and 0.96 it")
+    return "one minus the mean cosine of different pictures."
+
+
+@exercise
+def check_03_name(folder_name):
+    about = {"base": "4f1a", "prompt": "a photo of a dog", "resolution": 64, "seed": 0}
+    name = folder_name(about)
+    expect(isinstance(name, str) and name, f"folder_name gives {name!r}; expected some text.")
+    expect(len(name) <= 64 and not set(name) & set('/\\: "'),
+           "The name has to be a folder's: short, without / \\ : or spaces.")
+    expect(folder_name(dict(about)) == name, "Twice the same entries have two names.")
+    expect(folder_name(dict(reversed(about.items()))) == name, "The same entries in another order have another name.")
+    for key, other in (("base", "90cc"), ("prompt", "a photo of a cat"), ("resolution", 128), ("seed", 1)):
+        expect(folder_name({**about, key: other}) != name, f"Another {key} has the same name: its pictures get mixed up.")
+    return "the same name for the same pictures, and another for any others."
+
+
+# --- 04 ---
+
+
+@exercise
+def check_04_combine(combined):
+    gradients = [np.array([1.0, -2.0]), np.array([3.0, 2.0]), np.array([5.0, 0.0])]
+    got = combined(gradients, [2, 2, 2])
+    if got is not None and np.shape(got) == (2,):
+        expect(not np.allclose(got, [9.0, 0.0]), "That is their sum: the step would grow with the number of batches.")
+    same(got, [3.0, 0.0], "for three batches of two photos it")
+    same(combined(gradients, [4, 4, 1]), [(4 + 12 + 5) / 9, 0.0], "for batches of 4, 4 and 1 photos it")
+    return "a mean over photos, wherever they were seen."
+
+
+@exercise
+def check_04_scale(smallest_scale):
+    for gradient in (1e-8, 3e-9, 2e-5, 6.5e-8):
+        scale = smallest_scale(gradient)
+        expect(scale is not None, "smallest_scale gives nothing yet; does it return a number?")
+        power = np.log2(float(scale))
+        expect(power == int(power) and power >= 0, f"{scale} is not 1, 2, 4, 8, ...: only those leave the digits alone.")
+        expect(np.float16(gradient * scale) != 0, f"{gradient:g} times {scale} is still 0 in fp16.")
+        expect(scale == 1 or np.float16(gradient * scale / 2) == 0, f"{gradient:g} survives with half of {scale}, too.")
+    return "multiply before, divide after: that is a loss scaler."
+
+
+@exercise
+def check_04_saved(saved):
+    expect(isinstance(saved, (set, list, tuple)), "Give a set of names, such as {'weights', 'seed'}.")
+    saved = set(saved)
+    known = {"base", "weights", "optimizer", "step", "latents", "random state", "losses"}
+    expect(saved <= known, f"{', '.join(map(str, saved - known))}: not among the names in the list.")
+    for name, why in (("weights", "without them all that was learned is gone"),
+                      ("optimizer", "Adam would begin with empty means, and take other steps"),
+                      ("step", "the run would see the photos of the first steps again")):
+        expect(name in saved, f"{name} is missing: {why}.")
+    for name, why in (("base", "it is frozen, and on the disk already"),
+                      ("latents", "they can be computed again from the photos"),
+                      ("random state", "there is none: every draw is a function of seed and step"),
+                      ("losses", "no step depends on those before it but through weights and optimizer")):
+        expect(name not in saved, f"{name} need not be saved: {why}.")
+    return "weights, optimizer and the number of the step; a few megabytes."
+
+
 # --- 05 ---
 
 
