@@ -7,6 +7,7 @@ of a cell; where no kernel or no ipywidgets is at hand, its first picture stands
 Pictures go through `ipywidgets.Image`, not `Output`: that works from threads, in ipywidgets 7 and 8 alike.
 """
 
+import asyncio
 import html
 import inspect
 import io
@@ -288,9 +289,11 @@ class Dashboard:
         dashboard = Dashboard()
         dashboard.run(lambda: train(config, callback=dashboard.update, should_stop=dashboard.should_stop))
 
-    `run` starts a thread, so that the cell ends at once and the button can be pressed; `result()`, in the
-    next cell, waits for the run and gives what the function returned. Interrupting the kernel while it
-    waits stops the run in the same orderly way.
+        path = await dashboard
+
+    `run` starts a thread, so that the cell ends at once and the button can be pressed; `await dashboard`, in
+    the next cell, waits for the run and gives what the function returned. A kernel that takes no button while
+    a cell waits (ipykernel before 7.4, so Colab's) can be interrupted: the run then ends in the same orderly way.
     """
 
     def __init__(self, every=1.0):
@@ -336,13 +339,25 @@ class Dashboard:
             self._outcome = (None, error)
         self._draw(final=True)
 
+    def __await__(self):
+        return self._wait().__await__()
+
+    async def _wait(self):
+        while self._thread and self._thread.is_alive():
+            try:
+                await asyncio.sleep(0.1)
+            except (KeyboardInterrupt, asyncio.CancelledError):
+                self.stop()
+                self._thread.join()
+        return self.result()
+
     def result(self):
-        """Wait for the run's end; its function's value, or the error it raised."""
+        """Wait for the run's end, without listening to the button; its function's value, or the error it raised."""
         if self._thread is None:
             raise RuntimeError("nothing was started: call run(function) first")
         while self._thread.is_alive():
             try:
-                self._thread.join(0.2)
+                self._thread.join(0.1)
             except KeyboardInterrupt:
                 self.stop()
         value, error = self._outcome

@@ -1,5 +1,6 @@
 """Panels, driven as a browser drives them: a control's value is set, and what the panel then shows is looked at."""
 
+import asyncio
 import base64
 import io
 import sys
@@ -262,6 +263,31 @@ def test_interrupting_the_wait_stops_the_run_in_order(monkeypatch):
 
     monkeypatch.setattr(dashboard._thread, "join", interrupted)
     assert dashboard.result() < 1000
+
+
+def test_a_dashboard_is_awaited():
+    dashboard, gate = widgets.Dashboard(), threading.Event()
+
+    async def cell():
+        asyncio.get_running_loop().call_later(0.2, gate.set)  # while it waits, other things go on
+        return await dashboard
+
+    dashboard.run(trainer(dashboard, 30, gate=gate))
+    assert asyncio.run(cell()) == 30
+
+
+def test_cancelling_the_wait_stops_the_run_in_order():
+    dashboard, gate = widgets.Dashboard(), threading.Event()
+
+    async def interrupted():
+        waiting = asyncio.ensure_future(dashboard._wait())
+        await asyncio.sleep(0.2)
+        waiting.cancel()  # what a kernel makes of an interrupt
+        threading.Timer(0.3, gate.set).start()
+        return await waiting
+
+    dashboard.run(trainer(dashboard, 1000, gate=gate))
+    assert asyncio.run(interrupted()) < 1000 and dashboard.stopped
 
 
 def test_an_error_of_the_run_is_shown_and_raised_in_the_waiting_cell():
