@@ -88,8 +88,9 @@ def settle(config, device=None):
         chosen["learning_rate"] = 1.0  # Prodigy finds the rate itself; this is a factor on it
     config = dataclasses.replace(config, **chosen)
     if "rank" in names:
-        follow = {"lora_alpha": float(config.rank), "text_encoder_rank": config.rank,
-                  "text_encoder_lr": config.learning_rate / 10}
+        follow = {"lora_alpha": float(config.rank)}
+        if config.train_text_encoder:
+            follow |= {"text_encoder_rank": config.rank, "text_encoder_lr": config.learning_rate / 10}
         config = dataclasses.replace(config, **{k: v for k, v in follow.items() if getattr(config, k) == AUTO})
     return config
 

@@ -141,7 +141,7 @@ def test_what_is_released_comes_back_as_it_was(folder):
 
 
 def test_auto_without_a_recommendation(folder):
-    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder)), "cpu")
+    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder), train_text_encoder=True), "cpu")
     assert (config.rank, config.learning_rate, config.lora_layers) == (4, 2e-4, "attention")
     assert (config.lora_alpha, config.text_encoder_rank, config.text_encoder_lr) == (4.0, 4, 2e-5)
     assert (config.resolution, config.mixed_precision, config.prior_generation_precision) == (32, "no", "no")
@@ -154,7 +154,7 @@ def test_auto_follows_the_bases_recommendation_and_what_was_given(tmp_path):
     wished = {"rank": 16, "learning_rate": 1e-3, "lora_layers": "attention+ff", "resolution": 64,
               "guidance_scale": 3.0}  # fmt: skip
     (folder / "recommended.json").write_text(json.dumps(wished))
-    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder)), "cpu")
+    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder), train_text_encoder=True), "cpu")
     assert {name: getattr(config, name) for name in wished if name != "guidance_scale"} == {
         name: value for name, value in wished.items() if name != "guidance_scale"}
     assert (config.lora_alpha, config.text_encoder_lr) == (16.0, 1e-4)
@@ -163,6 +163,16 @@ def test_auto_follows_the_bases_recommendation_and_what_was_given(tmp_path):
                                learning_rate=5e-4, mixed_precision="bf16"), "cpu")  # fmt: skip
     assert (given.rank, given.lora_alpha, given.resolution, given.learning_rate) == (8, 2.0, 32, 5e-4)
     assert given.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("options", [{}, {"train_text_encoder": True, "train_text_encoder_frac": 0.5}])
+def test_a_settled_config_passes_its_own_check(folder, options):
+    """It is what a run writes into config.yaml, and --config has to take it."""
+    asked = TrainConfig(pretrained_model_name_or_path=str(folder), instance_data_dir="photos",
+                        instance_prompt="a photo of sks dog", **options)  # fmt: skip
+    settled = settle(asked, "cpu")
+    settled.check()
+    assert settle(settled, "cpu") == settled
 
 
 def test_prodigy_finds_its_rate_itself(folder):
