@@ -71,8 +71,8 @@ class Adapter:
 def read_adapter(path, base=None):
     """Read a LoRA in any of the three formats.
 
-    `path`: a .safetensors file, the folder of a run, or a peft folder. `base`: the pipeline folder it
-    belongs to; only kohya's names need it, because they do not say where a module's name has its dots.
+    `path`: a .safetensors file, the folder of a run, or a peft folder. `base`: the pipeline (a folder or a name
+    on the hub) it belongs to; only kohya's names need it, because they do not say where a module's name has its dots.
     Raises `LoraFileError` for a missing, damaged, pickled or unknown file.
     """
     path = Path(path)
@@ -198,19 +198,20 @@ def _read_kohya(tensors, header, base):
 def _module_names(base):
     """(component, module) for every module of the base, from its configs alone: no weight is read."""
     from accelerate import init_empty_weights
-    from diffusers import UNet2DConditionModel
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    index = DiffusionPipeline.load_config(str(base))
     for component in COMPONENTS:
-        folder = Path(base) / component
-        if not (folder / "config.json").is_file():
+        if component not in index:
             continue
         with init_empty_weights():
             if component == "unet":
-                model = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+                config = UNet2DConditionModel.load_config(str(base), subfolder=component)
+                model = UNet2DConditionModel.from_config(config)
             else:
                 kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
-                model = kind(CLIPTextConfig.from_pretrained(folder))
+                model = kind(CLIPTextConfig.from_pretrained(str(base), subfolder=component))
         yield from ((component, plain_name(component, name)) for name, _ in model.named_modules() if name)
 
 

@@ -1,15 +1,17 @@
 """A LoRA goes out to every format and comes back, and each time the networks compute the same."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from pipelines import make_tiny_pipeline
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig
 
 from dbcore.models import export as X
 
@@ -154,6 +156,19 @@ def test_kohya_keys_are_those_other_tools_look_for(adapter, tmp_path):
     assert {key.split(".", 1)[1] for key in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
     assert all(key.split(".")[0].replace("_", "").isalnum() for key in tensors)
     assert tensors[f"{to_out}.lora_down.weight"].shape == (4, 16) and tensors[f"{to_out}.alpha"].item() == 1.0
+
+
+def test_kohya_names_are_looked_up_for_a_base_on_the_hub_too(adapter, base, tmp_path, monkeypatch):
+    kohya = X.save_kohya(adapter, tmp_path / "kohya.safetensors")
+
+    def from_folder(real, name, **more):
+        assert name == "some/name"
+        return real(base, **more)
+
+    for cls, method in ((DiffusionPipeline, "load_config"), (UNet2DConditionModel, "load_config"),
+                        (CLIPTextConfig, "from_pretrained")):  # fmt: skip
+        monkeypatch.setattr(cls, method, partial(from_folder, getattr(cls, method)))
+    assert X.read_adapter(kohya, "some/name").layers.keys() == adapter.layers.keys()
 
 
 def test_kohya_header_names_network_base_and_trigger(adapter, tmp_path):
