@@ -108,10 +108,14 @@ class Page:
             time.sleep(0.2)
         raise AssertionError(f"{seconds} s passed in vain; see {self.screenshot('timeout')}")
 
-    def run_all(self, seconds=60):
-        """Run every cell to its end, once the kernel is there."""
+    def start_all(self):
+        """Run all cells, once the kernel is there, and do not wait."""
         self.wait(lambda: self._kernel() == "idle")
         self.driver.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+
+    def run_all(self, seconds=60):
+        """Run all cells to their end."""
+        self.start_all()
         self.wait(lambda: self._counts() and not {"[ ]:", "[*]:"} & set(self._counts()), seconds)
 
     def _kernel(self):

@@ -87,3 +87,11 @@ def test_without_a_kernel_the_still_picture_is_seen(open_cells):
     page = open_cells("still", new_code_cell(SWATCH, execution_count=1, outputs=[stored]))
     (image,) = page.wait(lambda: page.find(".jp-RenderedImage img"))
     page.wait(lambda: page.colour(image) == [0, 128, 0])
+
+
+def test_stop_is_heard_while_another_cell_waits_for_the_run(open_cells):
+    page = open_cells("waiting", TRAIN, "await dashboard")
+    page.start_all()
+    page.wait(lambda: any("of 2000, about" in label.text for label in page.find(".widget-label")))
+    page.find("button.widget-button")[0].click()
+    page.wait(lambda: any("saved at step" in output.text for output in page.find(".jp-OutputArea-output")), 15)

@@ -1,0 +1,74 @@
+"""The course in JupyterLab, as a newcomer has it: Run All Cells, then every control of every panel is moved.
+
+Leaves a screenshot of each panel in work_dirs/browser, before and after. They are to be looked at.
+"""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+PANELS = ("explore(", "timestep_slider(", "before_after(", "photo_doctor(", "CropBox(", "design_subject(", "Dashboard(")
+
+
+def with_panels():
+    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        if any(call in cell.source for cell in cells if cell.cell_type == "code" for call in PANELS):
+            yield path
+
+
+COURSE = list(with_panels())
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not COURSE, reason="there are no notebooks with panels yet")]
+SLIDER, MENU, BOX, LINE = (".noUi-handle", ".widget-dropdown select", ".widget-checkbox input", ".widget-text input")
+
+
+@pytest.mark.parametrize("path", COURSE, ids=[path.stem for path in COURSE])
+def test_run_all_and_move_every_control(path, open_copy):
+    page = open_copy(path)
+    page.run_all(seconds=900)
+    errors = [error.text for error in page.find(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']")]
+    assert not [text for text in errors if "Traceback" in text]
+    panels = [panel for panel in page.find(".jp-OutputArea-output > .widget-vbox, .jp-OutputArea-output .jupyter-widgets.widget-vbox")
+              if panel.find_elements("css selector", f"{SLIDER}, {MENU}, {BOX}, {LINE}")]  # fmt: skip
+    assert panels, "no panel is on the page"
+    for number, panel in enumerate(panels, 1):
+        move_all(page, panel, f"{path.stem}-{number}")
+
+
+def move_all(page, panel, name):
+    """Move each control of one panel; after each, the picture or the words of the panel have to be others."""
+    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", panel)
+    page.screenshot(f"{name}-before")
+    controls = panel.find_elements("css selector", f"{SLIDER}, {MENU}, {BOX}, {LINE}")
+    for control in controls:
+        before = shown(panel)
+        move(control)
+        page.wait(lambda before=before: shown(panel) != before, 120)
+        words = [element.text for element in panel.find_elements("css selector", "pre")]
+        assert not [line for line in words if "Error: " in line]
+    page.screenshot(f"{name}-after")
+
+
+def move(control):
+    from selenium.webdriver import Keys
+    from selenium.webdriver.support.ui import Select
+
+    if control.tag_name == "select":
+        menu = Select(control)
+        here = [option.text for option in menu.options].index(menu.first_selected_option.text)
+        menu.select_by_index((here + 1) % len(menu.options))
+    elif control.get_attribute("type") == "checkbox":
+        control.click()
+    elif control.tag_name == "input":
+        control.send_keys(" on the beach", Keys.ENTER)
+    else:
+        at, last = (float(control.get_attribute(name)) for name in ("aria-valuenow", "aria-valuemax"))
+        control.send_keys(*3 * [Keys.ARROW_LEFT if at >= last else Keys.ARROW_RIGHT])
+
+
+def shown(panel):
+    """The addresses of its pictures, and its words."""
+    pictures = [image.get_attribute("src") for image in panel.find_elements("css selector", ".widget-image")]
+    return pictures, [words.text for words in panel.find_elements("css selector", ".widget-html")]
