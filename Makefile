@@ -14,10 +14,10 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-browser lab badges bundle toybox
+.PHONY: help setup quickstart test test-rounding test-browser lab badges bundle toybox
 
 help: ## list these targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 setup: $(VENV)/.setup ## make .venv and install the tested versions into it
 
@@ -33,13 +33,21 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 quickstart: setup ## teach the toy base a new subject, and show it before and after
 	$(BIN)/python -m dbcore quickstart
 
-test: export HF_HUB_OFFLINE = 1
-test: export TQDM_DISABLE = 1
+# Every cell again, its text and pictures against those that are stored.
+REPLAY = $(BIN)/python -m pytest -m "" --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
+	$(NOTEBOOKS)
+NOTEBOOKS ?= notebooks
+
+test test-rounding: export HF_HUB_OFFLINE = 1
+test test-rounding: export TQDM_DISABLE = 1
 test: setup ## lint, unit tests, then the notebooks against their stored outputs
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest
-	$(if $(wildcard notebooks/*.ipynb),$(BIN)/python -m pytest -m "" --nbval --nbval-current-env \
-		--nbval-sanitize-with tests/nbval_sanitize.cfg notebooks)
+	$(if $(wildcard notebooks/*.ipynb),$(REPLAY))
+
+test-rounding: setup ## replay the notebooks with one thread, and rounding as an old processor does
+	OMP_NUM_THREADS=1 $(REPLAY)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(REPLAY)
 
 test-browser: setup ## open the notebooks in JupyterLab and move their controls (needs chromium, chromedriver)
 	$(BIN)/python -m pytest -m browser tests/browser

@@ -180,9 +180,16 @@ def leads_on(nb, path):
     return [f"no link to {name}" for name in neighbours if f"]({name})" not in markdown(nb)]
 
 
+def pictures_are_compared(nb, path):
+    """Most pictures are compared closely: `picture:loose` is for what training has made."""
+    pictured = [cell for cell in code_cells(nb) if any("image/png" in output.get("data", {}) for output in cell.outputs)]
+    loose = [cell.id for cell in pictured if "picture:loose" in tags(cell)]
+    return [f"{len(loose)} of {len(pictured)} pictures are compared loosely"] if 2 * len(loose) > len(pictured) else []
+
+
 GUARDS = (run_in_order, nothing_went_wrong, few_are_ignored, no_widget_state, nothing_private, nothing_passing,
           not_too_big, pictures_have_alt_text, links_lead_somewhere, a_picture_early, opens_with_a_picture,
-          cells_are_short, one_parameters_cell, setup_comes_first, has_exercises, leads_on)  # fmt: skip
+          cells_are_short, one_parameters_cell, setup_comes_first, has_exercises, leads_on, pictures_are_compared)  # fmt: skip
 
 
 # --- of all notebooks together -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from pathlib import Path
 
 import nbformat
@@ -55,6 +56,13 @@ def test_every_notebook_begins_with_the_same_cell():
 def test_every_sanitize_rule_is_needed():
     texts = [written(cell) for path in COURSE for cell in code_cells(read(path))]
     assert idle_rules(get_sanitize_patterns(SANITIZE.read_text()), texts) == []
+
+
+@pytest.mark.skipif(not COURSE, reason="there are no notebooks yet")
+def test_the_teachers_page_leads_to_every_notebook():
+    links = set(re.findall(r"\]\(([^)#]+)", (NOTEBOOKS / "README.md").read_text(encoding="utf-8")))
+    assert {path.name for path in COURSE} <= links
+    assert [link for link in links if not link.startswith("http") and not (NOTEBOOKS / link).exists()] == []
 
 
 # --- the guards themselves ------------------------------------------------------------------------------
@@ -219,6 +227,7 @@ def no_next(nb):
     ("has_exercises", two_exercises),
     ("has_exercises", no_solution),
     ("leads_on", no_next),
+    ("pictures_are_compared", tagging(2, tag="picture:loose")),
 ])  # fmt: skip
 def test_a_guard_finds_its_fault(folder, guard, fault):
     nb = sound()
