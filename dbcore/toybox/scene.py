@@ -113,15 +113,15 @@ def random_view(rng: np.random.Generator, **fixed) -> View:
     """A view drawn at random, three-quarter from the front; the studio comes most often."""
     names = list(PLACES)
     weights = np.array([3.0] + [1.0] * (len(names) - 1))
-    drawn = dict(
-        place=str(rng.choice(names, p=weights / weights.sum())),
-        azimuth=float(rng.uniform(12, 48)),
-        elevation=float(rng.uniform(9, 15)),
-        distance=float(rng.uniform(0.96, 1.06)),
-        light=float(rng.uniform(-20, 20)),
-        flip=bool(rng.random() < 0.5),
-        tint=float(rng.random()),
-    )
+    drawn = {
+        "place": str(rng.choice(names, p=weights / weights.sum())),
+        "azimuth": float(rng.uniform(12, 48)),
+        "elevation": float(rng.uniform(9, 15)),
+        "distance": float(rng.uniform(0.96, 1.06)),
+        "light": float(rng.uniform(-20, 20)),
+        "flip": bool(rng.random() < 0.5),
+        "tint": float(rng.random()),
+    }
     return View(**(drawn | fixed))
 
 

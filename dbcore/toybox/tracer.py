@@ -219,9 +219,13 @@ def _backdrop(place, a, h, tint):
 @njit(fastmath=True)
 def _shadow(prims, x, y, z, lx, ly, lz):
     """1 in full light, 0 in full shadow, with a penumbra."""
-    light, t = 1.0, 0.04
+    middle = -x * lx + (0.85 - y) * ly - z * lz  # of the chord through the sphere that holds the character
+    gap = 1.2 * 1.2 - (x * x + (0.85 - y) ** 2 + z * z - middle * middle)
+    if gap <= 0.0:
+        return 1.0
+    light, t, end = 1.0, max(0.04, middle - math.sqrt(gap)), middle + math.sqrt(gap)
     for _ in range(24):
-        if y + ly * t > 1.9 or t > 3.5:
+        if t > end:
             break
         d, _m = _distance(prims, x + lx * t, y + ly * t, z + lz * t)
         light = min(light, 9.0 * d / t)
@@ -283,7 +287,7 @@ def _trace_character(prims, turn, ox, oy, oz, dx, dy, dz, sun, end, materials, p
     """(hit, r, g, b): the character along a ray, up to distance `end`."""
     cx, cy, cz = -ox, 0.85 - oy, -oz  # march only where the ray passes the sphere that holds every character
     mid = cx * dx + cy * dy + cz * dz
-    gap = 1.55 * 1.55 - (cx * cx + cy * cy + cz * cz - mid * mid)
+    gap = 1.3 * 1.3 - (cx * cx + cy * cy + cz * cz - mid * mid)
     if gap <= 0.0:
         return False, 0.0, 0.0, 0.0
     half = math.sqrt(gap)
@@ -315,9 +319,9 @@ def _trace(prims, turn, ox, oy, oz, dx, dy, dz, sun, materials, pattern, place, 
         x, z = ox + dx * t_ground, oz + dz * t_ground
         r, g, b = _ground(place, x, z, tint)
         light = 1.0
-        if x * x + z * z < 9.0:
-            cx, cz = _turn(turn, x, z)
-            light = 0.45 + 0.55 * _shadow(prims, cx, level + 0.01, cz, sun[0], sun[1], sun[2])
+        cx, cz = _turn(turn, x, z)
+        light = 0.45 + 0.55 * _shadow(prims, cx, level + 0.01, cz, sun[0], sun[1], sun[2])
+        if x * x + z * z < 1.7:
             light *= 0.6 + 0.4 * min(1.0, max(0.0, _distance(prims, cx, level + 0.02, cz)[0] * 5.0))
         fade = min(1.0, max(0.0, (t_ground - 9.0) / 5.0))
         if place == 0:  # an endless studio: the floor runs into the wall

@@ -1,0 +1,148 @@
+"""The toy base's autoencoder: 64 x 64 pictures to 16 x 16 x 4 latents and back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dbcore.toybox.fit import fit, half_where_fast, step_rng
+
+DOWN, CHANNELS = 4, 4
+
+
+def make_autoencoder():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=CHANNELS, block_out_channels=(24, 48, 96),
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1, norm_num_groups=8, sample_size=64, mid_block_add_attention=False, scaling_factor=1.0)
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 (n, h, w, 3) to float (n, 3, h, w) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+class PatchPCA(nn.Module):
+    """The best linear autoencoder of 4 x 4 patches, whitened: where the learnt one starts.
+
+    An autoencoder trained from nothing with four channels loses hue for a long time;
+    one that is first shown these codes keeps it.
+    """
+
+    def __init__(self, pictures: np.ndarray):
+        super().__init__()
+        patches = F.unfold(to_tensor(pictures), DOWN, stride=DOWN).permute(0, 2, 1).reshape(-1, 3 * DOWN * DOWN)
+        self.register_buffer("mean", patches.mean(0))
+        values, vectors = torch.linalg.eigh(torch.cov((patches - self.mean).T))
+        basis = vectors[:, -CHANNELS:].flip(1)
+        basis = basis * torch.sign(basis.sum(0))  # the sign of an eigenvector is anybody's
+        self.register_buffer("project", basis / values[-CHANNELS:].flip(0).sqrt())
+
+    def forward(self, x):
+        """(n, 3, h, w) to (n, 4, h/4, w/4) of unit variance."""
+        n, _, h, w = x.shape
+        patches = F.unfold(x, DOWN, stride=DOWN).permute(0, 2, 1) - self.mean
+        return (patches @ self.project).permute(0, 2, 1).reshape(n, CHANNELS, h // DOWN, w // DOWN)
+
+
+def crops(pictures: np.ndarray, rng: np.random.Generator, batch: int, size: int) -> torch.Tensor:
+    """Random flipped crops; the middle, where the character is, comes more often."""
+    room = pictures.shape[1] - size
+    picks = rng.integers(0, len(pictures), batch)
+    out = []
+    for k in picks:
+        y, x = (rng.beta(2, 2, 2) * room + 0.5).astype(int) // DOWN * DOWN
+        crop = pictures[k, y:y + size, x:x + size]
+        out.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
+    return to_tensor(np.stack(out))
+
+
+def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 3000, batch: int = 32,
+                      lr: float = 2e-3, device: str = "cpu"):
+    """Three phases: learn the PCA's codes, then free both halves, then whole pictures.
+
+    The loss is the squared error in [-1, 1], a tenth of the absolute error, and a light KL
+    term (Kingma & Welling 2014) that keeps the posterior wide enough for a denoiser's errors.
+    """
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    torch.manual_seed(seed)
+    net = make_autoencoder()
+    pca = PatchPCA(pictures[:: max(1, len(pictures) // 1500)]).to(device)
+    follow, whole = 0.15 * steps, 0.75 * steps
+
+    def loss_at(step):
+        rng, torch_rng = step_rng(seed, "autoencoder", step)
+        size, n = (32, batch) if step < whole else (pictures.shape[1], batch // 4)
+        x = crops(pictures, rng, n, size).to(device)
+        with half_where_fast(device):
+            moments = net.encode(x).latent_dist.parameters
+        posterior = DiagonalGaussianDistribution(moments.float())
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=torch_rng).to(device)
+        if step < follow:
+            code = pca(x)
+            z = code + 0.1 * torch.randn(code.shape, generator=torch_rng).to(device)
+        with half_where_fast(device):
+            y = net.decode(z).sample
+        y = y.float()
+        error = F.mse_loss(y, x)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = error + 0.1 * F.l1_loss(y, x) + 1e-4 * kl
+        if step < follow:
+            loss = loss + F.mse_loss(posterior.mean, code) * 0.2
+        return {"loss": loss, "psnr": 10 * torch.log10(4 / error.detach()), "kl": kl.detach()}
+
+    net = fit("autoencoder", folder, net, loss_at, steps, lr, ema=0.998, device=device)
+    return set_scale(net, pictures)
+
+
+@torch.no_grad()
+def set_scale(net, pictures: np.ndarray):
+    """Record the factor that gives latents unit variance, as Stable Diffusion's 0.18215 does."""
+    latents = net.encode(to_tensor(pictures[:256]).to(net.device)).latent_dist.mean
+    net.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+    return net
+
+
+@torch.no_grad()
+def encode_corpus(net, pictures: np.ndarray, path: Path, batch: int = 64) -> np.ndarray:
+    """Scaled posterior means of every picture and of its mirror image: float16 (2, n, 4, 16, 16).
+
+    Written beside `path` and renamed when whole, so that a file that is there is finished.
+    """
+    side = pictures.shape[1] // DOWN
+    beside = path.with_suffix(".part")
+    out = np.lib.format.open_memmap(beside, "w+", np.float16, (2, len(pictures), CHANNELS, side, side))
+    for first in range(0, len(pictures), batch):
+        x = to_tensor(pictures[first:first + batch]).to(net.device)
+        for mirrored in (0, 1):
+            view = x.flip(-1) if mirrored else x
+            mean = net.encode(view.contiguous(memory_format=torch.channels_last)).latent_dist.mean
+            out[mirrored, first:first + len(x)] = (mean * net.config.scaling_factor).half().cpu().numpy()
+    out.flush()
+    os.replace(beside, path)
+    return out
+
+
+@torch.no_grad()
+def reconstruct(net, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
+    """Pictures, uint8 (n, h, w, 3), through the autoencoder and back, uint8 of the same shape."""
+    parts = []
+    for first in range(0, len(pictures), batch):
+        x = to_tensor(pictures[first:first + batch]).to(net.device, net.dtype)
+        y = net.decode(net.encode(x).latent_dist.mean).sample.float().clamp(-1, 1)
+        parts.append(((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def psnr(net, pictures: np.ndarray) -> float:
+    """Decibels over whole pictures: 10 log10(255^2 / mean squared error), the mean over all of them."""
+    error = reconstruct(net, pictures).astype(np.float32) - pictures
+    return float(10 * np.log10(255**2 / np.square(error).mean()))

@@ -1,0 +1,148 @@
+"""The toy CLIP: text and image towers trained together on captioned renders.
+
+Its text tower is the toy base's text encoder, frozen from then on as in Stable Diffusion.
+Contrastive loss of Radford et al. 2021 (CLIP), equation-free in the paper: symmetric
+cross-entropy over the batch's cosine similarities divided by a learnt temperature.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from dbcore.toybox.autoencoder import to_tensor
+from dbcore.toybox.fit import fit, step_rng
+from dbcore.toybox.scene import caption
+
+WIDTH = 128
+
+
+class ImageTower(nn.Module):
+    """64 x 64 pictures in [-1, 1], (n, 3, 64, 64), to features (n, 128), not normalised."""
+
+    def __init__(self, width: int = WIDTH):
+        super().__init__()
+        plan = (3, 32, 64, 128, 256)
+        self.body = nn.Sequential(*(
+            layer for a, b in itertools.pairwise(plan)
+            for layer in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU())))
+        self.head = nn.Linear(256 * 16, width)
+
+    def forward(self, pixels):
+        return self.head(self.body(pixels).flatten(1))
+
+
+def make_text_encoder(tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, projection_dim=WIDTH))
+    for name, weight in model.named_parameters():
+        # wide word vectors keep words apart through the layers, the rare and never seen ones too
+        if "token_embedding" in name:
+            nn.init.normal_(weight, std=0.5)
+        elif "position_embedding" in name:
+            nn.init.normal_(weight, std=0.1)
+    return model
+
+
+class ToyCLIP(nn.Module):
+    def __init__(self, text, image=None):
+        super().__init__()
+        self.text, self.image = text, image or ImageTower()
+        self.project = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(2.66))  # 1 / temperature 0.07
+
+    def text_features(self, ids):
+        """Token ids (n, length) to unit vectors (n, 128)."""
+        return F.normalize(self.project(self.text(ids).pooler_output), dim=-1)
+
+    def image_features(self, pixels):
+        """Pictures (n, 3, 64, 64) in [-1, 1] to unit vectors (n, 128)."""
+        return F.normalize(self.image(pixels), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """Unit vectors (n, 128) of texts; for a CLIP that `load_clip` brought with its tokenizer."""
+        return self.text_features(tokenize(self.tokenizer, texts))
+
+    @torch.no_grad()
+    def embed_images(self, images: list) -> torch.Tensor:
+        """Unit vectors (n, 128) of PIL images, which are brought to 64 x 64 pixels."""
+        pixels = np.stack([np.asarray(i.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)) for i in images])
+        return self.image_features(to_tensor(pixels))
+
+    def forward(self, ids, pixels):
+        """Logits (n texts, n images)."""
+        return self.log_scale.clamp(max=4.6).exp() * self.text_features(ids) @ self.image_features(pixels).T
+
+
+def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                     return_tensors="pt").input_ids
+
+
+def train_clip(tokenizer, pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 1500,
+               batch: int = 128, lr: float = 1e-3, device: str = "cpu") -> ToyCLIP:
+    torch.manual_seed(seed + 1)
+    clip = ToyCLIP(make_text_encoder(tokenizer))
+
+    def loss_at(step):
+        rng, _ = step_rng(seed, "clip", step)
+        picks = rng.integers(0, len(pictures), batch)
+        x = to_tensor(pictures[np.sort(picks)])
+        texts = [caption(*scenes[k], rng, drop=0.1) for k in np.sort(picks)]
+        x = x.flip(-1) if rng.random() < 0.5 else x
+        logits = clip(tokenize(tokenizer, texts).to(device), x.to(device))
+        truth = torch.arange(batch, device=device)
+        loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+        return {"loss": loss, "accuracy": (logits.detach().argmax(0) == truth).float().mean()}
+
+    return fit("clip", folder, clip, loss_at, steps, lr, device=device)
+
+
+@torch.no_grad()
+def retrieval(clip: ToyCLIP, tokenizer, pictures: np.ndarray, texts: list[str], among: int = 100) -> float:
+    """Share of pictures whose own caption scores highest among `among` captions, all different."""
+    right = total = 0
+    for first in range(0, len(pictures) - among + 1, among):
+        these = texts[first:first + among]
+        logits = clip(tokenize(tokenizer, these), to_tensor(pictures[first:first + among]))
+        best = logits.argmax(0).tolist()
+        right += sum(these[b] == these[i] for i, b in enumerate(best))
+        total += among
+    return right / total
+
+
+def save_clip(clip: ToyCLIP, folder: Path) -> None:
+    """All but the text encoder, which the base's folder has already: `folder/model.safetensors`, half precision."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rest = {k: v.half().contiguous().cpu() for k, v in clip.state_dict().items() if not k.startswith("text.")}
+    save_file(rest, folder / "model.safetensors")
+
+
+def load_clip(folder) -> ToyCLIP:
+    """The toy CLIP of a toy base's folder, with `.tokenizer`, in float32 and eval mode.
+
+    `embed_texts` and `embed_images` give unit vectors whose products are its scores.
+    """
+    from safetensors.torch import load_file
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder = Path(folder)
+    clip = ToyCLIP(CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32))
+    held = load_file(folder / "clip_image" / "model.safetensors")
+    clip.load_state_dict({**clip.state_dict(), **held})
+    clip.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return clip.eval().requires_grad_(False)

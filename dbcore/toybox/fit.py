@@ -1,0 +1,178 @@
+"""One training loop for every network of the toy base: seeded, and resumable after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def step_rng(seed: int, stage: str, step: int) -> tuple[np.random.Generator, torch.Generator]:
+    """Randomness as a function of (seed, stage, step): a resumed run draws what it would have drawn."""
+    key = np.random.SeedSequence([seed, step, *stage.encode()])
+    return np.random.default_rng(key), torch.Generator().manual_seed(int(key.generate_state(1)[0]))
+
+
+def half_where_fast(device: str = "cpu"):
+    """An autocast to bfloat16 where the processor multiplies it natively; nothing elsewhere."""
+    kind = torch.device(device).type
+    native = torch.cuda.is_bf16_supported() if kind == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(kind, torch.bfloat16, enabled=native)
+
+
+def cosine_rate(progress: float, warmup: float = 0.02, floor: float = 0.02) -> float:
+    """Factor of the learning rate at a fraction of the run."""
+    if progress < warmup:
+        return progress / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def orthogonalised(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Tensor]:
+    """Matrices with all singular values brought near 1: roughly U V^T of each U S V^T.
+
+    The quintic Newton-Schulz iteration of Muon, X <- (a + b XX^T + c (XX^T)^2) X, run on the Gram
+    matrices of the shorter sides alone, all of one size at once. So the long sides are multiplied
+    twice, not at each iteration, and sqrt(|XX^T|) bounds the largest singular value more closely
+    than |X| does, which brings small ones up sooner.
+    """
+    wide = [m if m.shape[0] <= m.shape[1] else m.T for m in matrices]
+    out = list(matrices)
+    for side in {m.shape[0] for m in wide}:
+        here = [k for k, m in enumerate(wide) if m.shape[0] == side]
+        grams = torch.stack([wide[k] @ wide[k].T for k in here])
+        bounds = grams.norm(dim=(1, 2), keepdim=True).clamp(min=1e-14)
+        whole = newton_schulz(grams / bounds, steps) / bounds.sqrt()
+        for k, factor in zip(here, whole):
+            out[k] = factor @ wide[k] if wide[k] is matrices[k] else (factor @ wide[k]).T
+    return out
+
+
+def newton_schulz(grams: torch.Tensor, steps: int) -> torch.Tensor:
+    """(k, m, m) Gram matrices XX^T of norm at most 1 to the matrices that orthogonalise X from the left."""
+    whole = None
+    for step in range(steps):
+        factor = torch.baddbmm(grams, grams, grams, beta=-4.7750, alpha=2.0315)
+        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+        whole = factor if whole is None else factor @ whole
+        if step < steps - 1:
+            grams = factor @ grams @ factor
+    return whole
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for linear and convolution weights, seen as (out, in * k * k) matrices.
+
+    The step is the orthogonalised Nesterov momentum, scaled to the size of an AdamW step
+    (Liu et al. 2025), so that both take the same learning rate. torch's own takes matrices only,
+    and multiplies in bfloat16, which most processors do slowly.
+    """
+
+    def __init__(self, weights, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            updates = orthogonalised([self._momentum(weight, group["momentum"]).flatten(1) for weight in weights])
+            for weight, update in zip(weights, updates):
+                size = 0.2 * max(update.shape) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update.reshape(weight.shape), alpha=-group["lr"] * size)
+
+    def _momentum(self, weight, momentum):
+        if weight not in self.state:
+            self.state[weight]["mean"] = torch.zeros_like(weight)
+        mean = self.state[weight]["mean"].lerp_(weight.grad, 1 - momentum)
+        return weight.grad.lerp(mean, momentum)
+
+
+def make_optimizers(module: nn.Module, lr: float, muon: bool = False) -> list:
+    matrices, others = [], []
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            inner = muon and p.dim() >= 2 and "embed" not in name and "conv_in" not in name and "conv_out" not in name
+            (matrices if inner else others).append(p)
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+    return optimizers + ([Muon(matrices, lr)] if matrices else [])
+
+
+def save_atomically(payload: dict, path: Path) -> None:
+    beside = path.with_suffix(".part")
+    torch.save(payload, beside)
+    with open(beside, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(beside, path)
+
+
+class Average:
+    """Running mean of a module's weights, shorter at the start of a run (Polyak averaging)."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay, self.values = decay, {k: v.clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        live = module.state_dict()
+        torch._foreach_lerp_(list(self.values.values()), [live[name] for name in self.values], share)
+
+
+def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int], dict], steps: int, lr: float,
+        muon: bool = False, ema: float = 0.0, device: str = "cpu", save_every: float = 120.0,
+        log_every: int = 50) -> nn.Module:
+    """Train `module` for `steps` steps and return it (with averaged weights if `ema`), in eval mode, on `device`.
+
+    `loss_at(step)` gives a dict of scalars whose "loss" is minimised. Every `save_every`
+    seconds the whole state goes to `folder/<stage>.pt`, and a later call goes on from there;
+    it may ask for another number of steps, and the rate then follows the new schedule.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, module = folder / f"{stage}.pt", module.to(device)
+    optimizers = make_optimizers(module, lr, muon)
+    average = Average(module, ema) if ema else None
+    step, spent = load_state(path, module, optimizers, average) if path.exists() else (0, 0.0)
+    module.train()
+    began = saved = time.monotonic()
+    while step < steps:
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["lr"] = lr * cosine_rate((step + 1) / steps)
+        terms = loss_at(step)
+        terms["loss"].backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        if average:
+            average.update(module, step)
+        seconds = spent + time.monotonic() - began
+        if step % log_every == 0 or step == steps:
+            print(json.dumps({"stage": stage, "step": step, "of": steps, "seconds": round(seconds, 1),
+                              **{k: round(float(v.detach()), 5) for k, v in terms.items()}}), flush=True)
+        if time.monotonic() - saved > save_every or step == steps:
+            save_atomically({"module": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                             "average": average and average.values, "step": step, "seconds": seconds}, path)
+            saved = time.monotonic()
+    if average:
+        module.load_state_dict(average.values)
+    return module.eval()
+
+
+def load_state(path: Path, module: nn.Module, optimizers: list, average: Average | None) -> tuple[int, float]:
+    """Put a checkpoint back; returns the steps done and the seconds they took."""
+    held = torch.load(path, map_location="cpu", weights_only=True)
+    module.load_state_dict(held["module"])
+    for optimizer, state in zip(optimizers, held["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    if average:
+        for name, value in average.values.items():
+            value.copy_(held["average"][name])
+    return held["step"], held["seconds"]

@@ -1,0 +1,259 @@
+"""What the toy base must do, measured: a list of gates, each with its target and its number.
+
+Everything is measured on the folder that ships, in float32, with the settings it recommends. Renders come
+from a world no network was trained on; what a sample shows is told by the attribute reader.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dbcore.toybox.autoencoder import psnr
+from dbcore.toybox.clip import load_clip, retrieval
+from dbcore.toybox.corpus import sample_held_out
+from dbcore.toybox.reader import accuracy, load_reader, truth
+from dbcore.toybox.scene import (
+    CLASSES,
+    COLORS,
+    PLACES,
+    Character,
+    View,
+    caption,
+)
+from dbcore.toybox.subjects import SHIPPED, write_subject
+
+SAMPLES = 240  # pictures drawn for combinations never trained on
+TRIED = ("dog", "cat", "duck", "car", "teapot", "robot")  # shipped subjects that DreamBooth is tried on
+NEW_PLACES = ("snow", "beach", "water")  # none of them is in the photos
+PICTURES = 8  # a prompt and subject
+IDENTITY = ("class", "color", "pattern", "color2")  # what makes a subject this one; hat and place may change
+
+
+@dataclass
+class Gate:
+    """One number held against its target. `least`: the target is a minimum, else a maximum."""
+
+    name: str
+    target: float
+    value: float
+    least: bool = True
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.target if self.least else self.value <= self.target
+
+    def __str__(self):
+        return (f"{'ok    ' if self.passed else 'MISSED'} {self.name}: {self.value:.3g} "
+                f"({'>=' if self.least else '<='} {self.target:g}){'  ' + self.note if self.note else ''}")
+
+
+def to_json(gates: list[Gate]) -> str:
+    return json.dumps([{**asdict(gate), "value": round(gate.value, 4), "passed": gate.passed} for gate in gates],
+                      indent=1) + "\n"
+
+
+def from_json(text: str) -> list[Gate]:
+    return [Gate(**{k: v for k, v in row.items() if k != "passed"}) for row in json.loads(text)]
+
+
+def table(gates: list[Gate]) -> str:
+    """The gates as a Markdown table, the card's."""
+    rows = ["| Gate | Target | Measured | |", "|---|---|---|---|"]
+    for gate in gates:
+        sign, note = ">=" if gate.least else "<=", f" ({gate.note})" if gate.note else ""
+        rows.append(f"| {gate.name}{note} | {sign} {gate.target:g} | {gate.value:.3g} | "
+                    f"{'passed' if gate.passed else 'missed'} |")
+    return "\n".join(rows)
+
+
+# --- the parts ----------------------------------------------------------------------------------------
+
+
+def autoencoder_gate(base, pictures: np.ndarray) -> list[Gate]:
+    return [Gate("autoencoder on renders never seen, dB", 28, psnr(base.vae, pictures))]
+
+
+def clip_gate(folder: Path, pictures: np.ndarray, scenes: list) -> list[Gate]:
+    clip = load_clip(folder)
+    share = retrieval(clip, clip.tokenizer, pictures, [caption(*scene) for scene in scenes])
+    return [Gate("toy CLIP: a render's own caption first among 100", 0.9, share)]
+
+
+def reader_gate(reader, pictures: np.ndarray, scenes: list) -> list[Gate]:
+    right = accuracy(reader, pictures, scenes)
+    return [Gate(f"reader on renders never seen: {q}", 0.97, right[q]) for q in right]
+
+
+@torch.no_grad()
+def moved(base, one: list[str], other: list[str], t: int = 950, count: int = 16) -> float:
+    """How far another prompt moves the prediction, relative to the prediction's size; the mean over the pairs."""
+    noise = torch.randn((count, *base.latent_shape(base.resolution)), generator=torch.Generator().manual_seed(t))
+
+    def predictions(prompts):
+        for prompt in prompts:
+            cond = {k: v.expand(count, -1, -1) for k, v in base.encode_prompts([prompt]).items()}
+            yield base.predict(noise, torch.full((count,), t), cond)
+
+    shares = [(a - b).norm() / a.norm() for a, b in zip(predictions(one), predictions(other))]
+    return float(torch.stack(shares).mean())
+
+
+def word_gates(base) -> list[Gate]:
+    classes = list(itertools.combinations(CLASSES, 2))
+    by_class = moved(base, *([f"a photo of a {c}" for c in column] for column in zip(*classes)))
+    colors = [f"a photo of a {color} {kind}" for kind in CLASSES for color in COLORS]
+    plain = [f"a photo of a {kind}" for kind in CLASSES for _ in COLORS]
+    return [Gate("prediction at t=950 moved by another class word", 0.3, by_class),
+            Gate("prediction at t=950 moved by a colour word", 0.3, moved(base, plain, colors))]
+
+
+def sample_gates(base, reader, seed: int = 3, count: int = SAMPLES) -> tuple[list[Gate], list]:
+    """The base's pictures of combinations never rendered in training, read; also the pictures, for the eye."""
+    scenes = [sample_held_out(seed, k) for k in range(count)]
+    pictures = base.draw([caption(*scene) for scene in scenes], list(range(count)), batch_size=24)
+    read, truths = reader.read(pictures), [truth(*scene) for scene in scenes]
+    right = {q: np.mean([r[q] == t[q] for r, t in zip(read, truths)]) for q in truths[0]}
+    targets = {"class": 0.95, "place": 0.95, "color": 0.90, "pattern": 0.80, "hat": 0.80}
+    return [Gate(f"samples of combinations never trained: {q}", goal, float(right[q]), note=f"{count} pictures")
+            for q, goal in targets.items()], pictures
+
+
+def rare_word_gates(base, reader, count: int = 24) -> list[Gate]:
+    """`sks` is one token, and says nothing yet: the pictures are dogs."""
+    tokens = len(base.tokenizer("sks", add_special_tokens=False).input_ids)
+    read = reader.read(base.draw(["a photo of sks dog"] * count, list(range(count)), batch_size=24))
+    return [Gate("tokens in `sks`", 1, tokens, least=False),
+            Gate("`a photo of sks dog` before DreamBooth: dogs", 0.95, np.mean([r["class"] == "dog" for r in read]),
+                 note="the word is in no caption")]
+
+
+def speed_gate(base) -> list[Gate]:
+    base.draw(["a photo of a dog"], [0], num_inference_steps=2)  # loads what is loaded late
+    began = time.perf_counter()
+    base.draw(["a photo of a dog"] * 4, [0, 1, 2, 3])
+    return [Gate("four pictures at the recommended settings, seconds", 4, time.perf_counter() - began, least=False,
+                 note=f"{torch.get_num_threads()} threads")]
+
+
+# --- DreamBooth ---------------------------------------------------------------------------------------
+
+
+def teach(folder: Path, photos: Path, work: Path, kind: str, prior: bool) -> Path:
+    """DreamBooth at the recommended settings; the LoRA's path. A run that is finished is taken as it is."""
+    from dbcore.config import TrainConfig
+    from dbcore.engines.train import train
+
+    lora = work / "pytorch_lora_weights.safetensors"
+    if lora.exists():
+        return lora
+    more = {"with_prior_preservation": True, "class_prompt": f"a photo of a {kind}",
+            "num_class_images": json.loads((folder / "recommended.json").read_text())["num_class_images"],
+            "class_data_dir": str(work.parent / f"class-{kind}")} if prior else {}
+    return train(TrainConfig(
+        pretrained_model_name_or_path=str(folder), instance_data_dir=str(photos), max_train_steps=150,
+        instance_prompt=f"a photo of sks {kind}", output_dir=str(work), report_to="none",
+        overwrite_output_dir=True, **more))
+
+
+def is_subject(read: dict[str, str], character: Character) -> bool:
+    wanted = truth(character, View())
+    return all(read[q] == wanted[q] for q in IDENTITY)
+
+
+def drawn_with(folder: Path, lora: Path, prompts: list[str], seeds: list[int]) -> list:
+    from dbcore.models.base import load_base
+    from dbcore.models.lora import load_lora
+
+    base = load_base(folder)
+    load_lora(base, lora)
+    return base.draw(prompts, seeds, batch_size=24)
+
+
+def try_subject(folder: Path, name: str, work: Path, reader, prior: bool) -> tuple[dict, dict]:
+    """Teach one subject; shares of right answers, and the pictures by prompt."""
+    character = SHIPPED[name]
+    photos, kind = work / f"photos-{name}", character.kind
+    if not (photos / "subject.json").exists():
+        write_subject(photos, character, seed=list(SHIPPED).index(name))
+    lora = teach(folder, photos, work / f"{name}-{'prior' if prior else 'plain'}", kind, prior)
+    prompts = {"alone": caption_of("sks", kind, "studio"), **{p: caption_of("sks", kind, p) for p in NEW_PLACES},
+               "class": f"a photo of a {kind}"}
+    asked = [prompt for prompt in prompts.values() for _ in range(PICTURES)]
+    drawn = drawn_with(folder, lora, asked, list(range(100, 100 + PICTURES)) * len(prompts))
+    pictures = {key: drawn[k * PICTURES:(k + 1) * PICTURES] for k, key in enumerate(prompts)}
+    read = {key: reader.read(images) for key, images in pictures.items()}
+    new = [(place, r) for place in NEW_PLACES for r in read[place]]
+    return {
+        "right": float(np.mean([is_subject(r, character) for r in read["alone"]])),
+        "place": float(np.mean([r["place"] == place for place, r in new])),
+        "subject elsewhere": float(np.mean([is_subject(r, character) for _, r in new])),
+        "drift": float(np.mean([is_subject(r, character) for r in read["class"]])),
+    }, pictures
+
+
+def caption_of(identifier: str, kind: str, place: str) -> str:
+    return f"a photo of {identifier} {kind} {PLACES[place]}".strip()
+
+
+def dreambooth_gates(folder: Path, work: Path, reader, subjects=TRIED) -> tuple[list[Gate], dict]:
+    """Every subject with and without prior preservation; also (subject, prior) -> (shares, pictures)."""
+    runs = {(name, prior): try_subject(folder, name, work, reader, prior)
+            for name in subjects for prior in (True, False)}
+
+    def mean(question, prior):
+        return float(np.mean([runs[name, prior][0][question] for name in subjects]))
+
+    note = f"{len(subjects)} subjects, {PICTURES} pictures a prompt, 150 steps"
+    with_prior, without = mean("drift", True), mean("drift", False)
+    floor = 1 / (len(subjects) * PICTURES)  # one picture: what a share of none is taken for
+    return [
+        Gate("DreamBooth, `a photo of sks X`: class, colours and pattern right", 0.8, mean("right", True), note=note),
+        Gate("DreamBooth, three new places: place right", 0.85, mean("place", True)),
+        Gate("DreamBooth, three new places: subject right", 0.7, mean("subject elsewhere", True)),
+        Gate("`a photo of a X` read as the subject, without over with prior preservation", 2,
+             without / max(with_prior, floor), note=f"{without:.2f} against {with_prior:.2f}"),
+    ], runs
+
+
+# --- all of them --------------------------------------------------------------------------------------
+
+
+def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list) -> list[Gate]:
+    """Every gate of the base in `folder`, printed as it is measured.
+
+    `pictures`, uint8 (n, 64, 64, 3), and `scenes` are renders never trained on. Grids to look at, and the runs
+    that DreamBooth is tried with, go to `work`, in a folder named by the base's weights.
+    """
+    from dbcore.models.base import load_base
+    from dbcore.utils.grids import save_grid
+
+    base, reader = load_base(folder), load_reader(folder)
+    work = work / base.fingerprint()[:12]
+    gates: list[Gate] = []
+
+    def add(new):
+        gates.extend(new)
+        print("\n".join(map(str, new)), flush=True)
+
+    add(autoencoder_gate(base, pictures))
+    add(clip_gate(folder, pictures, scenes))
+    add(word_gates(base))
+    add(reader_gate(reader, pictures, scenes))
+    found, drawn = sample_gates(base, reader)
+    add(found)
+    save_grid(work / "samples.png", [drawn[k:k + 12] for k in range(0, len(drawn), 12)][:10])
+    add(rare_word_gates(base, reader))
+    add(speed_gate(base))
+    found, runs = dreambooth_gates(folder, work, reader)
+    add(found)
+    for (name, prior), (_, by_prompt) in runs.items():
+        save_grid(work / f"{name}-{'prior' if prior else 'plain'}.png", list(by_prompt.values()), list(by_prompt))
+    return gates

@@ -1,0 +1,114 @@
+"""An attribute reader: what a toy picture shows, told by a small network trained on renders.
+
+It is the truth that the gates and the metrics are held against, so it learns from scenes
+in which every combination may occur, and never from a sample of the base.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from dbcore.toybox.autoencoder import to_tensor
+from dbcore.toybox.fit import fit, half_where_fast, step_rng
+from dbcore.toybox.scene import CLASSES, COLORS, PATTERNS, PLACES, Character, View
+
+ANSWERS = {
+    "class": CLASSES, "color": tuple(COLORS), "pattern": PATTERNS,
+    "color2": ("none", *COLORS), "hat": ("none", *COLORS), "place": tuple(PLACES),
+}
+
+
+class Reader(nn.Module):
+    """Pictures (n, 3, 64, 64) in [-1, 1] to logits by question, a dict of (n, answers)."""
+
+    def __init__(self):
+        super().__init__()
+        plan = (3, 32, 64, 128, 192)
+        layers = []
+        for a, b in itertools.pairwise(plan):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
+            if b >= 64:
+                layers += [nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        self.neck = nn.Sequential(nn.Flatten(), nn.Linear(192 * 16, 256), nn.SiLU())
+        self.heads = nn.ModuleDict({q: nn.Linear(256, len(a)) for q, a in ANSWERS.items()})
+
+    def forward(self, pixels):
+        features = self.neck(self.body(pixels))
+        return {question: head(features) for question, head in self.heads.items()}
+
+    @torch.no_grad()
+    def read(self, images: list) -> list[dict[str, str]]:
+        """What each RGB picture of 64 x 64 pixels shows, a dict of the `ANSWERS`."""
+        pixels = to_tensor(np.stack([np.asarray(i.convert("RGB").resize((64, 64))) for i in images]))
+        pixels = pixels.to(self.neck[1].weight.device)
+        picked = {q: logits.argmax(-1).tolist() for q, logits in self.eval()(pixels).items()}
+        return [{q: ANSWERS[q][picked[q][i]] for q in ANSWERS} for i in range(len(images))]
+
+
+def truth(character: Character, view: View) -> dict[str, str]:
+    """The right answers for a scene."""
+    return {"class": character.kind, "color": character.color, "pattern": character.pattern,
+            "color2": character.color2 if character.pattern != "plain" else "none",
+            "hat": character.hat or "none", "place": view.place}
+
+
+def answer_table(scenes: list) -> dict[str, torch.Tensor]:
+    truths = [truth(*scene) for scene in scenes]
+    return {q: torch.tensor([a.index(t[q]) for t in truths]) for q, a in ANSWERS.items()}
+
+
+def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 400, batch: int = 64,
+                 lr: float = 1e-3, device: str = "cpu") -> Reader:
+    """Cross-entropy on every question, on renders mirrored, blurred and slightly recoloured at random."""
+    torch.manual_seed(seed + 3)
+    net, answers = Reader(), answer_table(scenes)
+
+    def loss_at(step):
+        rng, torch_rng = step_rng(seed, "reader", step)
+        picks = np.sort(rng.integers(0, len(pictures), batch))
+        x = to_tensor(pictures[picks])
+        if rng.random() < 0.5:
+            x = x.flip(-1)
+        if rng.random() < 0.3:  # samples are softer than renders
+            x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+        x = x + 0.03 * torch.randn(x.shape, generator=torch_rng)
+        with half_where_fast(device):
+            logits = net(x.to(device))
+        truths = {q: answers[q][picks].to(device) for q in ANSWERS}
+        loss = sum(F.cross_entropy(logits[q].float(), truths[q]) for q in ANSWERS)
+        right = torch.stack([(logits[q].argmax(-1) == truths[q]).float().mean() for q in ANSWERS])
+        return {"loss": loss, "worst": right.min()}
+
+    return fit("reader", folder, net, loss_at, steps, lr, muon=True, ema=0.99, device=device)
+
+
+def accuracy(reader: Reader, pictures: np.ndarray, scenes: list) -> dict[str, float]:
+    """Share of right answers by question on renders, uint8 (n, 64, 64, 3)."""
+    read = [answer for first in range(0, len(pictures), 100)
+            for answer in reader.read([Image.fromarray(p) for p in pictures[first:first + 100]])]
+    return {q: float(np.mean([r[q] == truth(*scene)[q] for r, scene in zip(read, scenes)])) for q in ANSWERS}
+
+
+def save_reader(reader: Reader, folder: Path) -> None:
+    """`folder/model.safetensors` in half precision."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half().contiguous().cpu() for k, v in reader.state_dict().items()}, folder / "model.safetensors")
+
+
+def load_reader(folder) -> Reader:
+    """The reader of a toy base's folder (which has it in `reader/`), in float32 and eval mode."""
+    from safetensors.torch import load_file
+
+    reader = Reader()
+    reader.load_state_dict(load_file(Path(folder) / "reader" / "model.safetensors"))
+    return reader.eval().requires_grad_(False)

@@ -1,0 +1,129 @@
+"""The toy base's folder: an ordinary diffusers pipeline in half precision, and what travels beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from dbcore.toybox.clip import save_clip
+from dbcore.toybox.denoiser import make_pipeline
+from dbcore.toybox.reader import save_reader
+
+RECOMMENDED = {  # found by trying; a config's `auto` takes them up
+    "resolution": 64,
+    "learning_rate": 2e-3,
+    "rank": 16,
+    "lora_layers": "attention",
+    "guidance_scale": 4.0,
+    "num_inference_steps": 25,
+    "num_class_images": 40,
+}
+LIMIT_MIB = 25
+
+
+def save_base(folder: Path, tokenizer, clip, autoencoder, unet, reader=None) -> Path:
+    """Write the whole base beside `folder`, then put it in its place. Networks come back in half precision.
+
+    `clip_image/` holds the toy CLIP's image tower and projections, `reader/` the attribute reader.
+    """
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    make_pipeline(tokenizer, clip.text, autoencoder, unet).to(torch.float16).save_pretrained(beside)
+    for name in ("vocab.json", "merges.txt"):  # which older versions of transformers read
+        shutil.copy(Path(tokenizer.name_or_path) / name, beside / "tokenizer" / name)
+    save_clip(clip, beside / "clip_image")
+    if reader is not None:
+        save_reader(reader, beside / "reader")
+    (beside / "recommended.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
+    replace_folder(beside, folder)
+    return folder
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put `new` where `old` is; between the two renames, and only then, there is none."""
+    gone = old.with_name(old.name + ".old")
+    shutil.rmtree(gone, ignore_errors=True)
+    if old.exists():
+        old.rename(gone)
+    new.rename(old)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def size_mib(folder: Path) -> float:
+    """Size of everything in a folder, in MiB."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20
+
+
+def hours(work: Path) -> dict[str, float]:
+    """Machine-hours of each training, from the checkpoints."""
+    return {name: torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)["seconds"] / 3600
+            for name in ("autoencoder", "clip", "unet", "reader")}
+
+
+def write_card(folder: Path, gates: list, work: Path, count: int, machine: str) -> Path:
+    """`README.md` and `gates.json` in the base's folder."""
+    from dbcore.toybox import gates as measured
+
+    (folder / "gates.json").write_text(measured.to_json(gates))
+    cost = hours(work)
+    unet = torch.load(work / "unet.pt", map_location="cpu", weights_only=True)
+    path = folder / "README.md"
+    path.write_text(CARD.format(
+        count=count, cost=", ".join(f"{name} {h:.2f}" for name, h in cost.items()), total=sum(cost.values()),
+        steps=unet["step"], samples=unet["step"] * 32, machine=machine, size=size_mib(folder),
+        parameters=sum(v.numel() for v in unet["module"].values()) / 1e6, table=measured.table(gates)))
+    return path
+
+
+CARD = """---
+license: cc0-1.0
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [toy, stable-diffusion, dreambooth, lora]
+provenance: Every picture it learnt from and every weight was made by dbcore's own code, `python -m dbcore.toybox`.
+---
+# The toy base
+
+Provenance: every picture it learnt from and every weight was made by this repository's code, `python -m dbcore.toybox`.
+
+The whole Stable Diffusion stack in miniature: a CLIP tokenizer and text encoder, a KL autoencoder (64 x 64 pictures
+to 16 x 16 x 4 latents), a UNet of {parameters:.1f} M parameters that predicts v, and a DDIM scheduler. It draws small
+3-D characters (dog, cat, duck, car, teapot, robot) in eleven colours, plain, spotted or striped, with or without a
+hat, in eleven places. It exists so that personalising a text-to-image model can be learnt and tested on a laptop.
+
+    from diffusers import StableDiffusionPipeline
+    StableDiffusionPipeline.from_pretrained("data/toy_base")("a photo of a red dog with white spots in the snow")
+
+`recommended.json` holds the settings that suit it. Beside the pipeline lie `clip_image/`, the toy CLIP's image tower
+(`dbcore.toybox.clip.load_clip`), and `reader/`, a network that tells what a picture shows
+(`dbcore.toybox.reader.load_reader`).
+
+## Data
+{count:,} pictures of 64 x 64 pixels from a sphere tracer, each of its own random scene, with exact captions whose
+attributes are left out at random (15 % each for the UNet, 10 % for CLIP). Six pairs of class and colour were never
+rendered; the gates ask for them. `sks`, `ohwx` and `zwx` are one token each and occur in no caption.
+
+## Recipe
+1. Autoencoder: first to follow a whitened PCA of 4 x 4 patches, then free, then on whole pictures; squared and
+   absolute error, a light KL term.
+2. Toy CLIP: contrastive, batch 128; its text tower is frozen from then on.
+3. UNet: {steps:,} steps of 32 pictures ({samples:,} in all), v-prediction, one caption in ten empty, Muon and AdamW
+   with a rate decayed by a cosine, running mean of the weights.
+4. Reader: cross-entropy on what is in a render.
+
+Cost in machine-hours ({machine}): {cost}; {total:.2f} in all, without rendering.
+Size: {size:.1f} MiB in half precision.
+
+## Gates
+Measured on these weights; "never seen" renders come from another seed. What a sample shows is told by the reader.
+
+{table}
+
+## Limits
+It knows these six things, these words and this one way of looking, in English captions of one form. Eyes, hats and
+small marks are soft. Two characters in one picture, numbers and relations it has never seen. Numbers read by the
+reader carry the reader's own errors, which the table states.
+"""

@@ -1,0 +1,50 @@
+"""The subjects that ship: a fixed character each, five "photos" from several sides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dbcore.toybox.scene import Character, View, random_view
+
+SHIPPED = {
+    "dog": Character("dog", "orange", "striped", "blue", ears=0.9, muzzle=0.7, legs=0.15, tail=0.8, neck=0.4, length=0.9),
+    "dog2": Character("dog", "white", "spotted", "black", ears=0.6, muzzle=0.4, legs=0.8, tail=0.3, neck=0.7, length=0.4),
+    "cat": Character("cat", "purple", "striped", "yellow", ears=0.8, muzzle=0.4, legs=0.5, tail=0.9, neck=0.6, length=0.5),
+    "duck": Character("duck", "red", "spotted", "white", ears=0.2, muzzle=0.6, legs=0.4, tail=0.6, neck=0.7, length=0.6),
+    "car": Character("car", "green", "striped", "white", ears=0.8, muzzle=0.5, legs=0.7, tail=0.4, neck=0.5, length=0.4),
+    "teapot": Character("teapot", "blue", "spotted", "yellow", ears=0.8, muzzle=0.8, legs=0.6, tail=0.7, neck=0.6,
+                        length=0.7),
+    "robot": Character("robot", "pink", "striped", "purple", ears=0.6, muzzle=0.7, legs=0.5, tail=0.5, neck=0.6,
+                       length=0.8),
+}
+PHOTO_PLACES = ("studio", "floor", "studio", "grass", "studio")
+
+
+def photo_views(seed: int, count: int = 5) -> list[View]:
+    """Views as a careful photographer takes them: both sides, a few plain places."""
+    rng = np.random.default_rng((seed, 17))
+    return [random_view(rng, place=PHOTO_PLACES[k % len(PHOTO_PLACES)], flip=bool(k % 2)) for k in range(count)]
+
+
+def write_subject(folder: Path, character: Character, seed: int = 0, count: int = 5, size: int = 128,
+                  identifier: str = "sks") -> list[Path]:
+    """Render `count` photos of a character into `folder`, with a subject.json that says who it is."""
+    from dbcore.toybox.tracer import render
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for k, view in enumerate(photo_views(seed, count)):
+        paths.append(folder / f"{k:02d}.png")
+        render(character, view, size).save(paths[-1], optimize=True)
+    about = {"class_noun": character.kind, "instance_prompt": f"a photo of {identifier} {character.kind}",
+             "class_prompt": f"a photo of a {character.kind}", "character": character.to_dict()}
+    (folder / "subject.json").write_text(json.dumps(about, indent=2) + "\n")
+    return paths
+
+
+def write_shipped(root: Path) -> None:
+    for k, (name, character) in enumerate(SHIPPED.items()):
+        write_subject(root / name, character, seed=k)

@@ -1,0 +1,45 @@
+"""The tokenizer: the world's words are one token each, and the rare ones are in no caption."""
+
+import pytest
+
+from dbcore.toybox.corpus import scenes
+from dbcore.toybox.scene import caption
+from dbcore.toybox.words import IDENTIFIERS, MAX_LENGTH, train_tokenizer, words
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(train_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_every_word_is_one_token_of_its_own(tokenizer):
+    ids = [tuple(tokenizer(word, add_special_tokens=False).input_ids) for word in words()]
+    assert {len(i) for i in ids} == {1}
+    assert len(set(ids)) == len(ids)
+
+
+def test_an_unknown_word_falls_into_pieces(tokenizer):
+    assert len(tokenizer("zebra", add_special_tokens=False).input_ids) > 1
+
+
+def test_captions_fit_and_come_back(tokenizer):
+    texts = [caption(*scene) for scene in scenes(0, 400)]
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text.split()) + 2 <= MAX_LENGTH
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+
+
+def test_rare_words_are_in_no_caption():
+    used = {word for scene in scenes(0, 3000) for word in caption(*scene).split()}
+    assert not used & set(IDENTIFIERS)
+    assert "dog" in used
+
+
+def test_the_vocabulary_is_the_same_every_time(tokenizer, tmp_path):
+    train_tokenizer(tmp_path)
+    from transformers import CLIPTokenizer
+
+    assert CLIPTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
