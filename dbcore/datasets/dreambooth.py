@@ -79,12 +79,14 @@ class DreamBoothData:
         own = [photo.caption or self.config.instance_prompt for photo in self.photos]
         return list(dict.fromkeys(own + ([self.config.class_prompt] if self.class_photos else [])))
 
-    def encode(self, base, samples, batch_size=4):
-        """Latents of each new view among `samples`, into the store."""
-        new = list({s.view: s for s in samples if s.view not in self.latents}.values())
-        for first in range(0, len(new), batch_size):
-            for sample, entry in zip(new[first:], encode_views(base, new[first:first + batch_size], self.config)):
-                self.latents.put(sample.view, entry)
+    def encode(self, base, samples):
+        """Latents of each new view among `samples`, into the store.
+
+        One at a time: in a batch the last bits hang on the neighbours, and a resumed run has others.
+        """
+        for sample in samples:
+            if sample.view not in self.latents:
+                self.latents.put(sample.view, encode_views(base, [sample], self.config)[0])
 
     def batch(self, base, samples, step):
         """Tensors of a batch on the base's device.

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from dbcore.config import ConfigError, need
@@ -28,10 +29,13 @@ class CheckpointError(ConfigError):
 
 
 def checkpoints(output_dir):
-    """[(step, folder)] of the whole checkpoints in a run's folder, oldest first."""
-    found = [(int(match[1]), path) for path in Path(output_dir).glob("checkpoint-*")
-             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE).is_file()]
-    return sorted(found)
+    """[(step, folder)] of the whole checkpoints in a run's folder, oldest first.
+
+    `.old` is one that a kill kept from being replaced; where its successor stands, that one counts.
+    """
+    found = {int(match[1]): path for path in sorted(Path(output_dir).glob("checkpoint-*"), reverse=True)
+             if (match := re.fullmatch(r"checkpoint-(\d+)(\.old)?", path.name)) and (path / STATE).is_file()}
+    return sorted(found.items())
 
 
 def find_checkpoint(output_dir, which):
@@ -40,7 +44,12 @@ def find_checkpoint(output_dir, which):
     Raises CheckpointError for a folder that is no checkpoint.
     """
     if which == "latest":
-        return next((path for _, path in reversed(checkpoints(output_dir)) if is_sound(path)), None)
+        there = [path for _, path in reversed(checkpoints(output_dir))]
+        sound = next((path for path in there if is_sound(path)), None)
+        if there and not sound:
+            raise CheckpointError(f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged; "
+                                  "choose another --output_dir, or --overwrite_output_dir to start anew")
+        return sound
     for path in (Path(which), Path(output_dir) / which):
         if (path / STATE).is_file():
             if not is_sound(path):
@@ -50,6 +59,17 @@ def find_checkpoint(output_dir, which):
     have = ", ".join(path.name for _, path in checkpoints(output_dir)) or "none"
     raise CheckpointError(f"--resume_from_checkpoint {which}: no such checkpoint (in {output_dir}: {have}); "
                           "give one of them, or latest")
+
+
+def last_good(output_dir):
+    """Words on what is left to go on from."""
+    there = checkpoints(output_dir)
+    return f"{there[-1][1].name} is intact" if there else "No checkpoint was written before"
+
+
+def steps_done(folder):
+    """The steps that a checkpoint's run had done, whatever the folder is called."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))["step"]
 
 
 def is_sound(folder):
@@ -85,18 +105,24 @@ def save_checkpoint(output_dir, step, run, limit=None):
         put_in_place(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        last = checkpoints(output_dir)
         raise CheckpointError(f"checkpoint-{step} could not be written to {output_dir}: {error.strerror or error}. "
-                              f"{f'{last[-1][1].name} is intact' if last else 'None was written before'}; free some "
-                              "space or check the folder's permissions, then --resume_from_checkpoint latest") from error
+                              f"{last_good(output_dir)}; free some space or check the folder's permissions, then "
+                              "--resume_from_checkpoint latest") from error
     for _, old in checkpoints(output_dir)[: -limit if limit else 0]:
-        shutil.rmtree(old)
+        remove(old)
+
+
+def remove(folder):
+    """Take a checkpoint away; killed half-way, what is left is none."""
+    (folder / STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_in_place(partial, final):
     """Rename; a checkpoint of this name (an earlier try at the same step) gives way in one more rename."""
     old = final.with_name(final.name + ".old")
     if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     partial.rename(final)
     sync(final.parent)
@@ -149,10 +175,13 @@ def plain(value):
 def load_checkpoint(folder, run):
     """Give a run, set up as it was, what a checkpoint holds; returns the steps that were done.
 
-    Raises CheckpointError if the LoRA there is of another shape.
+    Raises CheckpointError if it cannot be read, or the LoRA there is of another shape.
     """
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    tensors = load((folder / TRAINING).read_bytes())
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        tensors = load((folder / TRAINING).read_bytes())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}): give an earlier checkpoint") from None
     shapes = [tuple(tensors[f"weight.{i}"].shape) for i in range(sum(k.startswith("weight.") for k in tensors))]
     if shapes != [tuple(p.shape) for p in run.parameters]:
         raise CheckpointError(f"{folder.name} holds a LoRA of another shape: give the rank, lora_layers and "

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -34,6 +35,7 @@ from dbcore.utils.grids import save_grid
 from dbcore.utils.seeding import key
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+WRITTEN = ("log.jsonl", "README.md", "validation", "report")  # by a run into its folder, beside LoRA and checkpoints
 STEPS = 150
 VALIDATIONS = 5  # over a run, unless told otherwise
 SYNC_EVERY = 10  # steps between looks at the loss on a GPU, which waits for it each time
@@ -68,12 +70,17 @@ def train(config, callback=None, should_stop=None):
     photos, problems = gather_photos(config.instance_data_dir, resolution=config.resolution)
     for problem in problems:
         say(f"  {problem}")
-    resume = prepare_folder(config, accelerator)
-    if resume is not None and is_finished(config, resume):
+    resume = find_resume(config, say)
+    if resume is not None and is_finished(config, resume, photos, accelerator.num_processes):
         say(f"{config.output_dir} is finished ({resume.name}); nothing was changed. "
             "Give more --max_train_steps to go on.")
         return Path(config.output_dir) / LORA_FILE
-    return Run(config, accelerator, photos, callback).go(resume, should_stop or bool)
+    prepare_folder(config, accelerator, resume)
+    try:
+        return Run(config, accelerator, photos, callback).go(resume, should_stop or bool)
+    except OSError as error:
+        raise checkpoint.CheckpointError(f"the run has stopped: {error}. {checkpoint.last_good(config.output_dir)}; put "
+                                         "this right, then --resume_from_checkpoint latest") from error
 
 
 class Run:
@@ -168,7 +175,7 @@ class Run:
         if resume is not None:
             start = checkpoint.load_checkpoint(resume, self)
             self.accelerator.print(f"Resuming from {resume.name}: step {start} of {c.max_train_steps}.")
-        self.log = Log(self.folder, start, self.rank)
+        self.log = Log(self.folder, start, self.rank, resume.parent if resume else self.folder)
         self.start_trackers()
         self.encode_ahead(start)
         with Signals() as signals:
@@ -269,7 +276,7 @@ class Run:
             record = {name: value.tolist() if torch.is_tensor(value) else value for name, value in record.items()}
             if not math.isfinite(record["loss"]):
                 self.pending.clear()
-                raise FloatingPointError(self.blame(record))
+                raise FloatingPointError(self.blame(f"the loss is {record['loss']} at", record["step"], record["lr"]))
             self.log.write(record)
             if self.config.report_to != "none":
                 self.accelerator.log({"loss": record["loss"], "lr": record["lr"]}, step=record["step"])
@@ -277,13 +284,13 @@ class Run:
         self.pending.clear()
         return record["loss"]
 
-    def blame(self, record):
-        good = checkpoint.checkpoints(self.folder)
+    def blame(self, what, step, rate):
+        # the weights after a step are proved by the next step's loss
+        good = [path for done, path in checkpoint.checkpoints(self.folder) if done < step - 1]
         cause = ("fp16 has overflowed: try --mixed_precision bf16 or no" if self.config.mixed_precision == "fp16" else
                  "the learning rate is too high: try a third of it")
-        last = f"{good[-1][1].name} is good" if good else "no checkpoint was saved before"
-        return (f"the loss is {record['loss']} at step {record['step']} (learning rate {record['lr']:g}); most likely "
-                f"{cause}. {last}.")
+        last = f"{good[-1].name} is good" if good else "no checkpoint was saved before"
+        return f"{what} step {step} (learning rate {rate:g}); most likely {cause}. {last}."
 
     def tell(self, **what):
         if self.callback and self.rank == 0:
@@ -315,11 +322,16 @@ class Run:
         now = [p.detach().clone() for p in self.parameters]
         for p, m in zip(self.parameters, self.mean):
             p.data.copy_(m)
-        yield
-        for p, n in zip(self.parameters, now):
-            p.data.copy_(n)
+        try:
+            yield
+        finally:
+            for p, n in zip(self.parameters, now):
+                p.data.copy_(n)
 
     def save(self, done):
+        if not all(p.isfinite().all() for p in self.parameters):
+            rate = self.optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(self.blame("the LoRA's weights are no longer numbers after", done, rate))
         if self.rank == 0:
             self.seconds += time.monotonic() - self.began
             self.began = time.monotonic()
@@ -412,39 +424,54 @@ def tracker(config):
     return None if config.report_to == "none" else config.report_to
 
 
-def prepare_folder(config, accelerator):
-    """Refuse another run's folder, write config.yaml, and return the checkpoint to go on from, or None."""
-    folder = Path(config.output_dir)
-    resume = None
+def find_resume(config, say):
+    """The checkpoint to go on from, or None. Refuses one of another shape, and a folder with another run in it."""
+    folder, resume = Path(config.output_dir), None
     if config.resume_from_checkpoint:
         resume = checkpoint.find_checkpoint(folder, config.resume_from_checkpoint)
-        if resume is not None:
-            compare(config, resume.parent / "config.yaml", accelerator.print)
-    if resume is None:
+    if resume is not None:
+        compare(config, resume.parent / "config.yaml", say)
+    if resume is None or resume.parent.resolve() != folder.resolve():
         need(config.overwrite_output_dir or not ((folder / LORA_FILE).exists() or checkpoint.checkpoints(folder)),
              f"--output_dir {folder} holds a run already: choose another folder, give --resume_from_checkpoint latest "
              "to go on with it, or --overwrite_output_dir to replace it")
+        theirs = [name for name in WRITTEN if (folder / name).exists()]
+        need((folder / "config.yaml").is_file() or not theirs,
+             f"--output_dir {folder} is not the folder of a run, and its {', '.join(theirs)} would be overwritten: "
+             "choose another folder")
+    return resume
+
+
+def prepare_folder(config, accelerator, resume):
+    """The run's folder with its config.yaml, and nothing of an earlier run unless it is gone on with."""
+    folder = Path(config.output_dir)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if resume is None:
-                clear(folder)
+            clear(folder, resume)
             partial = folder / "config.yaml.partial"
             write_yaml(config, partial)
             os.replace(partial, folder / "config.yaml")
         except OSError as error:
             raise ConfigError(f"--output_dir {folder} cannot be written to: {error.strerror or error}") from None
     accelerator.wait_for_everyone()
-    return resume
 
 
-def clear(folder):
-    """Take an earlier run away; nothing that a run did not write is touched."""
-    for path in [*folder.glob("checkpoint-*"), folder / "validation", folder / "report"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in (LORA_FILE, "log.jsonl", "README.md"):
-        (folder / name).unlink(missing_ok=True)
+def clear(folder, resume):
+    """Take away what a kill left half-written and, in a new run, the earlier one; never what no run wrote."""
+    going_on = resume is not None and resume.parent.resolve() == folder.resolve()
+    ending = r"\.partial" if going_on else r"(\.(partial|old))?"
+    for path in folder.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+" + ending, path.name):
+            shutil.rmtree(path)
+    if going_on:
+        return
+    for name in (LORA_FILE, *WRITTEN):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def compare(config, path, say):
@@ -460,26 +487,27 @@ def compare(config, path, say):
         say(f"{words}: the rest of the run differs from an uninterrupted one.")
 
 
-def is_finished(config, resume):
-    step = int(resume.name.rpartition("-")[2])
-    wanted = config.max_train_steps or (STEPS if config.num_train_epochs is None else None)
-    return (resume.parent / LORA_FILE).is_file() and wanted is not None and step >= wanted
+def is_finished(config, resume, photos, world):
+    """Whether the checkpoint to go on from has all the steps that are asked for, and their LoRA and report stand."""
+    folder, data = Path(config.output_dir), DreamBoothData(config, photos)
+    there = (folder / LORA_FILE).is_file() and (folder / "README.md").is_file()
+    return there and checkpoint.steps_done(resume) >= with_lengths(config, data.steps_per_epoch(world)).max_train_steps
 
 
 class Log:
-    """log.jsonl: one record a step. A resumed run drops what came after its checkpoint."""
+    """log.jsonl: one record a step. A resumed run takes over those up to its checkpoint, from `source`'s log."""
 
-    def __init__(self, folder, start, rank):
+    def __init__(self, folder, start, rank, source):
         self.path, self.rank = folder / "log.jsonl", rank
-        self.records = [r for r in self.read() if r["step"] <= start] if start else []
+        self.records = [r for r in self.read(source / "log.jsonl") if r["step"] <= start] if start else []
         if rank == 0:
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
             os.replace(partial, self.path)
 
-    def read(self):
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+    def read(self, path):
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # a line that a kill cut short
                     yield json.loads(line)
 
@@ -528,7 +556,6 @@ def save_validation(folder, prompts, rows, step):
 def push(config):
     """Upload the LoRA and its card. The token comes from the login, or from `hub_token`, and is never shown."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(token=config.hub_token)
     name = config.hub_model_id or Path(config.output_dir).resolve().name
@@ -536,8 +563,8 @@ def push(config):
         url = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=config.output_dir, commit_message="Trained LoRA",
                           allow_patterns=[LORA_FILE, "README.md", "config.yaml", "report/*", "validation/*/grid.png"])
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).replace(config.hub_token or "\0", "***").splitlines()[0]
+    except Exception as error:  # noqa: BLE001 - a network fails in many ways, and the LoRA is safe in all of them
+        reason = (str(error).replace(config.hub_token or "\0", "***").splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"--push_to_hub: {name} could not be uploaded ({reason}); the LoRA is safe in "
                           f"{config.output_dir}. Log in with `hf auth login` and push again") from None
     print(f"Uploaded to {url}.")

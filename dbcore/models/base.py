@@ -66,7 +66,14 @@ def read_index(name_or_path, revision=None):
 def recommended(name_or_path):
     """The settings that travel in a base's folder, {} where there are none."""
     path = Path(name_or_path) / SETTINGS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        settings = None
+    need(isinstance(settings, dict), f"{path} is damaged: it should be one JSON object; remove it, or copy it again")
+    return settings
 
 
 def settle(config, device=None):
@@ -223,14 +230,12 @@ class StableDiffusion:
         return {"encoder_hidden_states": self.text_encoder(ids.to(self.device))[0]}
 
     @torch.no_grad()
-    def remember(self, prompts, batch_size=16):
-        """Encode prompts once; from then on the text encoder is not needed for them."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
-        for first in range(0, len(new), batch_size):
-            batch = new[first:first + batch_size]
-            cond = self.encode_prompts(batch)
-            for row, prompt in enumerate(batch):
-                self.known.put(prompt, {name: tensor[row] for name, tensor in cond.items()})
+    def remember(self, prompts):
+        """Encode prompts once, each alone; from then on the text encoder is not needed for them."""
+        for prompt in prompts:
+            if prompt not in self.known:
+                cond = self.encode_prompts([prompt])
+                self.known.put(prompt, {name: tensor[0] for name, tensor in cond.items()})
 
     @torch.no_grad()
     def encode_images(self, pixels):

@@ -1,0 +1,173 @@
+"""A run is a function of its options: repeated, stopped, resumed or watched, it ends in the same bits."""
+
+import math
+import shutil
+
+import pytest
+from runs import files_of, leave_out_report, make_options, read_run
+
+from dbcore.config import ConfigError, TrainConfig
+from dbcore.engines.train import Interrupted, train
+
+VALIDATED = {"validation_prompt": ["a photo of sks dog"], "num_validation_images": 1, "validation_steps": 2}
+PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 2}
+KINDS = {
+    "plain": {},
+    "accumulation": {"train_batch_size": 2, "gradient_accumulation_steps": 2},  # 4 of 3 photos a step: mid-epoch
+    "prior preservation": PRIOR,
+    "EMA": {"use_ema": True, "ema_decay": 0.5},
+    "text encoder": {"train_text_encoder": True, "train_text_encoder_frac": 0.75},
+    "dropout": {"lora_dropout": 0.5},
+    "DoRA": {"use_dora": True},
+    "schedule": {"lr_scheduler": "cosine", "lr_warmup_steps": 2},
+    "uncached": {"cache_latents": False, "pre_compute_text_embeddings": False, "train_batch_size": 2},
+    "Adafactor": {"optimizer": "Adafactor"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DBCORE_CACHE", str(folder / "cache"))
+        leave_out_report(patch)
+        yield make_options(folder, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(options, tmp_path_factory):
+    """A function: the outcome of a run that nothing disturbs, kept for the tests that compare with it."""
+    known = {}
+
+    def outcome(**more):
+        key = repr(sorted(more.items()))
+        if key not in known:
+            folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+            train(TrainConfig(**{**options, **more}, output_dir=folder))
+            known[key] = folder
+        return known[key]
+
+    return outcome
+
+
+def one_step_at_a_time(options, folder, steps=4):
+    """Stop after every step, and go on with `latest`, as often as it takes."""
+    for done in range(1, steps):
+        with pytest.raises(Interrupted, match=f"Stopped after step {done} of {steps}"):
+            train(TrainConfig(**options, output_dir=folder, resume_from_checkpoint="latest"), should_stop=lambda: True)
+    train(TrainConfig(**options, output_dir=folder, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_after_every_step_and_resumed_is_uninterrupted(kind, options, uninterrupted, tmp_path):
+    more = {**KINDS[kind], **VALIDATED}
+    one_step_at_a_time({**options, **more}, tmp_path / "run")
+    expected = read_run(uninterrupted(**more))
+    assert len(expected["log"]) == 4 and len(expected["pictures"]) == 4  # two validations, each with its grid
+    assert read_run(tmp_path / "run") == expected
+
+
+def test_the_same_seed_is_the_same_bytes_and_another_is_not(options, uninterrupted, tmp_path):
+    first = read_run(uninterrupted(**VALIDATED))
+    train(TrainConfig(**options, **VALIDATED, seed=0, output_dir=tmp_path / "again"))
+    assert read_run(tmp_path / "again") == first  # and 0, the default, is a seed
+    other = read_run(uninterrupted(**VALIDATED, seed=1))
+    assert other["lora"] != first["lora"] and other["log"] != first["log"]
+    assert all(other["pictures"][name] != first["pictures"][name] for name in first["pictures"])
+
+
+@pytest.mark.parametrize("which", ["checkpoint-2", "{folder}/checkpoint-2"])
+def test_a_checkpoint_is_resumed_by_name_or_path(which, options, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**options, output_dir=folder), should_stop=stop_after(2))
+    train(TrainConfig(**options, output_dir=folder, resume_from_checkpoint=which.format(folder=folder)))
+    assert read_run(folder) == read_run(uninterrupted())
+
+
+def test_a_checkpoint_is_resumed_in_another_folder(options, uninterrupted, tmp_path):
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**options, output_dir=tmp_path / "first"), should_stop=stop_after(2))
+    before = files_of(tmp_path / "first")
+    train(TrainConfig(**options, output_dir=tmp_path / "second",
+                      resume_from_checkpoint=tmp_path / "first" / "checkpoint-2"))
+    assert read_run(tmp_path / "second") == read_run(uninterrupted())
+    assert files_of(tmp_path / "first") == before
+    with pytest.raises(ConfigError, match="holds a run already"):  # another run's LoRA is not run over
+        train(TrainConfig(**options, output_dir=uninterrupted(),
+                          resume_from_checkpoint=tmp_path / "first" / "checkpoint-2"))
+
+
+def stop_after(steps):
+    left = iter(range(1, steps + 1))
+    return lambda: next(left) == steps
+
+
+@pytest.mark.parametrize("kind", ["plain", "EMA"])
+def test_extended_from_4_to_6_steps_is_a_run_of_6(kind, options, uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted(**KINDS[kind], **VALIDATED), tmp_path / "run")
+    longer = {**options, **KINDS[kind], **VALIDATED, "max_train_steps": 6}
+    train(TrainConfig(**longer, output_dir=folder, resume_from_checkpoint="latest"))
+    assert read_run(folder) == read_run(uninterrupted(**KINDS[kind], **VALIDATED, max_train_steps=6))
+
+
+@pytest.mark.parametrize("length", [{}, {"max_train_steps": None, "num_train_epochs": 1}], ids=["steps", "epochs"])
+def test_a_finished_run_resumed_says_so_and_changes_nothing(length, options, uninterrupted, capsys):
+    folder = uninterrupted(**length)
+    before = files_of(folder)
+    train(TrainConfig(**{**options, **length}, output_dir=folder, resume_from_checkpoint="latest"))
+    assert "is finished" in capsys.readouterr().out
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("more", [
+    VALIDATED, {**VALIDATED, "validation_steps": 1, "num_validation_images": 3, "validation_prompt": ["a red car", "a"]},
+    {"checkpointing_steps": 1}, {"checkpointing_steps": 1, "checkpoints_total_limit": 1}, {"report_to": "tensorboard"},
+], ids=["validated", "often", "checkpoints", "limited", "tracked"])  # fmt: skip
+def test_watching_and_saving_change_no_weight(more, options, uninterrupted):
+    watched, plain = read_run(uninterrupted(**more)), read_run(uninterrupted())
+    assert (watched["lora"], watched["log"]) == (plain["lora"], plain["log"])
+
+
+def test_making_the_class_images_changes_no_weight(options, uninterrupted, tmp_path, monkeypatch):
+    made = read_run(uninterrupted(**PRIOR))
+    train(TrainConfig(**options, **PRIOR, output_dir=tmp_path / "reused"))
+    monkeypatch.setenv("DBCORE_CACHE", str(tmp_path / "empty"))
+    train(TrainConfig(**options, **PRIOR, output_dir=tmp_path / "made again"))
+    assert len(list((tmp_path / "empty").rglob("*.png"))) == 2
+    assert read_run(tmp_path / "reused") == read_run(tmp_path / "made again") == made
+
+
+# --- learning rates -----------------------------------------------------------------------------------
+
+RATE, STEPS, WARMUP = 1e-3, 8, 2
+
+
+def progress(step):
+    return (step - WARMUP) / (STEPS - WARMUP)
+
+
+SCHEDULES = {  # the factor of a step after the warm-up
+    "constant_with_warmup": lambda step: 1,
+    "linear": lambda step: 1 - progress(step),
+    "cosine": lambda step: (1 + math.cos(math.pi * progress(step))) / 2,
+    "cosine_with_restarts": lambda step: (1 + math.cos(math.pi * (2 * progress(step) % 1))) / 2,
+    "polynomial": lambda step: (1 - progress(step)) ** 3 * (1 - 1e-7 / RATE) + 1e-7 / RATE,
+}
+
+
+def rates(folder):
+    return [record["lr"] for record in read_run(folder)["log"]]
+
+
+def test_a_constant_rate_is_constant(uninterrupted):
+    assert rates(uninterrupted(learning_rate=RATE)) == [RATE] * 4
+
+
+@pytest.mark.parametrize(("name", "accumulation"), [*((name, 1) for name in SCHEDULES), ("linear", 4)])
+def test_the_rate_at_every_step(name, accumulation, uninterrupted):
+    more = {"lr_scheduler": name, "lr_warmup_steps": WARMUP, "lr_num_cycles": 2, "lr_power": 3}
+    found = rates(uninterrupted(**more, learning_rate=RATE, max_train_steps=STEPS,
+                                gradient_accumulation_steps=accumulation))
+    factors = [step / WARMUP if step < WARMUP else SCHEDULES[name](step) for step in range(STEPS)]
+    assert found == pytest.approx([RATE * factor for factor in factors])

@@ -1,0 +1,65 @@
+"""What tests of whole runs share: a tiny base, photos, and the options of a run of a few steps."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image
+from pipelines import make_tiny_pipeline
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def make_base(folder, **more):
+    """A tiny pipeline whose pictures are drawn in two steps."""
+    folder = make_tiny_pipeline(folder, **more)
+    (folder / "recommended.json").write_text(json.dumps({"num_inference_steps": 2}))
+    return folder
+
+
+def make_photos(folder, count=3, size=(48, 40), seed=0):
+    """Coloured noise, no two alike; wider than high, so that a crop has a choice."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = np.random.default_rng(seed)
+    for k in range(count):
+        pixels = numbers.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+    return folder
+
+
+def make_options(folder, **more):
+    """The options of a short run on a base and photos made in `folder`."""
+    return {
+        "pretrained_model_name_or_path": str(make_base(folder / "base")),
+        "instance_data_dir": str(make_photos(folder / "photos")),
+        "instance_prompt": "a photo of sks dog", "max_train_steps": 4, "report_to": "none", **more,
+    }  # fmt: skip
+
+
+def leave_out_report(patch):
+    """The report at the end of a run costs more than a run of four steps: write a card without plots."""
+
+    def card_alone(modules, draw, config, output_dir, history, seconds):
+        Path(output_dir, "README.md").write_text("a card\n")
+        return SimpleNamespace(verdict=lambda: "The report was left out.")
+
+    patch.setattr("dbcore.engines.train.write_report", card_alone)
+
+
+def read_run(folder):
+    """What must be equal in equal runs: the LoRA's bytes, the log, and the validation pictures' bytes."""
+    folder = Path(folder)
+    return {
+        "lora": (folder / LORA).read_bytes(),
+        "log": [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()],
+        "pictures": {str(path.relative_to(folder)): path.read_bytes()
+                     for path in sorted(folder.glob("validation/*/*.png"))},
+    }  # fmt: skip
+
+
+def files_of(folder):
+    """{path: (bytes, time of change)} of every file in a folder."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in sorted(Path(folder).rglob("*")) if path.is_file()}  # fmt: skip
