@@ -29,7 +29,7 @@ from dbcore.engines import checkpoint
 from dbcore.engines.losses import dreambooth_loss, min_snr_weight
 from dbcore.engines.prior import class_images, class_photos
 from dbcore.engines.report import report_prompts, write_report
-from dbcore.models.base import load_base, settle, torch_dtype
+from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import add_lora, lora_parameters, save_lora
 from dbcore.utils.grids import save_grid
 from dbcore.utils.seeding import key
@@ -61,7 +61,9 @@ def train(config, callback=None, should_stop=None):
     """
     config.check()
     project = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir)))
-    accelerator = Accelerator(mixed_precision="no", log_with=tracker(config), project_config=project)
+    # several processes on CPUs are only taken for a group if accelerate is told that CPUs are meant
+    on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and best_device() == "cpu"
+    accelerator = Accelerator(cpu=on_cpus, mixed_precision="no", log_with=tracker(config), project_config=project)
     say = accelerator.print
     config = settle(config, accelerator.device)
     say("Chosen for this base and machine: " + ", ".join(

@@ -1,0 +1,112 @@
+"""Two processes are one process with twice the batch, and only the first of them writes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import LORA, leave_out_report, make_options, read_run
+from safetensors.torch import load_file
+
+import dbcore
+from dbcore.config import TrainConfig
+from dbcore.engines.train import train
+
+# `--multi_gpu` is accelerate's word for several processes; without a GPU they are CPU processes with gloo.
+# What each process runs: the command line, with a note of its weights at the end and of what it opened to write.
+PROCESS = """
+import json, os, sys
+rank, notes, folder = os.environ["RANK"], sys.argv[1], sys.argv[2]
+written = []
+
+def note(event, args):
+    changed = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+    if (event == "open" and set(str(args[1])) & set("wax+")) or changed:
+        if str(args[0]).startswith(folder):
+            written.append([event, str(args[0])])
+
+from dbcore.__main__ import main
+from dbcore.engines.train import Run
+from safetensors.torch import save_file
+
+finish = Run.finish
+
+def finishing(run):
+    save_file({str(k): p.detach().clone() for k, p in enumerate(run.parameters)}, f"{notes}/{rank}.safetensors")
+    return finish(run)
+
+Run.finish = finishing
+sys.addaudithook(note)
+main(["train", *sys.argv[3:], "--output_dir", folder])
+with open(f"{notes}/{rank}.json", "w") as file:
+    json.dump(written, file)
+"""
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    # epsilon keeps Adam from blowing up the rounding of gradients near 0
+    return make_options(
+        tmp_path_factory.mktemp("world"), max_train_steps=STEPS, learning_rate=1e-3, adam_epsilon=1e-4,
+        class_prompt="a photo of a dog", num_class_images=3, sample_batch_size=1, gradient_accumulation_steps=2,
+        validation_prompt=["a red car"], num_validation_images=1)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(options, tmp_path_factory):
+    """A folder with a run of two processes of batch 1, their class images and their notes."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "process.py").write_text(PROCESS)
+    flags = [word for name, value in options.items()
+             for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+         "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+         str(folder / "process.py"), str(folder), str(folder / "run"), *map(str, flags), "--with_prior_preservation"],
+        capture_output=True, text=True, check=False, cwd=Path(dbcore.__file__).parents[1],
+        env={**os.environ, "DBCORE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": str(Path(dbcore.__file__).parents[1])})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder / "said.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(options, tmp_path_factory):
+    """The same by one process of batch 2."""
+    folder = tmp_path_factory.mktemp("single")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DBCORE_CACHE", str(folder / "cache"))
+        leave_out_report(patch)
+        train(TrainConfig(**options, train_batch_size=2, with_prior_preservation=True, output_dir=folder / "run"))
+    return folder
+
+
+def test_both_processes_end_with_the_same_bits(pair):
+    first, second = (load_file(pair / f"{rank}.safetensors") for rank in (0, 1))
+    assert first and all((first[name] == second[name]).all() for name in first)
+
+
+def test_two_processes_are_one_with_twice_the_batch(pair, single):
+    two, one = (load_file(folder / "run" / LORA) for folder in (pair, single))
+    assert two.keys() == one.keys()
+    for name in two:
+        moved = 1e-3 * STEPS if "lora_B" in name else 1.0
+        assert float((two[name] - one[name]).abs().max()) < 1e-3 * moved, name
+    assert any(float(two[name].abs().max()) > 1e-4 for name in two if "lora_B" in name)
+
+
+def test_class_images_are_shared_out_and_the_same(pair, single):
+    two, one = ({path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted((folder / "cache").rglob("*"))
+                 if path.is_file()} for folder in (pair, single))
+    assert two == one and sum(name.endswith(".png") for name in one) == 3
+
+
+def test_only_the_first_process_writes(pair):
+    first, second = (json.loads((pair / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert any(LORA in path for _, path in first) and second == []
+    assert [record["step"] for record in read_run(pair / "run")["log"]] == [1, 2, 3]
+    assert (pair / "said.txt").read_text().count("Chosen for this base and machine") == 1
