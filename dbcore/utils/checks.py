@@ -133,7 +133,9 @@ def check_01_corner(corner):
 @exercise
 def check_01_twins(twins):
     prints = [np.array(list(map(int, bits))) for bits in ("00000000", "11110000", "00000001", "11110111")]
-    found = [tuple(pair) for pair in twins(prints, 2)]
+    pairs = twins(prints, 2)
+    expect(isinstance(pairs, list), "Return a list of pairs, [(i, j), ...]; an empty one if there are no twins.")
+    found = [tuple(pair) for pair in pairs]
     expect((0, 0) not in found, "Every photo is the twin of itself; leave those pairs out.")
     expect((0, 2) in found, "Photos 0 and 2 differ in one sign of eight; with limit 2 they are twins.")
     expect((2, 0) not in found, "(0, 2) and (2, 0) are the same pair; give it once, the smaller number first.")

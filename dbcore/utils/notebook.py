@@ -42,8 +42,18 @@ def ready():
     wanted = missing(NEEDS)
     if wanted:
         install(wanted)
+    _no_bar_for_weights()
     print("dbcore is ready.")
     print(f"Hardware: {hardware()}")
+
+
+def _no_bar_for_weights():
+    """Reading a network from disk takes a second and needs no bar; the hub's bars for downloads stay."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # silences the hub as well
+    enable_progress_bars()
 
 
 def missing(needs):
