@@ -118,7 +118,7 @@ class Run:
             base = load_base(base.name, base.revision, base.variant, self.config.tokenizer_name, base.device,
                              torch_dtype(self.config.prior_generation_precision))
         folder = class_images(base, self.config, self.rank, self.world, self.accelerator.wait_for_everyone,
-                              lambda batches: tqdm(batches, desc="class images", disable=self.rank > 0))
+                              lambda batches: self.bar(batches, desc="class images"))
         photos, _ = class_photos(folder, self.config)
         short = self.config.num_class_images - len(photos)
         if short > 0:
@@ -161,10 +161,14 @@ class Run:
             self.base.remember([*self.data.prompts(), *c.validation_prompt, *report_prompts(c), ""])
             self.base.release("text_encoder")
         if c.cache_latents:
-            for step in tqdm(range(start, c.max_train_steps), desc="encoding photos", disable=self.rank > 0):
+            for step in self.bar(range(start, c.max_train_steps), desc="encoding photos"):
                 self.data.encode(self.base, self.batch_samples(step))
             if not c.validation_prompt:
                 self.base.release("vae")
+
+    def bar(self, items, **words):
+        """A progress bar, of the first process alone, and of none where TQDM_DISABLE is set."""
+        return tqdm(items, **words, **({"disable": True} if self.rank > 0 else {}))
 
     def batch_samples(self, step):
         return [sample for micro in range(self.config.gradient_accumulation_steps)
@@ -186,8 +190,7 @@ class Run:
 
     def loop(self, start, should_stop):
         c = self.config
-        bar = tqdm(range(start, c.max_train_steps), initial=start, total=c.max_train_steps, desc="steps",
-                   disable=self.rank > 0)
+        bar = self.bar(range(start, c.max_train_steps), initial=start, total=c.max_train_steps, desc="steps")
         for step in bar:
             record = self.step(step)
             done = step + 1

@@ -461,7 +461,10 @@ class _Fork:
     """A stream that writes to `mine` in the thread that made it, and to `other` in every other."""
 
     def __init__(self, mine, other):
-        self.mine, self.other, self.thread = mine, other, threading.get_ident()
+        vars(self).update(mine=mine, other=other, thread=threading.get_ident())
+
+    def __setattr__(self, name, value):
+        setattr(self.other, name, value)  # IPython wraps `write` around each cell: that is not for this thread
 
     def __getattr__(self, name):
         return getattr(self.mine if threading.get_ident() == self.thread else self.other, name)

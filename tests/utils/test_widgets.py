@@ -333,6 +333,28 @@ def test_what_the_run_prints_stays_with_it(capsys):
     assert capsys.readouterr().out == "from the notebook\n"
 
 
+def test_what_the_run_prints_stays_with_it_when_ipython_wraps_the_stream(capsys):
+    """IPython puts its own `write` on sys.stdout for the time of each cell."""
+    dashboard, gate = widgets.Dashboard(), threading.Event()
+
+    def train():
+        print("first")
+        gate.wait(5)
+        print("last")
+
+    dashboard.run(train)
+    while not dashboard.printed.getvalue():
+        pass
+    stream, write = sys.stdout, sys.stdout.write
+    stream.write = lambda text: write(text)
+    print("from the notebook")
+    stream.write = write
+    gate.set()
+    dashboard.result()
+    assert dashboard.printed.getvalue() == "first\nlast\n"
+    assert capsys.readouterr().out == "from the notebook\n"
+
+
 def test_time_left_is_the_pace_since_the_first_step_seen(monkeypatch):
     clock = iter([100.0, 102.0, 104.0])
     monkeypatch.setattr(widgets.time, "monotonic", lambda: next(clock))
