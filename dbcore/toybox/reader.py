@@ -65,7 +65,7 @@ def answer_table(scenes: list) -> dict[str, torch.Tensor]:
     return {q: torch.tensor([a.index(t[q]) for t in truths]) for q, a in ANSWERS.items()}
 
 
-def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 400, batch: int = 64,
+def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 900, batch: int = 64,
                  lr: float = 1e-3, device: str = "cpu") -> Reader:
     """Cross-entropy on every question, on renders mirrored, blurred and slightly recoloured at random."""
     torch.manual_seed(seed + 3)

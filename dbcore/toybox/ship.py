@@ -25,13 +25,15 @@ LIMIT_MIB = 25
 
 
 def save_base(folder: Path, tokenizer, clip, autoencoder, unet, reader=None) -> Path:
-    """Write the whole base beside `folder`, then put it in its place. Networks come back in half precision.
+    """Write the whole base beside `folder`, then put it in its place. Weights are rounded to half precision.
 
+    The text encoder's are stored as float32 all the same: transformers loads it in the precision it finds, and
+    a pipeline loaded without a `torch_dtype` would mix two.
     `clip_image/` holds the toy CLIP's image tower and projections, `reader/` the attribute reader.
     """
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
-    make_pipeline(tokenizer, clip.text, autoencoder, unet).to(torch.float16).save_pretrained(beside)
+    make_pipeline(tokenizer, clip.text.half().float(), autoencoder.half(), unet.half()).save_pretrained(beside)
     for name in ("vocab.json", "merges.txt"):  # which older versions of transformers read
         shutil.copy(Path(tokenizer.name_or_path) / name, beside / "tokenizer" / name)
     save_clip(clip, beside / "clip_image")

@@ -1,0 +1,158 @@
+"""The parts of the stack: shapes, round trips to disk, and the gates' own bookkeeping."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dbcore.toybox import gates
+from dbcore.toybox.gates import Gate
+from dbcore.toybox.scene import Character, View
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import CLIPTokenizer
+
+    from dbcore.toybox.words import train_tokenizer
+
+    return CLIPTokenizer.from_pretrained(train_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tokenizer):
+    """A base of untrained networks, saved as the trained one is."""
+    from dbcore.toybox.autoencoder import make_autoencoder
+    from dbcore.toybox.clip import ToyCLIP, make_text_encoder
+    from dbcore.toybox.denoiser import make_unet
+    from dbcore.toybox.reader import Reader
+    from dbcore.toybox.ship import save_base
+
+    torch.manual_seed(0)
+    clip, reader = ToyCLIP(make_text_encoder(tokenizer)).eval(), Reader().eval()
+    folder = tmp_path_factory.mktemp("base") / "toy_base"
+    save_base(folder, tokenizer, clip, make_autoencoder(), make_unet(), reader)
+    return folder, clip.float(), reader
+
+
+def pictures(count=3):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+
+
+def test_a_saved_base_is_an_ordinary_pipeline(saved):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(saved[0])
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a photo of a red dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (64, 64)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_saving_again_replaces_the_folder_whole(saved, tmp_path):
+    from dbcore.toybox.ship import replace_folder
+
+    old, new = tmp_path / "base", tmp_path / "base.part"
+    for folder, name in ((old, "old.txt"), (new, "new.txt")):
+        folder.mkdir()
+        (folder / name).write_text(name)
+    replace_folder(new, old)
+    assert [p.name for p in tmp_path.rglob("*")] == ["base", "new.txt"]
+
+
+def test_clip_comes_back_as_it_was(saved):
+    from dbcore.toybox.clip import load_clip, tokenize
+
+    folder, clip, _ = saved
+    loaded = load_clip(folder)
+    images, texts = [Image.fromarray(p) for p in pictures()], ["a photo of a red dog", "a cat"]
+    x = torch.from_numpy(pictures()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.embed_images(images), clip.image_features(x), atol=5e-3, rtol=0)
+        torch.testing.assert_close(loaded.embed_texts(texts), clip.text_features(tokenize(loaded.tokenizer, texts)),
+                                   atol=5e-3, rtol=0)
+    torch.testing.assert_close(loaded.embed_texts(texts).norm(dim=1), torch.ones(2))
+
+
+def test_reader_comes_back_as_it_was(saved):
+    from dbcore.toybox.reader import ANSWERS, load_reader
+
+    images = [Image.fromarray(p) for p in pictures(8)]
+    read = load_reader(saved[0]).read(images)
+    assert read == saved[2].read(images)
+    assert all(answer[q] in ANSWERS[q] for answer in read for q in ANSWERS)
+
+
+def test_reader_truth_leaves_out_what_cannot_be_seen():
+    from dbcore.toybox.reader import truth
+
+    plain = truth(Character("dog", "red", "plain", "blue"), View("snow"))
+    assert plain == {"class": "dog", "color": "red", "pattern": "plain", "color2": "none", "hat": "none",
+                     "place": "snow"}
+    assert truth(Character("dog", "red", "striped", "blue", hat="pink"), View())["color2"] == "blue"
+
+
+def test_pca_codes_have_unit_variance_and_tell_hue():
+    from dbcore.toybox.autoencoder import PatchPCA, to_tensor
+
+    rng = np.random.default_rng(0)
+    # broad colour and gradients, as pictures have, not white noise
+    small = rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
+    images = np.stack([np.asarray(Image.fromarray(s).resize((32, 32), Image.Resampling.BICUBIC)) for s in small])
+    codes = PatchPCA(images)(to_tensor(images))
+    assert codes.shape == (40, 4, 8, 8)
+    torch.testing.assert_close(codes.var(dim=(0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)
+    red, blue = (np.full((1, 32, 32, 3), colour, np.uint8) for colour in ((200, 40, 40), (40, 40, 200)))
+    assert (PatchPCA(images)(to_tensor(red)) - PatchPCA(images)(to_tensor(blue))).abs().max() > 0.5
+
+
+def test_psnr_of_a_known_error(monkeypatch):
+    from dbcore.toybox import autoencoder
+
+    images = pictures(2) // 2
+    monkeypatch.setattr(autoencoder, "reconstruct", lambda net, x: x + np.uint8(10))
+    assert autoencoder.psnr(None, images) == pytest.approx(20 * np.log10(25.5))
+
+
+def test_latents_are_encoded_whole_or_not_at_all(tmp_path):
+    from dbcore.toybox.autoencoder import encode_corpus, make_autoencoder
+
+    torch.manual_seed(0)
+    net, images = make_autoencoder().eval(), pictures(3)
+    latents = encode_corpus(net, images, tmp_path / "latents.npy", batch=2)
+    assert latents.shape == (2, 3, 4, 16, 16)
+    with torch.no_grad():
+        x = torch.from_numpy(images[2:].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+        expected = net.encode(x.flip(-1)).latent_dist.mean
+    np.testing.assert_allclose(latents[1, 2:], expected.numpy(), atol=5e-3)
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    net.encode = dies
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(net, images, tmp_path / "other.npy")
+    assert not (tmp_path / "other.npy").exists()
+
+
+def test_gates_pass_miss_and_survive_the_disk():
+    found = [Gate("high", 0.9, 0.95), Gate("low", 0.9, 0.85), Gate("quick", 4, 3.2, least=False, note="2 threads"),
+             Gate("slow", 4, 5.0, least=False)]
+    assert [gate.passed for gate in found] == [True, False, True, False]
+    assert gates.from_json(gates.to_json(found)) == found
+    assert [row["passed"] for row in json.loads(gates.to_json(found))] == [True, False, True, False]
+    lines = gates.table(found).splitlines()
+    assert len(lines) == 6
+    assert "| low | >= 0.9 | 0.85 | missed |" in lines
+    assert "| quick (2 threads) | <= 4 | 3.2 | passed |" in lines
+
+
+def test_a_subject_is_its_identity_not_its_hat_or_place():
+    character = Character("dog", "orange", "striped", "blue")
+    read = {"class": "dog", "color": "orange", "pattern": "striped", "color2": "blue", "hat": "red", "place": "snow"}
+    assert gates.is_subject(read, character)
+    for question, wrong in (("class", "cat"), ("color", "red"), ("pattern", "plain"), ("color2", "none")):
+        assert not gates.is_subject({**read, question: wrong}, character)
