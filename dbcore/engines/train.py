@@ -168,7 +168,7 @@ class Run:
 
     def bar(self, items, **words):
         """A progress bar, of the first process alone, and of none where TQDM_DISABLE is set."""
-        return tqdm(items, **words, **({"disable": True} if self.rank > 0 else {}))
+        return tqdm(items, disable=self.rank > 0 or bool(os.environ.get("TQDM_DISABLE")), **words)
 
     def batch_samples(self, step):
         return [sample for micro in range(self.config.gradient_accumulation_steps)
