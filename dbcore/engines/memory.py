@@ -1,0 +1,311 @@
+"""How much memory a run will need, told before anything is loaded.
+
+The networks are built from their configs without numbers, only shapes; then one encoding, one step and one
+drawing are traced on them, and every tensor that PyTorch would allocate is counted while it lives. So batch,
+resolution, precision and gradient checkpointing need no formulas: the trace runs the training's own code.
+"""
+
+import dataclasses
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dbcore.engines.losses import dreambooth_loss
+from dbcore.engines.report import SEEDS
+from dbcore.engines.train import Run
+from dbcore.models.base import load_base, settle, torch_dtype
+
+# Memory in vendors' GB (10^9 bytes), and the half precision that the card is good at.
+CARDS = {"T4": (16e9, "fp16"), "RTX 4060": (8e9, "bf16"), "A100": (40e9, "bf16"), "H200": (141e9, "bf16")}
+OVERHEAD = {"cpu": 0.6e9, "cuda": 0.5e9}  # Python and its libraries; a CUDA context with its kernels
+# Bytes of state a trained number, beside its gradient: AdamW keeps two float32, 8-bit AdamW two bytes, Prodigy
+# four float32. Adafactor keeps sums of rows and columns, which for a LoRA of low rank is about one number in r.
+STATE = {"AdamW": 8, "AdamW8bit": 2, "Prodigy": 16, "Adafactor": 4}
+ENCODED, DRAWN = 4, 8  # photos a pass of the autoencoder, pictures a batch when drawing: the defaults of both
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes in use at the highest point of one part of a run."""
+
+    name: str
+    weights: int
+    activations: int
+    gradients: int = 0
+    optimizer: int = 0
+
+    @property
+    def total(self):
+        return self.weights + self.activations + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes by phase. `overhead`: what is there before the first tensor; `cache`: on the disk, not in memory."""
+
+    phases: list[Phase]
+    overhead: int
+    cache: int = 0
+
+    @property
+    def largest(self):
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def peak(self):
+        return self.overhead + self.largest.total
+
+    def table(self):
+        """Markdown, in MB of 10^6 bytes; the last line of the run is its highest point."""
+        columns = ("weights", "activations", "gradients", "optimizer", "total")
+        lines = ["| MB | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+        for phase in self.phases:
+            cells = (f"{getattr(phase, name) / 1e6:,.1f}" for name in columns)
+            lines.append(f"| {phase.name} | " + " | ".join(cells) + " |")
+        lines.append(f"| highest ({self.largest.name}) with {self.overhead / 1e6:,.0f} before the first tensor "
+                     f"| | | | | {self.peak / 1e6:,.1f} |")
+        lines.append(f"| caches (on the disk, 0 in memory) | | | | | {self.cache / 1e6:,.1f} |")
+        return "\n".join(lines)
+
+
+def forecast(config, device="cpu", photos=5):
+    """What a run of `config` (TrainConfig) will hold on `device` ("cpu" or "cuda"), a `Forecast`.
+
+    `photos`: how many, for the size of the caches. Nothing is loaded but the configs of the base. On a GPU the
+    working space of its kernels and the allocator's fragments come on top, some 10 %.
+    """
+    config = settle(config, device)
+    run = Shadow(config)
+    phases = [run.class_images()] if config.with_prior_preservation else []
+    phases += [run.encoding(), run.steps(), run.pictures()]
+    return Forecast(phases, int(OVERHEAD[device]), run.cache(photos))
+
+
+def by_card(config, photos=5):
+    """{card: (its bytes, the precision, `Forecast`)}; a `mixed_precision` that was asked for is kept."""
+    rows, known = {}, {}
+    for card, (memory, half) in CARDS.items():
+        precision = half if config.mixed_precision == "auto" else config.mixed_precision
+        if precision not in known:
+            known[precision] = forecast(in_precision(config, precision), "cuda", photos)
+        rows[card] = memory, precision, known[precision]
+    return rows
+
+
+def in_precision(config, precision):
+    """`config` with every `auto` precision settled, for a device that is not this machine's."""
+    prior = config.prior_generation_precision
+    return dataclasses.replace(config, mixed_precision=precision,
+                               prior_generation_precision=precision if prior == "auto" else prior)
+
+
+def advise(config, memory, device="cuda"):
+    """What to change so that a run fits into `memory` bytes: {option: value}, {} if it fits, None if nothing helps.
+
+    Options are changed in order of what they cost: first those that only take time, then the resolution.
+    """
+    config, changes = settle(config, device), {}
+    if forecast(config, device).peak <= memory:
+        return changes
+    for change in savings(config, device):
+        changes |= change
+        if forecast(dataclasses.replace(config, **changes), device).peak <= memory:
+            return changes
+    return None
+
+
+def savings(config, device):
+    """Changes that make a settled run smaller, the cheapest first."""
+    if config.mixed_precision == "no" and device == "cuda":
+        yield {"mixed_precision": "bf16", "prior_generation_precision": "bf16"}
+    if config.with_prior_preservation and config.sample_batch_size > 1:
+        yield {"sample_batch_size": 1}
+    if not config.cache_latents:
+        yield {"cache_latents": True}
+    if not config.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+    if config.train_batch_size > 1:
+        yield {"train_batch_size": 1,
+               "gradient_accumulation_steps": config.train_batch_size * config.gradient_accumulation_steps}
+    yield {"resolution": config.resolution * 3 // 4 // 64 * 64 or config.resolution // 2}
+
+
+# --- a run of shapes ----------------------------------------------------------------------------------
+
+
+class Shadow(Run):
+    """A run whose networks have shapes and no numbers: LoRA goes where a real run's does."""
+
+    def __init__(self, config):
+        self.config, self.world = config, 1
+        self.base = shadow_base(config, config.mixed_precision)
+        self.inject()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        for part in ("unet", "vae", "text_encoder"):
+            materialise(getattr(self.base, part), self.fake)
+        self.trained = sum(p.numel() for module in self.trained_modules.values()
+                           for p in module.parameters() if p.requires_grad)
+
+    # --- phases, in the order of a run
+
+    def class_images(self):
+        """All three networks are in memory, and pictures are drawn `sample_batch_size` at a time."""
+        c, base = self.config, self.base
+        if c.prior_generation_precision != c.mixed_precision:
+            base = shadow_base(c, c.prior_generation_precision)
+            for part in ("unet", "vae", "text_encoder"):
+                materialise(getattr(base, part), self.fake)
+        weights = sum(size(getattr(base, part)) for part in ("unet", "vae", "text_encoder"))
+        return Phase("class images", weights, self.drawing(base, c.sample_batch_size))
+
+    def encoding(self):
+        """Photos through the autoencoder, the UNet being there already; the text encoder has gone before."""
+        c, base = self.config, self.base
+        count = min(ENCODED, self.batch * c.gradient_accumulation_steps)
+        with self.traced(base) as live:
+            base.encode_images(torch.empty(count, 3, c.resolution, c.resolution))
+        return Phase("encoding photos", self.resident("vae"), live.peak)
+
+    def steps(self):
+        """Forward and backward through the UNet, and the text encoder if it is trained."""
+        c, base = self.config, self.base
+        with self.traced(base) as live:
+            x_t, target = (torch.empty(self.batch, *base.latent_shape(c.resolution)) for _ in range(2))
+            mask = torch.ones_like(target[:, :1])
+            prediction = self.predict(x_t, torch.zeros(self.batch, dtype=torch.long), self.words(self.batch))
+            loss, _ = dreambooth_loss(prediction, target, mask, torch.ones(self.batch), c.train_batch_size,
+                                      c.prior_loss_weight)
+            loss.backward()
+        keep = [] if c.cache_latents and not c.validation_prompt else ["vae"]
+        means = 4 * self.trained if c.use_ema else 0
+        return Phase("steps", self.resident(*keep), live.peak - 4 * self.trained, 4 * self.trained,
+                     STATE[c.optimizer] * self.trained + means)
+
+    def pictures(self):
+        """Validation, and the report at the end: the autoencoder is back, gradients are gone."""
+        c = self.config
+        count = max(len(SEEDS), min(DRAWN, c.num_validation_images * len(c.validation_prompt)))
+        for module in self.trained_modules.values():
+            module.eval()
+        activations = self.drawing(self.base, count)
+        means = 2 * 4 * self.trained if c.use_ema else 0
+        return Phase("validation and report", self.resident("vae"), activations,
+                     optimizer=STATE[c.optimizer] * self.trained + means)
+
+    def cache(self, photos):
+        """Bytes of latents (mean, std and mask, float32) on the disk."""
+        channels, height, width = self.base.latent_shape(self.config.resolution)
+        count = photos + (self.config.num_class_images if self.config.with_prior_preservation else 0)
+        return count * 4 * (2 * channels + 1) * height * width if self.config.cache_latents else 0
+
+    # --- what they are made of
+
+    @property
+    def batch(self):
+        return self.config.train_batch_size * (2 if self.config.with_prior_preservation else 1)
+
+    def resident(self, *more):
+        """Bytes of weights: the UNet, the text encoder where each step needs it, and `more`."""
+        c = self.config
+        words = [] if c.pre_compute_text_embeddings and not c.train_text_encoder else ["text_encoder"]
+        return sum(size(getattr(self.base, part)) for part in {"unet", *words, *more})
+
+    def words(self, count):
+        """Encoded prompts, with all that the text encoder keeps for its gradients if it is trained."""
+        length, width = self.base.tokenizer.model_max_length, self.base.text_encoder.config.hidden_size
+        if not self.config.train_text_encoder:
+            return {"encoder_hidden_states": torch.empty(count, length, width)}
+        return {"encoder_hidden_states": self.base.text_encoder(torch.zeros(count, length, dtype=torch.long))[0]}
+
+    def drawing(self, base, count):
+        """Bytes beside the weights while `count` pictures are drawn with guidance."""
+        length, width = base.tokenizer.model_max_length, base.text_encoder.config.hidden_size
+        with self.traced(base) as live, torch.no_grad():
+            latents = torch.empty(count, *base.latent_shape(self.config.resolution))
+            cond = {"encoder_hidden_states": torch.empty(2 * count, length, width)}
+            base.predict(torch.cat([latents, latents]), torch.zeros(2 * count, dtype=torch.long), cond)
+            base.decode(latents)
+        return live.peak
+
+    @contextmanager
+    def traced(self, base):
+        """Counts what lives, beside the weights, in the code of the block."""
+        with self.fake, Live([base.unet, base.vae, base.text_encoder]) as live:
+            yield live
+        for parameter in base.unet.parameters():
+            parameter.grad = None
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors that are alive (`live`) and were at the highest point (`peak`), but for `modules`'."""
+
+    def __init__(self, modules=()):
+        super().__init__()
+        self.live = self.peak = 0
+        held = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        self.sizes = {t.untyped_storage()._cdata: 0 for t in held}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.see(leaf.untyped_storage())
+        return result
+
+    def see(self, storage):
+        if storage._cdata in self.sizes:  # a view, or written in place
+            return
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.gone, storage._cdata)
+
+    def gone(self, address):
+        self.live -= self.sizes.pop(address)
+
+
+def shadow_base(config, precision):
+    """The base with its three networks on PyTorch's `meta` device: shapes, no numbers, no memory."""
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    c = config
+    base = load_base(c.pretrained_model_name_or_path, c.revision, c.variant, c.tokenizer_name,
+                     dtype=torch_dtype(precision))
+    where = {"subfolder": "unet", "revision": base.revision}
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base.name, **where))
+        where["subfolder"] = "vae"
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(base.name, **where))
+        where["subfolder"] = "text_encoder"
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(base.name, **where))
+    own = torch.float32 if base.dtype == torch.float16 else base.dtype  # as `StableDiffusion.vae` does
+    for part, module, dtype in (("unet", unet, base.dtype), ("vae", vae, own), ("text_encoder", text_encoder, base.dtype)):
+        # diffusers' own `to` warns of layers to be kept in float32, and names none
+        vars(base)[part] = torch.nn.Module.to(module, dtype).requires_grad_(False).eval()
+    torch.nn.Module.to(unet, memory_format=torch.channels_last)
+    return base
+
+
+def materialise(module, fake):
+    """Give the tensors of a `meta` module a pretended CPU, so that attention takes the path it takes there."""
+    with fake:
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    empty = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)
+                    part._parameters[name] = torch.nn.Parameter(empty, requires_grad=p.requires_grad)
+            for name, b in part._buffers.items():
+                if b is not None:
+                    part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def size(module):
+    """Bytes of a network's weights and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

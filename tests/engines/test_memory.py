@@ -1,0 +1,118 @@
+"""The forecast against real networks: the same bytes, counted on shapes and on numbers."""
+
+
+import pytest
+import torch
+from pipelines import MAX_TOKENS, make_tiny_pipeline
+
+from dbcore.config import TrainConfig
+from dbcore.engines import memory
+from dbcore.engines.train import make_optimizer
+from dbcore.models.base import load_base
+from dbcore.models.lora import add_lora, lora_parameters
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_pipeline(tmp_path_factory.mktemp("base"))
+
+
+def config(folder, **more):
+    return TrainConfig(pretrained_model_name_or_path=str(folder), mixed_precision="no",
+                       prior_generation_precision="no", **more)
+
+
+def phases(folder, **more):
+    return {phase.name: phase for phase in memory.forecast(config(folder, **more)).phases}
+
+
+def test_weights_are_those_of_the_networks_that_each_phase_holds(folder):
+    base = load_base(folder)
+    add_lora(base.unet, 4, 4)
+    unet, vae, text = (memory.size(getattr(base, part)) for part in ("unet", "vae", "text_encoder"))
+    found = phases(folder)
+    assert found["steps"].weights == unet
+    assert found["encoding photos"].weights == found["validation and report"].weights == unet + vae
+    assert phases(folder, train_text_encoder=True)["steps"].weights > unet + text
+    assert phases(folder, cache_latents=False)["steps"].weights == unet + vae
+    classes = phases(folder, with_prior_preservation=True, class_prompt="a photo of a dog")["class images"]
+    assert classes.weights == pytest.approx(unet + vae + text, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shapes_and_numbers_give_the_same_count(folder, checkpointing):
+    base = load_base(folder)
+    unet = base.unet
+    add_lora(unet, 4, 4)
+    unet.train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    with memory.Live([unet]) as live:
+        cond = {"encoder_hidden_states": torch.randn(2, MAX_TOKENS, 16)}
+        out = base.predict(torch.randn(2, 4, 16, 16), torch.tensor([5, 7]), cond)
+        out.square().mean().backward()
+    gradients = sum(p.grad.numel() * 4 for p in lora_parameters(unet))
+    step = phases(folder, train_batch_size=2, gradient_checkpointing=checkpointing)["steps"]
+    assert step.gradients == gradients
+    assert step.activations == pytest.approx(live.peak - gradients, rel=0.05)
+
+
+def test_the_optimizer_holds_what_the_forecast_says(folder):
+    unet = load_base(folder).unet
+    parameters = add_lora(unet, 4, 4)
+    optimizer = make_optimizer(TrainConfig(), [{"params": parameters, "lr": 1e-4}])
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    real = sum(t.numel() * t.element_size() for state in optimizer.state.values()
+               for t in state.values() if torch.is_tensor(t) and t.dim())
+    assert phases(folder)["steps"].optimizer == real
+    assert phases(folder, use_ema=True)["steps"].optimizer == real * 3 // 2
+
+
+def test_options_move_the_forecast_the_way_they_move_a_run(folder):
+    plain = phases(folder, train_batch_size=4)["steps"].activations
+    assert phases(folder, train_batch_size=8)["steps"].activations == pytest.approx(2 * plain, rel=0.1)
+    assert phases(folder, train_batch_size=4, gradient_checkpointing=True)["steps"].activations < 0.8 * plain
+    prior = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
+    assert phases(folder, train_batch_size=4, **prior)["steps"].activations == pytest.approx(2 * plain, rel=0.1)
+    assert phases(folder, train_batch_size=4, resolution=64)["steps"].activations > 3 * plain
+    assert phases(folder, train_batch_size=4, train_text_encoder=True)["steps"].activations > plain
+    few, many = (phases(folder, sample_batch_size=n, **prior)["class images"].activations for n in (1, 8))
+    assert many > 6 * few
+
+
+def test_half_precision_halves_the_weights_but_the_autoencoder_stays_whole_in_fp16(folder):
+    def weights(precision):
+        made = memory.in_precision(TrainConfig(pretrained_model_name_or_path=str(folder)), precision)
+        return {p.name: p.weights for p in memory.forecast(made, "cuda").phases}
+
+    whole, half, brain = weights("no"), weights("fp16"), weights("bf16")
+    assert half["steps"] < 0.6 * whole["steps"]
+    assert half["encoding photos"] > brain["encoding photos"]
+
+
+def test_nothing_of_the_base_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr("dbcore.models.base.StableDiffusion._load", lambda *a: pytest.fail("weights were loaded"))
+    memory.forecast(config(folder))
+
+
+def test_the_table_shows_each_phase_and_the_highest(folder):
+    made = memory.Forecast([memory.Phase("steps", 5_000_000, 1_000_000, 200_000, 400_000)], 10_000_000, 3_000_000)
+    assert made.peak == 16_600_000
+    assert "| steps | 5.0 | 1.0 | 0.2 | 0.4 | 6.6 |" in made.table()
+    assert "| highest (steps) with 10 before the first tensor | | | | | 16.6 |" in made.table()
+
+
+def test_advice_is_the_first_set_of_changes_that_fits(monkeypatch, folder):
+    def pretend(config, device="cuda", photos=5):
+        peak = 100 - 30 * config.gradient_checkpointing - 20 * (config.train_batch_size == 1)
+        return memory.Forecast([memory.Phase("steps", peak, 0)], 0)
+
+    monkeypatch.setattr(memory, "forecast", pretend)
+    wish = config(folder, train_batch_size=2)
+    assert memory.advise(wish, 100, "cpu") == {}
+    assert memory.advise(wish, 75, "cpu") == {"gradient_checkpointing": True}
+    assert memory.advise(wish, 55, "cpu") == {"gradient_checkpointing": True, "train_batch_size": 1,
+                                              "gradient_accumulation_steps": 2}
+    assert memory.advise(wish, 20, "cpu") is None
