@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-TOOLS = ("prepare", "train", "generate", "quickstart", "export", "merge", "extract")
+TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge", "extract")
 
 
 def make_parser(wanted):

@@ -1,0 +1,284 @@
+"""`dbcore evaluate`: the DreamBooth paper's protocol for one run or many, as a table.
+
+Subjects x prompts x pictures (Ruiz et al. 2023, section 4.1), with a floor (the base without adapter, the same
+prompts and seeds) and a ceiling (the real photos against each other), without which no number says anything.
+Pictures that are there are not drawn again, so an evaluation that was stopped goes on where it was.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import dbcore
+from dbcore.config import ConfigError, TrainConfig, need, read_yaml
+
+HELP = "measure runs as the DreamBooth paper does: subject and prompt fidelity, PRES, DIV, with floor and ceiling"
+LISTS = dbcore.DATA / "prompts"
+STREAM = "evaluation"
+
+
+def add_arguments(parser):
+    parser.add_argument("--checkpoint_dir", nargs="+", required=True, metavar="RUN",
+                        help="runs to measure, one subject each: folders that train wrote")
+    parser.add_argument("--prompts", metavar="LIST", help="objects, live (the paper's), toy, or a JSON file like them; "
+                        "without it, what the base recommends, else objects")
+    parser.add_argument("--num_prompts", type=int, metavar="N", help="only N of them, spread over the list")
+    parser.add_argument("--num_images", type=int, default=4, help="pictures a prompt (%(default)s)")
+    parser.add_argument("--encoder", nargs="+", metavar="NAME", help="metric encoders instead of the base's own, CLIP "
+                        "first: names of transformers, such as openai/clip-vit-large-patch14")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time (%(default)s)")
+    parser.add_argument("--output_dir", type=Path, default=Path("evaluation"),
+                        help="pictures, evaluation.json and evaluation.md go there (%(default)s)")
+
+
+def main(args):
+    subjects = [read_run(path) for path in args.checkpoint_dir]
+    result = evaluate(subjects, args.output_dir, args.prompts, args.num_prompts, args.num_images, args.encoder,
+                      args.seed, args.batch_size)
+    print(result_table(result))
+    print(f"\nPictures, evaluation.json and evaluation.md are in {args.output_dir}.")
+
+
+# --- what is measured ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run, and what it was trained on."""
+
+    name: str
+    lora: Path
+    base: str
+    photos: str
+    instance_prompt: str
+    class_prompt: str
+    revision: str | None = None
+
+
+def read_run(folder):
+    """The `Subject` of a run's folder. Raises ConfigError where it is not a finished run, or has no class."""
+    folder = Path(folder)
+    path, lora = folder / "config.yaml", folder / "pytorch_lora_weights.safetensors"
+    for needed in (path, lora):
+        need(needed.is_file(), f"--checkpoint_dir {folder} has no {needed.name}: give the folder of a finished run")
+    run = read_yaml(path, TrainConfig)
+    return Subject(folder.resolve().name, lora, run["pretrained_model_name_or_path"], run["instance_data_dir"],
+                   run["instance_prompt"], run.get("class_prompt") or bare_class(run["instance_prompt"]),
+                   run.get("revision"))
+
+
+def bare_class(instance_prompt):
+    """'a photo of sks dog' -> 'a photo of a dog', for a run without a class prompt: the identifier stands before last."""
+    words = instance_prompt.split()
+    return " ".join([*words[:-2], "a", words[-1]])
+
+
+def read_prompts(name, base):
+    """{"scenes", "looks"}: the list of that name or file, by default the base's. Raises ConfigError."""
+    from dbcore.models.base import recommended
+
+    name = name or recommended(base).get("prompts", "objects")
+    path = LISTS / f"{name}.json" if (LISTS / f"{name}.json").is_file() else Path(name)
+    known = ", ".join(sorted(p.stem for p in LISTS.glob("*.json")))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {kind: [str(phrase) for phrase in found.get(kind, [])] for kind in ("scenes", "looks")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f'--prompts {name}: give {known}, or a JSON file {{"scenes": [...], "looks": [...]}} '
+                          f"({error})") from None
+
+
+def compose(phrases, instance_prompt, class_prompt):
+    """[(what is drawn, what CLIP is asked)]: scenes come after the subject, looks before it.
+
+    The identifier is left out of what CLIP is asked, which has never heard it.
+    """
+    start, noun = class_prompt.rsplit(" ", 1) if " " in class_prompt else ("", class_prompt)
+    ours, subject = split_subject(instance_prompt, class_prompt)
+    return [*((f"{instance_prompt} {scene}", f"{class_prompt} {scene}") for scene in phrases["scenes"]),
+            *((f"{ours} {look} {subject}".strip(), f"{start} {look} {noun}".strip()) for look in phrases["looks"])]
+
+
+def split_subject(instance_prompt, class_prompt):
+    """'a photo of sks dog' -> ('a photo of', 'sks dog'): before and from the first word that is not the class's."""
+    words, known = instance_prompt.split(), class_prompt.split()
+    first = next((k for k, word in enumerate(words) if word not in known), len(words) - 1)
+    return " ".join(words[:first]), " ".join(words[first:])
+
+
+def spread(prompts, count):
+    """`count` of them at even distances, the first among them."""
+    if count is None or count >= len(prompts):
+        return prompts
+    need(count > 0, f"--num_prompts {count}: it must be at least 1")
+    return [prompts[k * len(prompts) // count] for k in range(count)]
+
+
+# --- the protocol -------------------------------------------------------------------------------------
+
+
+def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4, encoder=None, seed=0, batch_size=8):
+    """Draw what is missing, measure everything, write evaluation.json and .md; returns the result, a dict.
+
+    {"encoders": {name: note}, "prompts", "num_images", "subjects": {name: {"floor", "adapter", "ceiling"}}, "mean":
+    {"floor": {measure: [mean, low, high]}, ...}}; the intervals are over subjects, 95 %. Raises ConfigError.
+    """
+    from dbcore.engines.evaluate import load_encoder, load_encoders
+
+    need(num_images >= 2, f"--num_images {num_images}: diversity needs 2 or more")
+    output_dir, scores, encoders = Path(output_dir), {}, None
+    names = [subject.name for subject in subjects]
+    need(len(set(names)) == len(names), f"two runs are named {max(names, key=names.count)}: rename one of the folders")
+    for subject in subjects:
+        asked = spread(compose(read_prompts(prompts, subject.base), subject.instance_prompt, subject.class_prompt),
+                       num_prompts)
+        encoders = encoders or ([load_encoder(name) for name in encoder] if encoder else load_encoders(subject.base))
+        drawn = {which: draw_all(subject, which, asked, output_dir, num_images, seed, batch_size)
+                 for which in ("floor", "adapter")}
+        scores[subject.name] = measure(subject, drawn, asked, num_images, encoders)
+    result = {"encoders": {e.name: e.note for e in encoders}, "prompts": len(asked), "num_images": num_images,
+              "seed": seed, "subjects": scores, "mean": means(scores, seed)}
+    write_whole(output_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    write_whole(output_dir / "evaluation.md", result_table(result) + "\n")
+    return result
+
+
+def draw_all(subject, which, asked, output_dir, num_images, seed, batch_size):
+    """PIL images, `num_images` a prompt and then as many of the class, from the disk where they are there."""
+    from PIL import Image
+
+    texts = [drawn for drawn, _ in asked] + [subject.class_prompt]
+    what = about(subject, which, texts, seed)
+    folder = output_dir / "pictures" / (subject.name if which == "adapter" else f"base-{digest(what)}")
+    refuse_others(folder, what)
+    paths = {(p, k): folder / f"{p:03d}-{k}.png" for p in range(len(texts)) for k in range(num_images)}
+    missing = [place for place, path in paths.items() if not path.is_file()]
+    base = load_subject(subject, which) if missing else None
+    for first in range(0, len(missing), batch_size):
+        places = missing[first:first + batch_size]
+        pictures = base.draw([texts[p] for p, _ in places], [seed + k for _, k in places], stream=STREAM,
+                             batch_size=batch_size)
+        for place, picture in zip(places, pictures):
+            partial = paths[place].with_suffix(".partial")
+            picture.save(partial, format="PNG")
+            os.replace(partial, paths[place])
+    return [Image.open(path).convert("RGB") for path in paths.values()]
+
+
+def about(subject, which, texts, seed):
+    """All that the pictures depend on, but their number."""
+    lora = hashlib.sha256(subject.lora.read_bytes()).hexdigest() if which == "adapter" else None
+    return {"base": subject.base, "revision": subject.revision, "lora": lora, "prompts": texts, "seed": seed}
+
+
+def digest(what):
+    """A short name, so that runs of one subject share the base's pictures."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def refuse_others(folder, what):
+    """Write down what a folder's pictures depend on, or compare. Raises ConfigError where it has changed."""
+    path = folder / "about.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name, value in what.items() if before.get(name) != value]
+        need(not changed, f"{folder} holds pictures of another {' and '.join(changed)}: remove it, or give another "
+             "--output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(what, indent=1))
+
+
+def load_subject(subject, which):
+    from dbcore.config import GenerateConfig
+    from dbcore.engines.generate import base_with_loras
+    from dbcore.models.base import settle
+
+    loras = [str(subject.lora)] if which == "adapter" else []
+    return base_with_loras(settle(GenerateConfig(pretrained_model_name_or_path=subject.base, checkpoint_dir=loras,
+                                                 revision=subject.revision)))
+
+
+def write_whole(path, text):
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+# --- the measures -------------------------------------------------------------------------------------
+
+
+def measure(subject, drawn, asked, num_images, encoders):
+    """{"floor": {measure: value}, "adapter": ..., "ceiling": ...} of one subject; None where there is no value."""
+    from dbcore.datasets.photos import gather_photos
+    from dbcore.engines.evaluate import real_against_real
+
+    photos = [photo.load() for photo in gather_photos(subject.photos)[0]]
+    rows = {which: {} for which in (*drawn, "ceiling")}
+    for encoder in encoders:
+        real = encoder.images(photos)
+        for which, pictures in drawn.items():
+            rows[which] |= measure_pictures(encoder, encoder.images(pictures), real, asked, num_images)
+        alike = real_against_real(real, encoder) if len(photos) > 1 else None
+        rows["ceiling"] |= dict.fromkeys(rows["floor"]) | {f"subject, {encoder.name}": alike}
+    return {which: {name: rows[which].get(name) for name in rows["floor"]} for which in rows}
+
+
+def measure_pictures(encoder, vectors, real, asked, num_images):
+    """{measure: value} of one subject's pictures under one encoder; the last `num_images` are of the class."""
+    from dbcore.engines.evaluate import (
+        diversity,
+        nearest_photo,
+        prior_preservation_metric,
+        prompt_fidelity,
+        subject_fidelity,
+    )
+
+    own, of_class = vectors[:-num_images], vectors[-num_images:]
+    values = {f"subject, {encoder.name}": subject_fidelity(own, real, encoder)}
+    if encoder.embed_texts is not None:
+        plain = [text for _, text in asked for _ in range(num_images)]
+        values[f"prompt, {encoder.name}"] = prompt_fidelity(own, plain, encoder)
+    each = own.split(num_images)
+    values[f"PRES, {encoder.name}"] = prior_preservation_metric(of_class, real, encoder)
+    values[f"DIV, {encoder.name}"] = sum(diversity(same, encoder) for same in each) / len(each)
+    nearest = nearest_photo(own, real, encoder)[1]
+    values[f"nearest photo, {encoder.name}"] = sum(nearest) / len(nearest)
+    return values
+
+
+def means(scores, seed):
+    """{row: {measure: [mean, low, high]}} over subjects, by bootstrap; None where a subject has no value."""
+    from dbcore.engines.evaluate import bootstrap_interval
+
+    subjects = list(scores.values())
+    rows = {}
+    for which in subjects[0]:
+        rows[which] = {}
+        for name in subjects[0][which]:
+            values = [subject[which][name] for subject in subjects]
+            known = None not in values
+            rows[which][name] = [sum(values) / len(values), *bootstrap_interval(values, seed)] if known else None
+    return rows
+
+
+def result_table(result):
+    """Markdown: the mean over subjects with its interval, then each subject."""
+    names = list(result["mean"]["floor"])
+    count = len(result["subjects"])
+    size = f"{count} subject{'s' * (count > 1)} x {result['prompts']} prompts x {result['num_images']} pictures"
+    lines = [f"{size}; in brackets 95 % intervals over subjects (bootstrap).", "",
+             "| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    rows = [("**all**", result["mean"])] if count > 1 else []
+    for subject, row in [*rows, *result["subjects"].items()]:
+        for which, label in (("floor", "base alone"), ("adapter", "with LoRA"), ("ceiling", "photos")):
+            lines.append(f"| {subject}, {label} | " + " | ".join(cell(row[which][name]) for name in names) + " |")
+    return "\n".join(lines + [""] + [f"{name}: {note}." for name, note in result["encoders"].items() if note])
+
+
+def cell(value):
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else "{:.3f} [{:.3f}, {:.3f}]".format(*value)

@@ -1,0 +1,182 @@
+"""The protocol on a small random base: prompts, floor and ceiling, resuming, and the table."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines import make_tiny_pipeline
+
+from dbcore.__main__ import main
+from dbcore.config import ConfigError, TrainConfig, write_yaml
+from dbcore.engines import evaluate as engine
+from dbcore.models.base import StableDiffusion, load_base
+from dbcore.models.lora import add_lora, save_lora
+from dbcore.tools import evaluate as tool
+
+PROMPTS = {"scenes": ["in the snow", "on the beach"], "looks": ["red"]}
+
+
+def colours(pictures):
+    return torch.stack([torch.tensor(np.asarray(p.resize((2, 2)), dtype=np.float32)).flatten() - 128 for p in pictures])
+
+
+def lengths(prompts):
+    return torch.stack([torch.full((12,), float(len(p))) + torch.arange(12) for p in prompts])
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+    found = engine.Encoder("colours", colours, lengths, "a stand-in")
+    monkeypatch.setattr(engine, "load_encoders", lambda base: [found])
+    return found
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = make_tiny_pipeline(tmp_path_factory.mktemp("base"))
+    (folder / "recommended.json").write_text(json.dumps({"num_inference_steps": 2, "guidance_scale": 1.0}))
+    return folder
+
+
+def make_run(root, base_folder, name, strength, seed=0):
+    """A run's folder as train leaves it, its LoRA's B constant `strength`."""
+    folder, photos = root / name, root / f"{name}-photos"
+    photos.mkdir()
+    for k in range(2):
+        pixels = np.random.default_rng((seed, k)).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{k}.png")
+    folder.mkdir()
+    write_yaml(TrainConfig(pretrained_model_name_or_path=str(base_folder), instance_data_dir=str(photos),
+                           instance_prompt="a photo of sks dog", class_prompt="a photo of a dog"), folder / "config.yaml")
+    unet = load_base(base_folder).unet
+    for parameter in add_lora(unet, 2, 2):
+        if parameter.shape[1] == 2:  # B, (out, rank)
+            torch.nn.init.constant_(parameter, strength)
+    save_lora({"unet": unet}, folder / "pytorch_lora_weights.safetensors")
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(PROMPTS))
+    return str(path)
+
+
+# --- the prompts --------------------------------------------------------------------------------------
+
+
+def test_scenes_follow_the_subject_and_looks_precede_it():
+    assert tool.compose(PROMPTS, "a photo of sks dog", "a photo of a dog") == [
+        ("a photo of sks dog in the snow", "a photo of a dog in the snow"),
+        ("a photo of sks dog on the beach", "a photo of a dog on the beach"),
+        ("a photo of red sks dog", "a photo of a red dog"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["objects", "live", "toy"])
+def test_each_list_that_ships_has_25_different_prompts(name):
+    made = tool.compose(tool.read_prompts(name, "no-base"), "a photo of sks dog", "a photo of a dog")
+    assert len(made) == len(set(made)) == 25
+    assert not any("sks" in plain for _, plain in made)
+    assert all("sks dog" in drawn for drawn, _ in made)
+
+
+def test_the_toy_list_says_only_words_that_the_toy_world_knows():
+    words = pytest.importorskip("dbcore.toybox.words").words()
+    phrases = tool.read_prompts("toy", "no-base")
+    assert {word for phrase in phrases["scenes"] + phrases["looks"] for word in phrase.split()} <= set(words)
+
+
+def test_the_base_recommends_its_list_and_a_wrong_name_is_refused(tmp_path):
+    (tmp_path / "recommended.json").write_text(json.dumps({"prompts": "toy"}))
+    assert tool.read_prompts(None, tmp_path) == tool.read_prompts("toy", tmp_path)
+    assert tool.read_prompts(None, "no-base") == tool.read_prompts("objects", "no-base")
+    with pytest.raises(ConfigError, match="--prompts nonsense: give live, objects, toy, or a JSON file"):
+        tool.read_prompts("nonsense", tmp_path)
+
+
+def test_fewer_prompts_are_spread_over_the_list():
+    assert tool.spread(list(range(25)), 5) == [0, 5, 10, 15, 20]
+    assert tool.spread([1, 2], None) == tool.spread([1, 2], 9) == [1, 2]
+    with pytest.raises(ConfigError, match="at least 1"):
+        tool.spread([1, 2], 0)
+
+
+def test_a_run_without_a_class_prompt_is_read_from_its_instance_prompt(tmp_path, base_folder):
+    folder = make_run(tmp_path, base_folder, "run", 0.0)
+    write_yaml(TrainConfig(pretrained_model_name_or_path=str(base_folder), instance_data_dir="photos",
+                           instance_prompt="a photo of sks dog"), folder / "config.yaml")
+    assert tool.read_run(folder).class_prompt == "a photo of a dog"
+    (folder / "pytorch_lora_weights.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has no pytorch_lora_weights.safetensors: give the folder of a finished run"):
+        tool.read_run(folder)
+
+
+# --- the protocol -------------------------------------------------------------------------------------
+
+
+def test_a_lora_that_does_nothing_scores_as_the_floor_and_one_that_does_not(tmp_path, base_folder, encoder, prompts):
+    runs = [make_run(tmp_path, base_folder, "idle", 0.0), make_run(tmp_path, base_folder, "busy", 3.0, seed=1)]
+    out = tmp_path / "out"
+    main(["evaluate", "--checkpoint_dir", *map(str, runs), "--prompts", prompts, "--num_images", "2",
+          "--output_dir", str(out)])
+    result = json.loads((out / "evaluation.json").read_text())
+    idle, busy = result["subjects"]["idle"], result["subjects"]["busy"]
+    assert idle["adapter"] == pytest.approx(idle["floor"], abs=1e-5)
+    assert busy["adapter"]["subject, colours"] != pytest.approx(busy["floor"]["subject, colours"], abs=1e-3)
+    assert idle["ceiling"]["subject, colours"] < 1  # two different photos, neither compared with itself
+    assert idle["ceiling"]["prompt, colours"] is None
+    mean, low, high = result["mean"]["adapter"]["subject, colours"]
+    assert mean == pytest.approx((idle["adapter"]["subject, colours"] + busy["adapter"]["subject, colours"]) / 2)
+    assert low <= mean <= high
+    table = (out / "evaluation.md").read_text()
+    assert "2 subjects x 3 prompts x 2 pictures" in table and "| busy, with LoRA |" in table
+    assert "colours: a stand-in." in table
+
+
+def test_the_measures_are_those_of_the_pictures_on_the_disk(tmp_path, base_folder, encoder, prompts):
+    subject = tool.read_run(make_run(tmp_path, base_folder, "run", 3.0))
+    result = tool.evaluate([subject], tmp_path / "out", prompts, num_images=2)
+    files = sorted((tmp_path / "out" / "pictures" / "run").glob("*.png"))
+    pictures = [Image.open(file) for file in files]
+    photos = [Image.open(file) for file in sorted((tmp_path / "run-photos").glob("*.png"))]
+    assert len(files) == 8  # 3 prompts and the class, 2 pictures each
+    scores = result["subjects"]["run"]["adapter"]
+    assert scores["subject, colours"] == pytest.approx(engine.subject_fidelity(pictures[:6], photos, encoder))
+    assert scores["PRES, colours"] == pytest.approx(engine.subject_fidelity(pictures[6:], photos, encoder))
+    apart = [engine.diversity(pictures[k:k + 2], encoder) for k in (0, 2, 4)]
+    assert scores["DIV, colours"] == pytest.approx(sum(apart) / 3)
+
+
+def test_a_second_call_draws_only_what_is_missing(tmp_path, base_folder, encoder, prompts, monkeypatch):
+    subject = tool.read_run(make_run(tmp_path, base_folder, "run", 3.0))
+    first = tool.evaluate([subject], tmp_path / "out", prompts, num_images=2)
+    gone = tmp_path / "out" / "pictures" / "run" / "001-1.png"
+    before = np.asarray(Image.open(gone), dtype=int)
+    gone.unlink()
+    drawn, draw = [], StableDiffusion.draw
+    monkeypatch.setattr(StableDiffusion, "draw", lambda self, texts, *a, **k: drawn.extend(texts) or draw(
+        self, texts, *a, **k))
+    again = tool.evaluate([subject], tmp_path / "out", prompts, num_images=2)
+    assert drawn == ["a photo of sks dog on the beach"]
+    assert np.abs(np.asarray(Image.open(gone), dtype=int) - before).max() <= 1  # a batch of another size rounds otherwise
+    assert again["subjects"]["run"]["adapter"] == pytest.approx(first["subjects"]["run"]["adapter"], abs=0.01)
+
+
+def test_pictures_of_another_lora_are_refused(tmp_path, base_folder, encoder, prompts):
+    folder = make_run(tmp_path, base_folder, "run", 3.0)
+    tool.evaluate([tool.read_run(folder)], tmp_path / "out", prompts, num_images=2)
+    path = folder / "pytorch_lora_weights.safetensors"
+    path.write_bytes(make_run(tmp_path, base_folder, "other", 1.0).joinpath(path.name).read_bytes())
+    with pytest.raises(ConfigError, match="holds pictures of another lora: remove it"):
+        tool.evaluate([tool.read_run(folder)], tmp_path / "out", prompts, num_images=2)
+
+
+def test_two_runs_of_one_name_are_refused_before_anything_is_drawn(tmp_path, base_folder):
+    subject = tool.read_run(make_run(tmp_path, base_folder, "run", 0.0))
+    with pytest.raises(ConfigError, match="two runs are named run"):
+        tool.evaluate([subject, subject], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
