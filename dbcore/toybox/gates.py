@@ -48,7 +48,7 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        return self.value >= self.target if self.least else self.value <= self.target
+        return bool(self.value >= self.target if self.least else self.value <= self.target)
 
     def __str__(self):
         return (f"{'ok    ' if self.passed else 'MISSED'} {self.name}: {self.value:.3g} "
@@ -131,7 +131,8 @@ def rare_word_gates(base, reader, count: int = 24) -> list[Gate]:
     tokens = len(base.tokenizer("sks", add_special_tokens=False).input_ids)
     read = reader.read(base.draw(["a photo of sks dog"] * count, list(range(count)), batch_size=24))
     return [Gate("tokens in `sks`", 1, tokens, least=False),
-            Gate("`a photo of sks dog` before DreamBooth: dogs", 0.95, np.mean([r["class"] == "dog" for r in read]),
+            Gate("`a photo of sks dog` before DreamBooth: dogs", 0.95,
+                 float(np.mean([r["class"] == "dog" for r in read])),
                  note="the word is in no caption")]
 
 
