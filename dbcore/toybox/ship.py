@@ -12,7 +12,7 @@ from dbcore.toybox.clip import save_clip
 from dbcore.toybox.denoiser import make_pipeline
 from dbcore.toybox.reader import save_reader
 
-RECOMMENDED = {  # found by trying; a config's `auto` takes them up
+RECOMMENDED = {  # a config's `auto` takes them up
     "resolution": 64,
     "learning_rate": 2e-3,
     "rank": 16,
