@@ -36,7 +36,9 @@ quickstart: setup ## teach the toy base a new subject, and show it before and af
 # Every cell again, its text and pictures against those that are stored.
 REPLAY = $(BIN)/python -m pytest -m "" --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	$(NOTEBOOKS)
-NOTEBOOKS ?= notebooks
+# 04 and 05 are guarded and linted, but not replayed yet: NOTEBOOKS=notebooks replays all.
+NOTEBOOKS ?= $(addprefix notebooks/,00_meet_the_model.ipynb 01_data_prep.ipynb 02_lora_injection.ipynb \
+	03_prior_preservation.ipynb)
 
 test test-rounding: export HF_HUB_OFFLINE = 1
 test test-rounding: export TQDM_DISABLE = 1
