@@ -72,3 +72,27 @@ def shown(panel):
     """The addresses of its pictures, and its words."""
     pictures = [image.get_attribute("src") for image in panel.find_elements("css selector", ".widget-image")]
     return pictures, [words.text for words in panel.find_elements("css selector", ".widget-html")]
+
+
+TRAIN = """
+from dbcore import SUBJECTS, TOY_BASE
+from dbcore.config import TrainConfig
+from dbcore.engines.train import train
+from dbcore.utils.widgets import Dashboard
+
+dashboard = Dashboard()
+config = TrainConfig(
+    pretrained_model_name_or_path=str(TOY_BASE), instance_data_dir=str(SUBJECTS / "dog"),
+    instance_prompt="a photo of sks dog", max_train_steps=5000, output_dir="stopped", report_to="none")
+dashboard.run(lambda: train(config, callback=dashboard.update, should_stop=dashboard.should_stop))"""
+
+
+def test_stop_ends_a_real_run_and_saves(open_cells, folder):
+    page = open_cells("training", TRAIN, "await dashboard")
+    page.start_all()
+    page.wait(lambda: any("of 5000, about" in label.text for label in page.find(".widget-label")), 180)
+    page.find("button.widget-button")[0].click()
+    page.wait(lambda: any("safetensors" in output.text for output in page.find(".jp-OutputArea-output")), 180)
+    page.screenshot("stopped")
+    assert (folder / "stopped" / "pytorch_lora_weights.safetensors").exists() or list(
+        (folder / "stopped").glob("checkpoint-*/*.safetensors"))  # fmt: skip
