@@ -361,6 +361,8 @@ class Dashboard:
             except KeyboardInterrupt:
                 self.stop()
         value, error = self._outcome
+        if error and self.stopped:
+            raise error.with_traceback(None)  # it was asked for: only its words matter, not where it came from
         if error:
             raise error
         return value
@@ -421,20 +423,20 @@ class Dashboard:
             self.button.disabled, self.button.description = True, "Stopped" if self.stopped else "Done"
 
     def _state(self, final):
-        if final and self._outcome[1]:
-            return f"{type(self._outcome[1]).__name__}: {self._outcome[1]}"
         if not self.losses:
-            return "waiting for the first step"
+            return "ended before the first step" if final else "waiting for the first step"
         left = self.seconds_left()
         end = "" if final or left is None else f", about {left:.0f} s left"
         return f"step {max(self.losses)} of {self.steps}{end}"
 
     def _view(self):
-        """Loss and validation grid in one picture, for the screen."""
+        """For the screen: loss and validation grid in one picture, and how the run ended if not well."""
+        error = self._outcome and self._outcome[1]
+        words = f"{type(error).__name__}: {error}" if error else ""
         figures = [figure for figure in (self.picture(), self.validation()) if figure is not None]
         if not figures:
-            return ""
-        return _stacked([Image.open(io.BytesIO(as_png(figure))).convert("RGB") for figure in figures])
+            return None, words
+        return _stacked([Image.open(io.BytesIO(as_png(figure))).convert("RGB") for figure in figures]), words
 
     def show(self):
         """Show the dashboard in the middle of a cell."""

@@ -299,7 +299,24 @@ def test_an_error_of_the_run_is_shown_and_raised_in_the_waiting_cell():
     dashboard.run(fails)
     with pytest.raises(ValueError, match="no photo in the folder"):
         dashboard.result()
-    assert dashboard.words.value == "ValueError: no photo in the folder"
+    assert dashboard.words.value == "ended before the first step"
+    assert "ValueError: no photo in the folder" in words(dashboard)
+
+
+def test_a_run_that_was_stopped_says_so_without_the_way_it_came():
+    dashboard, gate = widgets.Dashboard(), threading.Event()
+
+    def stops():
+        train = trainer(dashboard, 1000, gate=gate)
+        raise RuntimeError(f"stopped after step {train()}")
+
+    dashboard.run(stops)
+    dashboard.stop()
+    gate.set()
+    with pytest.raises(RuntimeError, match="stopped after step") as raised:
+        dashboard.result()
+    assert "stops" not in [frame.name for frame in raised.traceback]
+    assert "RuntimeError: stopped after step" in words(dashboard) and seen(dashboard) is None
 
 
 def test_two_runs_at_once_are_refused_and_a_second_starts_afresh():
