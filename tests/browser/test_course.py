@@ -38,20 +38,26 @@ def test_run_all_and_move_every_control(path, open_copy):
 
 
 def move_all(page, panel, name):
-    """Move each control of one panel; after each, the picture or the words of the panel have to be others."""
+    """Move each control of one panel, and back; each time the picture or the words of the panel have to be others.
+
+    Back, because one control may silence another: a plain character has no second colour to see.
+    """
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", panel)
     page.screenshot(f"{name}-before")
     controls = panel.find_elements("css selector", f"{SLIDER}, {MENU}, {BOX}, {LINE}")
     for control in controls:
-        before = shown(panel)
-        move(control)
+        before, back = shown(panel), move(control)
         page.wait(lambda before=before: shown(panel) != before, 120)
         words = [element.text for element in panel.find_elements("css selector", "pre")]
         assert not [line for line in words if "Error: " in line]
-    page.screenshot(f"{name}-after")
+        page.screenshot(f"{name}-after")
+        moved = shown(panel)
+        back()
+        page.wait(lambda moved=moved: shown(panel) != moved, 120)
 
 
 def move(control):
+    """Move a control, and return the function that moves it back."""
     from selenium.webdriver import Keys
     from selenium.webdriver.support.ui import Select
 
@@ -59,13 +65,18 @@ def move(control):
         menu = Select(control)
         here = [option.text for option in menu.options].index(menu.first_selected_option.text)
         menu.select_by_index((here + 1) % len(menu.options))
-    elif control.get_attribute("type") == "checkbox":
+        return lambda: menu.select_by_index(here)
+    if control.get_attribute("type") == "checkbox":
         control.click()
-    elif control.tag_name == "input":
-        control.send_keys(" on the beach", Keys.ENTER)
-    else:
-        at, last = (float(control.get_attribute(name)) for name in ("aria-valuenow", "aria-valuemax"))
-        control.send_keys(*3 * [Keys.ARROW_LEFT if at >= last else Keys.ARROW_RIGHT])
+        return control.click
+    if control.tag_name == "input":
+        added = " on the beach"
+        control.send_keys(added, Keys.ENTER)
+        return lambda: control.send_keys(Keys.END, *len(added) * [Keys.BACKSPACE], Keys.ENTER)
+    at, last = (float(control.get_attribute(name)) for name in ("aria-valuenow", "aria-valuemax"))
+    there, again = (Keys.ARROW_LEFT, Keys.ARROW_RIGHT) if at >= last else (Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+    control.send_keys(*3 * [there])
+    return lambda: control.send_keys(*3 * [again])
 
 
 def shown(panel):
@@ -92,7 +103,6 @@ def test_stop_ends_a_real_run_and_saves(open_cells, folder):
     page.start_all()
     page.wait(lambda: any("of 5000, about" in label.text for label in page.find(".widget-label")), 180)
     page.find("button.widget-button")[0].click()
-    page.wait(lambda: any("safetensors" in output.text for output in page.find(".jp-OutputArea-output")), 180)
+    page.wait(lambda: any("Interrupted: Stopped after step" in words.text for words in page.find(".widget-html pre")), 60)
     page.screenshot("stopped")
-    assert (folder / "stopped" / "pytorch_lora_weights.safetensors").exists() or list(
-        (folder / "stopped").glob("checkpoint-*/*.safetensors"))  # fmt: skip
+    assert list((folder / "stopped").glob("checkpoint-*/pytorch_lora_weights.safetensors"))
