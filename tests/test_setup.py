@@ -1,5 +1,6 @@
 """pyproject.toml, constraints.txt, environment.yml and the Makefile tell one story."""
 
+import os
 import re
 import shutil
 import subprocess
