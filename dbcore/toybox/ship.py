@@ -12,7 +12,7 @@ from dbcore.toybox.clip import save_clip
 from dbcore.toybox.denoiser import make_pipeline
 from dbcore.toybox.reader import save_reader
 
-RECOMMENDED = {  # a config's `auto` takes them up
+RECOMMENDED = {  # a config's `auto` takes them up; `prompts`, evaluate does
     "resolution": 64,
     "learning_rate": 2e-3,
     "rank": 16,
@@ -20,6 +20,7 @@ RECOMMENDED = {  # a config's `auto` takes them up
     "guidance_scale": 4.0,
     "num_inference_steps": 25,
     "num_class_images": 40,
+    "prompts": "toy",
 }
 LIMIT_MIB = 25
 

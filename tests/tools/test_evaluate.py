@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from pipelines import make_tiny_pipeline
 
+from dbcore import TOY_BASE
 from dbcore.__main__ import main
 from dbcore.config import ConfigError, TrainConfig, write_yaml
 from dbcore.engines import evaluate as engine
@@ -96,6 +97,10 @@ def test_the_base_recommends_its_list_and_a_wrong_name_is_refused(tmp_path):
     assert tool.read_prompts(None, "no-base") == tool.read_prompts("objects", "no-base")
     with pytest.raises(ConfigError, match="--prompts nonsense: give live, objects, toy, or a JSON file"):
         tool.read_prompts("nonsense", tmp_path)
+
+
+def test_the_toy_base_is_asked_in_words_that_it_knows():
+    assert tool.read_prompts(None, TOY_BASE) == tool.read_prompts("toy", "no-base")
 
 
 def test_fewer_prompts_are_spread_over_the_list():
