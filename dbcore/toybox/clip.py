@@ -78,12 +78,17 @@ class ToyCLIP(nn.Module):
     @torch.no_grad()
     def embed_images(self, images: list) -> torch.Tensor:
         """Unit vectors (n, 128) of PIL images, which are brought to 64 x 64 pixels."""
-        pixels = np.stack([np.asarray(i.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)) for i in images])
-        return self.image_features(to_tensor(pixels))
+        return self.image_features(pixels_of(images))
 
     def forward(self, ids, pixels):
         """Logits (n texts, n images)."""
         return self.log_scale.clamp(max=4.6).exp() * self.text_features(ids) @ self.image_features(pixels).T
+
+
+def pixels_of(images: list) -> torch.Tensor:
+    """PIL images to (n, 3, 64, 64) in [-1, 1]."""
+    return to_tensor(np.stack(
+        [np.asarray(i.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)) for i in images]))
 
 
 def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:

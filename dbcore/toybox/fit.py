@@ -112,6 +112,14 @@ def save_atomically(payload: dict, path: Path) -> None:
     os.replace(beside, path)
 
 
+def save_half(module: nn.Module, folder: Path) -> None:
+    """The weights as `folder/model.safetensors`, in half precision."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half().contiguous().cpu() for k, v in module.state_dict().items()}, folder / "model.safetensors")
+
+
 class Average:
     """Running mean of a module's weights, shorter at the start of a run (Polyak averaging)."""
 

@@ -18,6 +18,7 @@ import torch
 from dbcore.toybox.autoencoder import psnr
 from dbcore.toybox.clip import load_clip, retrieval
 from dbcore.toybox.corpus import sample_held_out
+from dbcore.toybox.encoder import AMONG, load_subject_encoder, subject_retrieval
 from dbcore.toybox.reader import accuracy, load_reader, truth
 from dbcore.toybox.scene import (
     CLASSES,
@@ -85,6 +86,12 @@ def clip_gate(folder: Path, pictures: np.ndarray, scenes: list) -> list[Gate]:
     clip = load_clip(folder)
     share = retrieval(clip, clip.tokenizer, pictures, [caption(*scene) for scene in scenes])
     return [Gate("toy CLIP: a render's own caption first among 100", 0.9, share)]
+
+
+def encoder_gates(folder: Path, subjects: np.ndarray) -> list[Gate]:
+    mixed, alike = subject_retrieval(load_subject_encoder(folder), subjects)
+    return [Gate(f"subject encoder: a render's own subject first among {AMONG}", 0.95, mixed),
+            Gate(f"subject encoder: first among {AMONG} of its class", 0.8, alike)]
 
 
 def reader_gate(reader, pictures: np.ndarray, scenes: list) -> list[Gate]:
@@ -227,11 +234,13 @@ def dreambooth_gates(folder: Path, work: Path, reader, subjects=TRIED) -> tuple[
 # --- all of them --------------------------------------------------------------------------------------
 
 
-def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list) -> list[Gate]:
+def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list, subjects: np.ndarray | None = None
+            ) -> list[Gate]:
     """Every gate of the base in `folder`, printed as it is measured.
 
-    `pictures`, uint8 (n, 64, 64, 3), and `scenes` are renders never trained on. Grids to look at, and the runs
-    that DreamBooth is tried with, go to `work`, in a folder named by the base's weights.
+    `pictures`, uint8 (n, 64, 64, 3), and `scenes` are renders never trained on, `subjects` those that the subject
+    encoder is tried with, for a base that has one. Grids to look at, and the runs that DreamBooth is tried with,
+    go to `work`, in a folder named by the base's weights.
     """
     from dbcore.models.base import load_base
     from dbcore.utils.grids import save_grid
@@ -248,6 +257,8 @@ def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list) -> lis
     add(clip_gate(folder, pictures, scenes))
     add(word_gates(base))
     add(reader_gate(reader, pictures, scenes))
+    if subjects is not None:
+        add(encoder_gates(folder, subjects))
     found, drawn = sample_gates(base, reader)
     add(found)
     save_grid(work / "samples.png", [drawn[k:k + 12] for k in range(0, len(drawn), 12)][:10])

@@ -65,7 +65,7 @@ def answer_table(scenes: list) -> dict[str, torch.Tensor]:
     return {q: torch.tensor([a.index(t[q]) for t in truths]) for q, a in ANSWERS.items()}
 
 
-def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 900, batch: int = 64,
+def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 2000, batch: int = 64,
                  lr: float = 1e-3, device: str = "cpu") -> Reader:
     """Cross-entropy on every question, on renders mirrored, blurred and slightly recoloured at random."""
     torch.manual_seed(seed + 3)
@@ -74,12 +74,7 @@ def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, st
     def loss_at(step):
         rng, torch_rng = step_rng(seed, "reader", step)
         picks = np.sort(rng.integers(0, len(pictures), batch))
-        x = to_tensor(pictures[picks])
-        if rng.random() < 0.5:
-            x = x.flip(-1)
-        if rng.random() < 0.3:  # samples are softer than renders
-            x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
-        x = x + 0.03 * torch.randn(x.shape, generator=torch_rng)
+        x = disturbed(to_tensor(pictures[picks]), rng, torch_rng)
         with half_where_fast(device):
             logits = net(x.to(device))
         truths = {q: answers[q][picks].to(device) for q in ANSWERS}
@@ -90,19 +85,20 @@ def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, st
     return fit("reader", folder, net, loss_at, steps, lr, muon=True, ema=0.99, device=device)
 
 
+def disturbed(x: torch.Tensor, rng: np.random.Generator, torch_rng: torch.Generator) -> torch.Tensor:
+    """A batch of renders, mirrored or blurred at random, with noise: samples are softer and less sure than renders."""
+    if rng.random() < 0.5:
+        x = x.flip(-1)
+    if rng.random() < 0.3:
+        x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+    return x + 0.03 * torch.randn(x.shape, generator=torch_rng)
+
+
 def accuracy(reader: Reader, pictures: np.ndarray, scenes: list) -> dict[str, float]:
     """Share of right answers by question on renders, uint8 (n, 64, 64, 3)."""
     read = [answer for first in range(0, len(pictures), 100)
             for answer in reader.read([Image.fromarray(p) for p in pictures[first:first + 100]])]
     return {q: float(np.mean([r[q] == truth(*scene)[q] for r, scene in zip(read, scenes)])) for q in ANSWERS}
-
-
-def save_reader(reader: Reader, folder: Path) -> None:
-    """`folder/model.safetensors` in half precision."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().contiguous().cpu() for k, v in reader.state_dict().items()}, folder / "model.safetensors")
 
 
 def load_reader(folder) -> Reader:

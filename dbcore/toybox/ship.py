@@ -10,7 +10,7 @@ import torch
 
 from dbcore.toybox.clip import save_clip
 from dbcore.toybox.denoiser import make_pipeline
-from dbcore.toybox.reader import save_reader
+from dbcore.toybox.fit import save_half
 
 RECOMMENDED = {  # a config's `auto` takes them up; `prompts`, evaluate does
     "resolution": 64,
@@ -25,12 +25,13 @@ RECOMMENDED = {  # a config's `auto` takes them up; `prompts`, evaluate does
 LIMIT_MIB = 25
 
 
-def save_base(folder: Path, tokenizer, clip, autoencoder, unet, reader=None) -> Path:
+def save_base(folder: Path, tokenizer, clip, autoencoder, unet, reader=None, encoder=None) -> Path:
     """Write the whole base beside `folder`, then put it in its place. Weights are rounded to half precision.
 
     The text encoder's are stored as float32 all the same: transformers loads it in the precision it finds, and
     a pipeline loaded without a `torch_dtype` would mix two.
-    `clip_image/` holds the toy CLIP's image tower and projections, `reader/` the attribute reader.
+    `clip_image/` holds the toy CLIP's image tower and projections, `reader/` the attribute reader,
+    `subject/` the subject encoder.
     """
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
@@ -38,8 +39,9 @@ def save_base(folder: Path, tokenizer, clip, autoencoder, unet, reader=None) -> 
     for name in ("vocab.json", "merges.txt"):  # which older versions of transformers read
         shutil.copy(Path(tokenizer.name_or_path) / name, beside / "tokenizer" / name)
     save_clip(clip, beside / "clip_image")
-    if reader is not None:
-        save_reader(reader, beside / "reader")
+    for name, network in (("reader", reader), ("subject", encoder)):
+        if network is not None:
+            save_half(network, beside / name)
     (beside / "recommended.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
     replace_folder(beside, folder)
     return folder

@@ -27,14 +27,15 @@ def saved(tmp_path_factory, tokenizer):
     from dbcore.toybox.autoencoder import make_autoencoder
     from dbcore.toybox.clip import ToyCLIP, make_text_encoder
     from dbcore.toybox.denoiser import make_unet
+    from dbcore.toybox.encoder import SubjectEncoder
     from dbcore.toybox.reader import Reader
     from dbcore.toybox.ship import save_base
 
     torch.manual_seed(0)
-    clip, reader = ToyCLIP(make_text_encoder(tokenizer)).eval(), Reader().eval()
+    clip, reader, encoder = ToyCLIP(make_text_encoder(tokenizer)).eval(), Reader().eval(), SubjectEncoder().eval()
     folder = tmp_path_factory.mktemp("base") / "toy_base"
-    save_base(folder, tokenizer, clip, make_autoencoder(), make_unet(), reader)
-    return folder, clip.float(), reader
+    save_base(folder, tokenizer, clip, make_autoencoder(), make_unet(), reader, encoder)
+    return folder, clip.float(), reader, encoder
 
 
 def pictures(count=3):
@@ -66,7 +67,7 @@ def test_saving_again_replaces_the_folder_whole(saved, tmp_path):
 def test_clip_comes_back_as_it_was(saved):
     from dbcore.toybox.clip import load_clip, tokenize
 
-    folder, clip, _ = saved
+    folder, clip, *_ = saved
     loaded = load_clip(folder)
     images, texts = [Image.fromarray(p) for p in pictures()], ["a photo of a red dog", "a cat"]
     x = torch.from_numpy(pictures()).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -84,6 +85,16 @@ def test_reader_comes_back_as_it_was(saved):
     read = load_reader(saved[0]).read(images)
     assert read == saved[2].read(images)
     assert all(answer[q] in ANSWERS[q] for answer in read for q in ANSWERS)
+
+
+def test_subject_encoder_comes_back_as_it_was(saved):
+    from dbcore.toybox.encoder import load_subject_encoder
+
+    path = saved[0] / "subject" / "model.safetensors"
+    assert path.stat().st_size <= 2e6
+    images = [Image.fromarray(p) for p in pictures()]
+    loaded = load_subject_encoder(saved[0]).embed_images(images)
+    torch.testing.assert_close(loaded, saved[3].embed_images(images), atol=5e-3, rtol=0)
 
 
 def test_reader_truth_leaves_out_what_cannot_be_seen():
