@@ -24,7 +24,7 @@ def parse_args():
     parser.add_argument("--work_dir", type=Path, default=Path("work_dirs/toybox"), help="checkpoints and corpus")
     parser.add_argument("--output_dir", type=Path, default=dbcore.TOY_BASE, help="the base's folder")
     parser.add_argument("--count", type=int, default=COUNT, help="pictures to learn from (%(default)s)")
-    parser.add_argument("--unet_steps", type=int, default=2700, help="steps of the UNet, 32 pictures each")
+    parser.add_argument("--unet_steps", type=int, default=5800, help="steps of the UNet, 32 pictures each")
     parser.add_argument("--device", default=None, help="cpu or cuda; without it, cuda where there is one")
     parser.add_argument("--until", choices=STAGES, default="gates", help="stop after this stage")
     return parser.parse_args()

@@ -34,7 +34,7 @@ def make_scheduler():
 
 
 def train_unet(tokenizer, text_encoder, latents: np.ndarray, scenes: list, folder: Path, seed: int,
-               steps: int = 2700, batch: int = 32, lr: float = 1e-3, drop: float = 0.15,
+               steps: int = 5800, batch: int = 32, lr: float = 1e-3, drop: float = 0.15,
                device: str = "cpu"):
     """Minimise |v - v_theta(z_t, t, caption)|^2; one caption in ten is empty (Ho & Salimans 2022)."""
     torch.manual_seed(seed + 2)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Okabe and Ito's palette (2008): told apart with every common kind of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -27,9 +28,13 @@ class Picture(Figure):
         FigureCanvasAgg(self)
 
     def _repr_png_(self):
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
-        return buffer.getvalue()
+        """A PNG of 256 colours: the eye sees the same, and a notebook that stores it is a third of the size."""
+        full, small = io.BytesIO(), io.BytesIO()
+        self.savefig(full, format="png", bbox_inches="tight", metadata={"Software": None})
+        picture = Image.open(full).convert("RGB")
+        picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG).save(
+            small, "png", optimize=True)
+        return small.getvalue()
 
 
 def image_grid(rows, row_labels=None, column_labels=None, title=None, cell=1.25, header=0):
