@@ -40,7 +40,7 @@ class TrainConfig:
 
     # The model
     pretrained_model_name_or_path: str | None = knob(None, "the base: a folder or a name on the hub")
-    revision: str | None = knob(None, "branch, tag or commit of the base on the hub")
+    revision: str | None = knob(None, "branch, tag or commit of the base on the hub; a commit keeps a run repeatable")
     variant: str | None = knob(None, "which files of the base, such as fp16, to save download")
     tokenizer_name: str | None = knob(None, "another tokenizer than the base's own; rarely needed")
     # The data
@@ -51,38 +51,47 @@ class TrainConfig:
         None, "folder of class pictures: your own are used as they are, an empty one is filled; "
         "without it they are made once and kept in a cache")
     class_prompt: str | None = knob(None, "the class in words, such as 'a photo of a dog'")
-    resolution: int | str = knob(AUTO, "side of the training pictures in pixels; auto is the base's own", low=8)
-    center_crop: bool = knob(False, "crop the middle instead of a random place along the longer side")
+    resolution: int | str = knob(
+        AUTO, "side of the training pictures in pixels; auto is the base's own, lower it when memory runs out", low=8)
+    center_crop: bool = knob(
+        False, "crop the middle instead of a random place along the longer side, when the subject is always there")
     random_flip: bool = knob(False, "mirror photos at random; not for subjects whose sides differ")
     image_interpolation_mode: str = knob(
-        "lanczos", "how photos are resized", ("nearest", "bilinear", "bicubic", "lanczos"))
+        "lanczos", "how photos are resized; nearest for pixel art", ("nearest", "bilinear", "bicubic", "lanczos"))
     use_masks: bool = knob(True, "learn only what dog.mask.png leaves white, where a photo has one")
     # Prior preservation
     with_prior_preservation: bool = knob(False, "also learn from pictures of the class, so that it stays as it is")
     prior_loss_weight: float = knob(1.0, "lambda of the class pictures' loss; higher keeps the class better", low=0)
     num_class_images: int = knob(100, "class pictures to have; more keep more of the class's variety", low=1)
     sample_batch_size: int = knob(4, "class pictures made at a time; lower it when memory runs out", low=1)
-    prior_generation_precision: str = knob(AUTO, "precision in which they are made", PRECISIONS)
+    prior_generation_precision: str = knob(AUTO, "precision in which they are made; no where they come out black",
+                                           PRECISIONS)
     # The LoRA
     rank: int | str = knob(AUTO, "rank r of the update B A; more learns more detail and forgets more", low=1)
-    lora_alpha: float | str = knob(AUTO, "the update is scaled by alpha / rank; auto is alpha = rank", above=0)
+    lora_alpha: float | str = knob(
+        AUTO, "the update is scaled by alpha / rank; auto is alpha = rank, less learns more gently", above=0)
     lora_dropout: float = knob(0.0, "share of the LoRA's inputs dropped in training, against overfitting", low=0,
                                high=0.99)
     use_dora: bool = knob(False, "DoRA: learn magnitude and direction apart; slower, a little better at low rank")
     use_rslora: bool = knob(False, "scale by alpha / sqrt(rank), for high ranks")
-    lora_layers: str = knob(AUTO, "where it goes: attention, attention+ff, all (linear and convolution), "
-                            "or module names with commas")
+    lora_layers: str = knob(AUTO, "where it goes: attention; for more detail attention+ff or all (linear and "
+                            "convolution); or module names with commas")
     # The text encoder
     train_text_encoder: bool = knob(False, "also put a LoRA on the text encoder; see text_encoder_lr")
     text_encoder_lr: float | str = knob(AUTO, "its learning rate; auto is a tenth of learning_rate", above=0)
-    text_encoder_rank: int | str = knob(AUTO, "its rank; auto is rank", low=1)
-    train_text_encoder_frac: float = knob(1.0, "stop training it after this fraction of the steps", above=0, high=1)
-    tokenizer_max_length: int | None = knob(None, "cut prompts to this many tokens instead of the tokenizer's", low=3)
+    text_encoder_rank: int | str = knob(AUTO, "its rank; auto is rank, lower it where words lose their meaning", low=1)
+    train_text_encoder_frac: float = knob(
+        1.0, "stop training it after this fraction of the steps, as it overfits first", above=0, high=1)
+    tokenizer_max_length: int | None = knob(
+        None, "cut prompts to this many tokens instead of the tokenizer's; rarely needed", low=3)
     # Optimisation
-    learning_rate: float | str = knob(AUTO, "step size; auto is the base's recommendation, else 2e-4", above=0)
-    scale_lr: bool = knob(False, "multiply it by processes, batch and accumulation")
-    lr_scheduler: str = knob("constant", "how the rate goes on over the run", SCHEDULES)
-    lr_warmup_steps: int = knob(0, "steps over which the rate rises from 0", low=0)
+    learning_rate: float | str = knob(
+        AUTO, "step size; auto is the base's recommendation, else 2e-4; higher where nothing is learnt, lower where "
+        "pictures break up", above=0)
+    scale_lr: bool = knob(False, "multiply it by processes, batch and accumulation: it was meant for one photo a step")
+    lr_scheduler: str = knob(
+        "constant", "how the rate goes on over the run; only a constant one can be extended later", SCHEDULES)
+    lr_warmup_steps: int = knob(0, "steps over which the rate rises from 0, when the first steps do harm", low=0)
     lr_num_cycles: int = knob(1, "restarts of cosine_with_restarts", low=1)
     lr_power: float = knob(1.0, "exponent of polynomial", above=0)
     train_batch_size: int = knob(1, "photos a step and process", low=1)
@@ -90,16 +99,16 @@ class TrainConfig:
     max_train_steps: int | None = knob(None, "steps; without it and num_train_epochs, 150", low=1)
     num_train_epochs: int | None = knob(None, "passes over the photos; max_train_steps wins where both are given", low=1)
     optimizer: str = knob("AdamW", "AdamW8bit needs bitsandbytes, Prodigy prodigyopt (and learning_rate 1)", OPTIMIZERS)
-    adam_beta1: float = knob(0.9, "decay of the gradient's mean", low=0, high=0.9999)
-    adam_beta2: float = knob(0.999, "decay of its square's mean", low=0, high=0.99999)
-    adam_weight_decay: float = knob(1e-2, "pull of the LoRA's weights to 0", low=0)
-    adam_epsilon: float = knob(1e-8, "added to the denominator", above=0)
-    max_grad_norm: float = knob(1.0, "longer gradients are shortened to this", above=0)
-    snr_gamma: float | None = knob(None, "min-SNR-gamma weighting of the loss (5 is usual)", above=0)
+    adam_beta1: float = knob(0.9, "decay of the gradient's mean; rarely changed", low=0, high=0.9999)
+    adam_beta2: float = knob(0.999, "decay of its square's mean; rarely changed", low=0, high=0.99999)
+    adam_weight_decay: float = knob(1e-2, "pull of the LoRA's weights to 0, against overfitting", low=0)
+    adam_epsilon: float = knob(1e-8, "added to the denominator; more where gradients are tiny", above=0)
+    max_grad_norm: float = knob(1.0, "longer gradients are shortened to this; less where the loss jumps", above=0)
+    snr_gamma: float | None = knob(None, "min-SNR-gamma weighting of the loss, for quicker learning; 5 is usual", above=0)
     noise_offset: float = knob(0.0, "shift of the noise a channel, for darker and brighter pictures", low=0)
-    use_ema: bool = knob(False, "save the running mean of the LoRA's weights instead of the last ones")
+    use_ema: bool = knob(False, "save the running mean of the LoRA's weights instead of the last ones, which jitter")
     ema_decay: float = knob(0.99, "decay of that mean; 0.99 looks back some 100 steps", low=0, high=0.99999)
-    seed: int = knob(0, "of everything random; 0 is a seed like any other")
+    seed: int = knob(0, "of everything random; another one is another try, and 0 is one like any other")
     # Memory and speed
     mixed_precision: str = knob(AUTO, "precision of the frozen base; auto is bf16 or fp16 on a GPU, no elsewhere",
                                 PRECISIONS)
@@ -109,17 +118,18 @@ class TrainConfig:
     allow_tf32: bool = knob(False, "faster, coarser float32 products on NVIDIA GPUs since Ampere")
     compile: bool = knob(False, "torch.compile the UNet: minutes of compiling, then faster steps")
     # Following the run
-    validation_prompt: list[str] = knob([], "draw these during the run")
-    num_validation_images: int = knob(4, "pictures a validation prompt", low=1)
+    validation_prompt: list[str] = knob([], "draw these during the run, to see how long to train")
+    num_validation_images: int = knob(4, "pictures a validation prompt; fewer are sooner drawn", low=1)
     validation_steps: int | None = knob(None, "draw every this many steps; without it, five times a run", low=1)
     validation_epochs: int | None = knob(None, "draw every this many passes over the photos", low=1)
-    report_to: str = knob("tensorboard", "tracker, if it is installed", ("tensorboard", "wandb", "none"))
+    report_to: str = knob("tensorboard", "tracker, if it is installed; log.jsonl is always written",
+                          ("tensorboard", "wandb", "none"))
     logging_dir: str = knob("logs", "folder of the tracker's files, within output_dir")
     # Keeping it
     output_dir: str = knob("lora-dreambooth-model", "the run's folder")
     overwrite_output_dir: bool = knob(False, "replace a finished run that is there")
-    checkpointing_steps: int = knob(500, "save what resuming needs every this many steps", low=1)
-    checkpoints_total_limit: int | None = knob(None, "keep only the newest of them", low=1)
+    checkpointing_steps: int = knob(500, "save what resuming needs every this many steps; a kill loses the rest", low=1)
+    checkpoints_total_limit: int | None = knob(None, "keep only the newest of them, to save room", low=1)
     resume_from_checkpoint: str | None = knob(None, "latest, or a checkpoint's folder")
     push_to_hub: bool = knob(False, "upload the LoRA and its card to the hub at the end")
     hub_model_id: str | None = knob(None, "name there; without it, the name of output_dir")
@@ -156,7 +166,7 @@ class TrainConfig:
         need(not (self.use_dora and self.use_rslora and self.lora_layers == "all"),
              "--use_dora with --use_rslora on convolutions is not supported by peft: leave one out")
         need(not self.hub_model_id or self.push_to_hub, "--hub_model_id does nothing without --push_to_hub")
-        need(not (self.push_to_hub and self.hub_token and self.report_to == "wandb"),
+        need(not (self.hub_token and self.report_to == "wandb"),
              "--hub_token would be sent to Weights & Biases with the options: log in with `hf auth login` instead")
 
 
@@ -198,7 +208,7 @@ class GenerateConfig:
 
 
 # Options of other scripts that no longer say anything; each is accepted and answered in one line.
-ANSWERED = {
+ANSWERED = {TrainConfig: {
     "local_rank": "processes are counted by `accelerate launch`",
     "enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always on, and as fast",
     "dataloader_num_workers": "photos are encoded once before training, so no loader is left to speed up",
@@ -207,7 +217,9 @@ ANSWERED = {
     "validation_images": "it belongs to DeepFloyd IF's upscaler, which this does not train",
     "class_labels_conditioning": "it belongs to DeepFloyd IF, which this does not train",
     "offload_ema": "the running mean of a LoRA is a few megabytes",
-}
+}, GenerateConfig: {
+    "device": "the fastest there is draws the pictures; an empty CUDA_VISIBLE_DEVICES leaves the CPU",
+}}  # fmt: skip
 ALIASES = {"use_8bit_adam": ("optimizer", "AdamW8bit"), "lora": ("checkpoint_dir", None)}
 
 
@@ -321,21 +333,24 @@ def add_options(parser, cls):
         if name in names:
             how = {"action": "store_true"} if value else {"nargs": "+"}
             parser.add_argument(f"--{alias}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **how)
-    if cls is TrainConfig:
-        for name in ANSWERED:
-            parser.add_argument(f"--{name}", nargs="?", const=True, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for name in ANSWERED[cls]:
+        parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def from_args(args, cls):
     """The config out of parsed arguments: the YAML file's values, then the flags. Raises ConfigError."""
     given = {name: value for name, value in vars(args).items() if name in {f.name for f in fields(cls)}}
-    for name, answer in ANSWERED.items():
+    for name, answer in ANSWERED[cls].items():
         if name in vars(args):
             print(f"--{name} has no effect: {answer}.")
     for alias, (name, value) in ALIASES.items():
         if alias in vars(args):
             print(f"--{alias} is read as --{name}{f' {value}' if value else ''}.")
             given[name] = value or getattr(args, alias)
+    for name, value in given.items():
+        if isinstance(value, str) and value.startswith("="):  # a command that is passed around has --class_prompt==
+            print(f"--{name} has a second =, which is left out.")
+            given[name] = value[1:]
     if args.config:
         given = {**read_yaml(args.config, cls), **given}
     return cls(**given)

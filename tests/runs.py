@@ -1,6 +1,7 @@
 """What tests of whole runs share: a tiny base, photos, and the options of a run of a few steps."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,23 @@ def make_photos(folder, count=3, size=(48, 40), seed=0):
         pixels = numbers.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{k}.png")
     return folder
+
+
+def add_variant(base, other):
+    """Beside a base's weights, those of another base as its `fp16` files."""
+    for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        shutil.copy(other / part / f"{name}.safetensors", base / part / f"{name}.fp16.safetensors")
+
+
+def make_hub(folder, patch, **revisions):
+    """A hub's cache, all there is of a network, with `tiny/base` in several revisions: {name: a base's folder}."""
+    for number, (revision, base) in enumerate(revisions.items()):
+        shutil.copytree(base, folder / "models--tiny--base" / "snapshots" / (str(number) * 40))
+        reference = folder / "models--tiny--base" / "refs" / revision
+        reference.parent.mkdir(exist_ok=True)
+        reference.write_text(str(number) * 40)
+    patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def make_options(folder, **more):

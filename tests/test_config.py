@@ -193,11 +193,11 @@ def test_a_secret_is_not_in_the_repr_nor_in_an_error():
 # --- options of other scripts -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ANSWERED)
-@pytest.mark.parametrize("value", [[], ["0"]], ids=["bare", "valued"])
-def test_an_answered_option_prints_one_line_and_changes_nothing(name, value, capsys):
-    assert parse(TrainConfig, f"--{name}", *value, "--rank", 2) == TrainConfig(rank=2)
-    assert capsys.readouterr().out == f"--{name} has no effect: {ANSWERED[name]}.\n"
+@pytest.mark.parametrize(("cls", "name"), [(cls, name) for cls in ANSWERED for name in ANSWERED[cls]])
+@pytest.mark.parametrize("value", [[], ["0"], ["a", "b"]], ids=["bare", "valued", "listed"])
+def test_an_answered_option_prints_one_line_and_changes_nothing(cls, name, value, capsys):
+    assert parse(cls, f"--{name}", *value, "--seed", 2) == cls(seed=2)
+    assert capsys.readouterr().out == f"--{name} has no effect: {ANSWERED[cls][name]}.\n"
 
 
 def test_an_alias_is_its_option_and_says_so(capsys):
@@ -223,6 +223,47 @@ def test_a_command_of_the_diffusers_script_is_read_as_it_is(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+# Every option of diffusers' examples/dreambooth/train_dreambooth_lora.py.
+DIFFUSERS = """
+    pretrained_model_name_or_path revision variant tokenizer_name instance_data_dir class_data_dir instance_prompt
+    class_prompt validation_prompt num_validation_images validation_epochs with_prior_preservation prior_loss_weight
+    num_class_images output_dir seed resolution center_crop train_text_encoder train_batch_size sample_batch_size
+    num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps
+    lr_num_cycles lr_power dataloader_num_workers use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+    max_grad_norm push_to_hub hub_token hub_model_id logging_dir allow_tf32 report_to mixed_precision
+    prior_generation_precision local_rank enable_xformers_memory_efficient_attention pre_compute_text_embeddings
+    tokenizer_max_length text_encoder_use_attention_mask validation_images class_labels_conditioning rank
+    image_interpolation_mode
+"""
+
+
+@pytest.mark.parametrize("name", DIFFUSERS.split())
+def test_every_option_of_the_diffusers_script_is_known(name):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_options(parser, TrainConfig)
+    assert f"--{name}" in parser._option_string_actions
+
+
+def test_the_commands_of_the_seed_repository_are_read_as_they_are(capsys):
+    """Its main.py and inference.py; a doubled `=` and all."""
+    config = parse(
+        TrainConfig, "--pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5", "--instance_data_dir=imgs/dogs",
+        "--instance_prompt=a photo of sks dog", "--validation_prompt=a photo of sks dog is swimming",
+        "--with_prior_preservation", "--train_text_encoder", "--class_prompt==a photo of dog", "--resolution=512",
+        "--train_batch_size=1", "--gradient_accumulation_steps=1", "--learning_rate=2e-4", "--max_train_steps=150",
+        "--validation_epochs", 4)
+    config.check()
+    assert (config.class_prompt, config.max_train_steps, config.validation_epochs) == ("a photo of dog", 150, 4)
+    drawn = parse(GenerateConfig, "--pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5",
+                  "--checkpoint_dir=checkpoint-200", "--prompt=A photo of sks dog is swimming", "--output_dir=out",
+                  "--mixed_precision=fp16", "--num_inference_steps=25", "--num_images=8", "--seed=1", "--device=cuda")
+    drawn.check()
+    assert (drawn.checkpoint_dir, drawn.prompt) == (["checkpoint-200"], ["A photo of sks dog is swimming"])
+    said = capsys.readouterr().out
+    assert "--class_prompt has a second =, which is left out" in said and "--device has no effect" in said
+
+
 # --- contradictions -----------------------------------------------------------------------------------
 
 CONTRADICTIONS = {
@@ -241,7 +282,7 @@ CONTRADICTIONS = {
     "lr_warmup_steps": {"lr_warmup_steps": 10},
     "use_rslora": {"use_dora": True, "use_rslora": True, "lora_layers": "all"},
     "hub_model_id": {"hub_model_id": "me/dog"},
-    "hub_token": {"push_to_hub": True, "hub_token": "hf_sentinel", "report_to": "wandb"},
+    "hub_token": {"hub_token": "hf_sentinel", "report_to": "wandb"},
     "output_dir": {"output_dir": "photos/run"},
     "class_data_dir within": {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": "photos"},
 }  # fmt: skip

@@ -60,12 +60,23 @@ def generate_and_save(config):
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     rows = generate(config)
-    for prompt, row in zip(config.prompt, rows):
+    for name, row in zip(file_names(config.prompt), rows):
         for k, image in enumerate(row):
-            image.save(folder / f"{slug(prompt)}-seed{config.seed + k}.png")
+            image.save(folder / f"{name}-seed{config.seed + k}.png")
     seeds = [f"seed {config.seed + k}" for k in range(config.num_images)]
     save_grid(folder / "grid.png", rows, config.prompt, seeds)
     return folder
+
+
+def file_names(prompts):
+    """Each prompt as part of a file name; where two would be called the same, the later one gets a number."""
+    names = []
+    for prompt in prompts:
+        name, count = slug(prompt), 2
+        while name in names:
+            name, count = f"{slug(prompt)}-{count}", count + 1
+        names.append(name)
+    return names
 
 
 def slug(text):
