@@ -5,7 +5,8 @@ import importlib
 import os
 import sys
 
-TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge", "extract")
+TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge", "extract",
+         "toybench")
 
 
 def make_parser(wanted):

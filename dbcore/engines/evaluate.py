@@ -229,6 +229,19 @@ def nearest_photo(pictures, photos, encoder):
     return which.tolist(), cosines.tolist()
 
 
+def agreement(values, right):
+    """Does a metric see the truth? The chance that a right picture has a higher value than a wrong one, in [0, 1].
+
+    `values`: one a picture; `right`: the truth of each, booleans. It is the area under the ROC curve: 1 is full
+    agreement, 0.5 a coin. None if all pictures are right, or none is.
+    """
+    values, right = np.asarray(values, dtype=float), np.asarray(right, dtype=bool)
+    good, bad = values[right][:, None], values[~right]
+    if not good.size or not bad.size:
+        return None
+    return float(((good > bad) + 0.5 * (good == bad)).mean())
+
+
 def bootstrap_interval(values, seed=0, level=0.95, count=10_000):
     """(low, high) of the mean of `values`: the percentile bootstrap (Efron 1979), values drawn with return.
 

@@ -171,9 +171,10 @@ def teach(folder: Path, photos: Path, work: Path, kind: str, prior: bool) -> Pat
         overwrite_output_dir=True, **more))
 
 
-def is_subject(read: dict[str, str], character: Character) -> bool:
+def is_subject(read: dict[str, str], character: Character, but=()) -> bool:
+    """Whether class, colours and pattern are the subject's; `but`: questions whose answer was to change."""
     wanted = truth(character, View())
-    return all(read[q] == wanted[q] for q in IDENTITY)
+    return all(read[q] == wanted[q] for q in IDENTITY if q not in but)
 
 
 def drawn_with(folder: Path, lora: Path, prompts: list[str], seeds: list[int]) -> list:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dbcore.toybox.scene import Character, View, random_view
+from dbcore.toybox.corpus import HELD_OUT
+from dbcore.toybox.scene import CLASSES, COLORS, Character, View, random_character, random_view
 
 SHIPPED = {
     "dog": Character("dog", "orange", "striped", "blue", ears=0.9, muzzle=0.7, legs=0.15, tail=0.8, neck=0.4, length=0.9),
@@ -20,6 +21,7 @@ SHIPPED = {
     "robot": Character("robot", "pink", "striped", "purple", ears=0.6, muzzle=0.7, legs=0.5, tail=0.5, neck=0.6,
                        length=0.8),
 }
+BENCH_SEED = 5
 PHOTO_PLACES = ("studio", "floor", "studio", "grass", "studio")
 
 
@@ -43,6 +45,29 @@ def write_subject(folder: Path, character: Character, seed: int = 0, count: int 
              "class_prompt": f"a photo of a {character.kind}", "character": character.to_dict()}
     (folder / "subject.json").write_text(json.dumps(about, indent=2) + "\n")
     return paths
+
+
+def bench_subjects(seed: int = BENCH_SEED, per_class: int = 5) -> dict[str, Character]:
+    """The subjects of `data/toybench.json`, those of a class in different colours.
+
+    All are bareheaded, for hats are asked for, and none is a `HELD_OUT` combination: what the base itself has
+    never seen would be measured with what DreamBooth teaches it.
+    """
+    found = {}
+    for kind in CLASSES:
+        rng = np.random.default_rng((seed, *kind.encode()))
+        colors = rng.permutation([color for color in COLORS if (kind, color) not in HELD_OUT])
+        for k, color in enumerate(map(str, colors[:per_class]), start=1):
+            mark = str(rng.choice([other for other in COLORS if other != color]))
+            found[f"{kind}{k}"] = random_character(rng, kind=kind, color=color, color2=mark, hat="")
+    return found
+
+
+def write_bench(path: Path) -> None:
+    """`data/toybench.json`: the subjects, the number of photos of each, and the list of prompts."""
+    subjects = {name: character.to_dict() for name, character in bench_subjects().items()}
+    path.write_text(json.dumps({"seed": BENCH_SEED, "photos": 5, "prompts": "toy", "subjects": subjects}, indent=1)
+                    + "\n")
 
 
 def write_shipped(root: Path) -> None:

@@ -74,6 +74,15 @@ def test_the_nearest_photo_is_found(encoder):
     assert near == pytest.approx([1, 0.8])
 
 
+def test_agreement_is_the_chance_that_a_right_picture_scores_higher():
+    right = [True, True, False, False]
+    assert evaluate.agreement([0.9, 0.8, 0.1, 0.2], right) == 1
+    assert evaluate.agreement([0.1, 0.2, 0.9, 0.8], right) == 0
+    assert evaluate.agreement([0.5, 0.9, 0.5, 0.7], right) == pytest.approx((0.5 + 0 + 1 + 1) / 4)
+    assert evaluate.agreement([0.5, 0.9], [True, True]) is None
+    assert evaluate.agreement([0.5, 0.9], [False, False]) is None
+
+
 def test_the_interval_holds_the_mean_and_is_a_function_of_the_seed():
     values = [0.1, 0.4, 0.35, 0.8, 0.6]
     low, high = evaluate.bootstrap_interval(values, seed=3)
