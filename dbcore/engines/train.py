@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
@@ -30,7 +31,7 @@ from dbcore.engines.losses import dreambooth_loss, min_snr_weight
 from dbcore.engines.prior import class_images, class_photos
 from dbcore.engines.report import report_prompts, write_report
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
-from dbcore.models.lora import add_lora, lora_parameters, save_lora
+from dbcore.models.lora import add_lora, lora_parameters, save_lora, set_dropout
 from dbcore.utils.grids import save_grid
 from dbcore.utils.seeding import key
 
@@ -39,6 +40,7 @@ WRITTEN = ("log.jsonl", "README.md", "validation", "report")  # by a run into it
 STEPS = 150
 VALIDATIONS = 5  # over a run, unless told otherwise
 SYNC_EVERY = 10  # steps between looks at the loss on a GPU, which waits for it each time
+PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt"}  # optimizers that PyTorch has not
 # What a resumed run must share with its first part; other changes are allowed and named.
 SHAPE = ("pretrained_model_name_or_path", "rank", "lora_layers", "use_dora", "use_rslora", "lora_alpha", "optimizer",
          "train_text_encoder", "text_encoder_rank", "use_ema", "seed")
@@ -60,6 +62,8 @@ def train(config, callback=None, should_stop=None):
     and FloatingPointError when the loss is no longer a number.
     """
     config.check()
+    if config.optimizer in PACKAGES:  # asked for now, and not after the class images are made
+        optional(PACKAGES[config.optimizer], f"--optimizer {config.optimizer}")
     project = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir)))
     # several processes on CPUs are only taken for a group if accelerate is told that CPUs are meant
     on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and best_device() == "cpu"
@@ -76,6 +80,8 @@ def train(config, callback=None, should_stop=None):
     if resume is not None and is_finished(config, resume, photos, accelerator.num_processes):
         say(f"{config.output_dir} is finished ({resume.name}); nothing was changed. "
             "Give more --max_train_steps to go on.")
+        if config.push_to_hub and accelerator.is_main_process:
+            push(config)
         return Path(config.output_dir) / LORA_FILE
     prepare_folder(config, accelerator, resume)
     try:
@@ -219,7 +225,8 @@ class Run:
             x_t = self.base.add_noise(batch["x0"], batch["noise"], batch["t"])
             target = self.base.target(batch["x0"], batch["noise"], batch["t"])
             if c.lora_dropout:
-                torch.manual_seed(key(c.seed, "dropout", step, micro * self.world + self.rank))
+                set_dropout(self.trained_modules, [key(c.seed, ("class " if s.is_class else "") + "dropout", step,
+                                                       s.number) for s in samples])
             prediction = self.predict(x_t, batch["t"], self.encode(batch["prompts"], step))
             loss, losses = dreambooth_loss(prediction, target, batch["mask"], self.weight(batch["t"]),
                                            c.train_batch_size, c.prior_loss_weight)
@@ -234,7 +241,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         if self.mean is not None:
             torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 - c.ema_decay)
-        loss, t, losses = (torch.stack(column) for column in zip(*records))
+        loss, t, losses = self.of_all(*(torch.stack(column) for column in zip(*records)))
         return {"step": step + 1, "loss": loss.mean(), "lr": rates, "timesteps": t.flatten(), "losses": losses.flatten()}
 
     def encode(self, prompts, step):
@@ -264,6 +271,21 @@ class Run:
         torch.distributed.all_reduce(flat)
         for p, part in zip(have, flat.div_(self.world).split([p.numel() for p in have])):
             p.grad.copy_(part.view_as(p))
+
+    def of_all(self, loss, t, losses):
+        """A step's losses over every process, as one process with the whole batch would have them.
+
+        `loss`: (batches,), `t` and `losses`: (batches, samples of this process).
+        """
+        if self.world == 1:
+            return loss, t, losses
+        own = torch.cat([loss[:, None], t, losses], dim=1)
+        everyones = [torch.empty_like(own) for _ in range(self.world)]
+        torch.distributed.all_gather(everyones, own)
+        loss, *samples = torch.stack(everyones).split([1, t.shape[1], t.shape[1]], dim=2)  # (process, batch, ...)
+        size = self.config.train_batch_size  # instance samples of all processes come before the class's
+        t, losses = (x.unflatten(2, (-1, size)).movedim(0, 2).flatten(1) for x in samples)
+        return loss, t.long(), losses
 
     def agree(self, stop):
         """Whether any process was told to stop: all leave at the same step."""
@@ -316,7 +338,14 @@ class Run:
             rows = [drawn[k:k + len(seeds)] for k in range(0, len(drawn), len(seeds))]
             save_validation(self.folder / "validation" / f"step-{done:06d}", c.validation_prompt, rows, done)
             self.tell(step=done, pictures=dict(zip(c.validation_prompt, rows)))
+            self.track(dict(zip(c.validation_prompt, rows)), done)
         self.accelerator.wait_for_everyone()
+
+    def track(self, pictures, done):
+        """Validation pictures into the tracker, under their prompt."""
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({prompt: np.stack(row) for prompt, row in pictures.items()}, step=done, **layout)
 
     @contextlib.contextmanager
     def averaged(self):
@@ -387,10 +416,10 @@ def make_optimizer(config, groups):
     if config.optimizer == "AdamW":
         return torch.optim.AdamW(groups, betas=betas, weight_decay=decay, eps=config.adam_epsilon, fused=True)
     if config.optimizer == "AdamW8bit":
-        bitsandbytes = optional("bitsandbytes", "--optimizer AdamW8bit", "bitsandbytes")
+        bitsandbytes = optional("bitsandbytes", "--optimizer AdamW8bit")
         return bitsandbytes.optim.AdamW8bit(groups, betas=betas, weight_decay=decay, eps=config.adam_epsilon)
     if config.optimizer == "Prodigy":
-        prodigyopt = optional("prodigyopt", "--optimizer Prodigy", "prodigyopt")
+        prodigyopt = optional("prodigyopt", "--optimizer Prodigy")
         return prodigyopt.Prodigy(groups, lr=1.0, betas=betas, weight_decay=decay, eps=config.adam_epsilon,
                                   use_bias_correction=True, safeguard_warmup=True)
     from transformers import Adafactor
@@ -398,11 +427,12 @@ def make_optimizer(config, groups):
     return Adafactor(groups, scale_parameter=False, relative_step=False, weight_decay=decay)
 
 
-def optional(module, option, package):
+def optional(package, option):
+    """The package that an option needs. Raises ConfigError, with the command, where it is not installed."""
     import importlib
 
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(package)
     except ImportError:
         raise ConfigError(f"{option} needs one more package: pip install {package}") from None
 
@@ -421,7 +451,7 @@ def tracker(config):
     import importlib.util
 
     if config.report_to == "wandb":
-        optional("wandb", "--report_to wandb", "wandb")
+        optional("wandb", "--report_to wandb")
         return "wandb"
     if config.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
         print("TensorBoard is not installed (pip install tensorboard); the run is logged in log.jsonl alone.")
@@ -571,5 +601,6 @@ def push(config):
     except Exception as error:  # noqa: BLE001 - a network fails in many ways, and the LoRA is safe in all of them
         reason = (str(error).replace(config.hub_token or "\0", "***").splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"--push_to_hub: {name} could not be uploaded ({reason}); the LoRA is safe in "
-                          f"{config.output_dir}. Log in with `hf auth login` and push again") from None
+                          f"{config.output_dir}. Log in with `hf auth login`, then the same command with "
+                          "--resume_from_checkpoint latest uploads it") from None
     print(f"Uploaded to {url}.")

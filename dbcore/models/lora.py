@@ -52,7 +52,38 @@ def add_lora(module, rank, alpha, layers="attention", dropout=0.0, use_dora=Fals
         module.add_adapter(config, adapter_name=name)
     for parameter in lora_parameters(module):
         parameter.data = parameter.data.float()
+    for path, layer in lora_layers(module) if dropout else []:
+        layer.lora_dropout[name] = SampleDropout(dropout, path)
     return lora_parameters(module)
+
+
+class SampleDropout(torch.nn.Module):
+    """Dropout in which a sample loses the same inputs whoever else is in its batch, and on whichever process.
+
+    PyTorch's own draws one mask for the whole batch from a state that is carried along; here each row has its key,
+    and the layer its name, so that gradient checkpointing, too, sees the same mask twice.
+    """
+
+    def __init__(self, p, name):
+        super().__init__()
+        self.p, self.name, self.keys = p, name, None
+
+    @torch.compiler.disable
+    def forward(self, x):
+        """x: (n, ...), for n keys from `set_dropout`; without keys PyTorch's own dropout."""
+        if not self.training or self.keys is None:
+            return torch.nn.functional.dropout(x, self.p, self.training)
+        generators = [torch.Generator(x.device).manual_seed(key(own, self.name)) for own in self.keys]
+        drawn = torch.stack([torch.rand(x.shape[1:], device=x.device, generator=one) for one in generators])
+        return x * (drawn >= self.p) / (1 - self.p)
+
+
+def set_dropout(modules, keys):
+    """Give the dropout of {component: network} the keys of the next batch, one integer a sample."""
+    for module in modules.values():
+        for part in module.modules():
+            if isinstance(part, SampleDropout):
+                part.keys = keys
 
 
 def lora_layers(module):

@@ -4,10 +4,11 @@ import math
 import shutil
 
 import pytest
-from runs import files_of, leave_out_report, make_options, read_run
+from runs import LORA, files_of, leave_out_report, make_options, read_run
+from safetensors.torch import load_file
 
 from dbcore.config import ConfigError, TrainConfig
-from dbcore.engines.train import Interrupted, train
+from dbcore.engines.train import PACKAGES, Interrupted, train
 
 VALIDATED = {"validation_prompt": ["a photo of sks dog"], "num_validation_images": 1, "validation_steps": 2}
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 2}
@@ -22,6 +23,8 @@ KINDS = {
     "schedule": {"lr_scheduler": "cosine", "lr_warmup_steps": 2},
     "uncached": {"cache_latents": False, "pre_compute_text_embeddings": False, "train_batch_size": 2},
     "Adafactor": {"optimizer": "Adafactor"},
+    "Prodigy": {"optimizer": "Prodigy", "learning_rate": 1.0},
+    "8-bit AdamW": {"optimizer": "AdamW8bit"},
 }  # fmt: skip
 
 
@@ -61,6 +64,8 @@ def one_step_at_a_time(options, folder, steps=4):
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_after_every_step_and_resumed_is_uninterrupted(kind, options, uninterrupted, tmp_path):
     more = {**KINDS[kind], **VALIDATED}
+    if more.get("optimizer") in PACKAGES:
+        pytest.importorskip(PACKAGES[more["optimizer"]])
     one_step_at_a_time({**options, **more}, tmp_path / "run")
     expected = read_run(uninterrupted(**more))
     assert len(expected["log"]) == 4 and len(expected["pictures"]) == 4  # two validations, each with its grid
@@ -74,6 +79,17 @@ def test_the_same_seed_is_the_same_bytes_and_another_is_not(options, uninterrupt
     other = read_run(uninterrupted(**VALIDATED, seed=1))
     assert other["lora"] != first["lora"] and other["log"] != first["log"]
     assert all(other["pictures"][name] != first["pictures"][name] for name in first["pictures"])
+
+
+def test_the_text_encoder_stops_after_its_share_of_the_steps(uninterrupted):
+    folder = uninterrupted(**KINDS["text encoder"], checkpointing_steps=1)
+    second, third, last = (load_file(folder / f"checkpoint-{step}" / LORA) for step in (2, 3, 4))
+    words = {name for name in last if name.startswith("text_encoder.")}
+    assert words and last.keys() - words
+    for name in last:
+        moves = name not in words
+        assert (second[name] != third[name]).any(), name
+        assert bool((third[name] != last[name]).any()) == moves, name
 
 
 @pytest.mark.parametrize("which", ["checkpoint-2", "{folder}/checkpoint-2"])
@@ -162,6 +178,11 @@ def rates(folder):
 
 def test_a_constant_rate_is_constant(uninterrupted):
     assert rates(uninterrupted(learning_rate=RATE)) == [RATE] * 4
+
+
+def test_scale_lr_counts_the_photos_of_a_step(uninterrupted):
+    scaled = uninterrupted(learning_rate=RATE, scale_lr=True, train_batch_size=2, gradient_accumulation_steps=3)
+    assert rates(scaled) == pytest.approx([6 * RATE] * 4)
 
 
 @pytest.mark.parametrize(("name", "accumulation"), [*((name, 1) for name in SCHEDULES), ("linear", 4)])

@@ -6,7 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from runs import LORA, make_options
+from runs import LORA, files_of, leave_out_report, make_options
 
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines.train import push, train
@@ -91,11 +91,21 @@ def test_without_a_name_it_is_called_as_its_folder(hub, done):
     assert json.loads(hub.asked[0][2])["name"] == "dog" and committed(hub) == {LORA: b"a LoRA"}
 
 
+def test_a_finished_run_is_uploaded_when_it_is_asked_for_again(hub, tmp_path, monkeypatch):
+    leave_out_report(monkeypatch)
+    options = make_options(tmp_path, max_train_steps=1, output_dir=tmp_path / "dog")
+    train(TrainConfig(**options))
+    before = files_of(tmp_path / "dog")
+    train(TrainConfig(**options, push_to_hub=True, hub_token=TOKEN, resume_from_checkpoint="latest"))
+    assert set(committed(hub)) == {LORA, "README.md", "config.yaml"} and files_of(tmp_path / "dog") == before
+
+
 @pytest.mark.parametrize("refuse", [401, 403, 500])
 def test_a_refusal_says_that_the_lora_is_safe_and_what_to_do(refuse, hub, done):
     hub.refuse = refuse
     with pytest.raises(ConfigError, match="could not be uploaded .*the LoRA is safe in .*hf auth login") as caught:
         push(done)
+    assert "--resume_from_checkpoint latest uploads it" in str(caught.value)
     assert str(refuse) in str(caught.value) and TOKEN not in str(caught.value)
 
 

@@ -50,8 +50,9 @@ STEPS = 3
 def options(tmp_path_factory):
     # epsilon keeps Adam from blowing up the rounding of gradients near 0
     return make_options(
-        tmp_path_factory.mktemp("world"), max_train_steps=STEPS, learning_rate=1e-3, adam_epsilon=1e-4,
+        tmp_path_factory.mktemp("world"), max_train_steps=STEPS, learning_rate=1e-3 / 4, scale_lr=True, adam_epsilon=1e-4,
         class_prompt="a photo of a dog", num_class_images=3, sample_batch_size=1, gradient_accumulation_steps=2,
+        lora_dropout=0.2, train_text_encoder=True, text_encoder_lr=1e-3 / 4, with_prior_preservation=True,
         validation_prompt=["a red car"], num_validation_images=1)  # fmt: skip
 
 
@@ -61,11 +62,11 @@ def pair(options, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     (folder / "process.py").write_text(PROCESS)
     flags = [word for name, value in options.items()
-             for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+             for word in (f"--{name}", *(value if isinstance(value, list) else [value] if value is not True else []))]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
          "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-         str(folder / "process.py"), str(folder), str(folder / "run"), *map(str, flags), "--with_prior_preservation"],
+         str(folder / "process.py"), str(folder), str(folder / "run"), *map(str, flags)],
         capture_output=True, text=True, check=False, cwd=Path(dbcore.__file__).parents[1],
         env={**os.environ, "DBCORE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1",
              "PYTHONPATH": str(Path(dbcore.__file__).parents[1])})  # fmt: skip
@@ -81,7 +82,7 @@ def single(options, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DBCORE_CACHE", str(folder / "cache"))
         leave_out_report(patch)
-        train(TrainConfig(**options, train_batch_size=2, with_prior_preservation=True, output_dir=folder / "run"))
+        train(TrainConfig(**options, train_batch_size=2, output_dir=folder / "run"))
     return folder
 
 
@@ -97,6 +98,17 @@ def test_two_processes_are_one_with_twice_the_batch(pair, single):
         moved = 1e-3 * STEPS if "lora_B" in name else 1.0
         assert float((two[name] - one[name]).abs().max()) < 1e-3 * moved, name
     assert any(float(two[name].abs().max()) > 1e-4 for name in two if "lora_B" in name)
+
+
+def test_the_log_is_that_of_one_process(pair, single):
+    """Every process's samples are in it, and in the same order, so the loss is that of the whole batch."""
+    two, one = (read_run(folder / "run")["log"] for folder in (pair, single))
+    assert [record["timesteps"] for record in two] == [record["timesteps"] for record in one]
+    assert len(two[0]["losses"]) == 8  # 2 batches of 2 photos, each with a picture of the class
+    for ours, theirs in zip(two, one):
+        assert (ours["step"], ours["lr"]) == (theirs["step"], theirs["lr"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
 
 
 def test_class_images_are_shared_out_and_the_same(pair, single):

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 
+from dbcore import TOY_BASE
 from dbcore.engines import report
 
 
@@ -135,6 +136,11 @@ def test_licence_and_provenance_are_the_bases_own_words(tmp_path):
     _, card = run(tmp_path, strength=0.5, config=Config(pretrained_model_name_or_path=str(base)))
     assert "Licence: cc0-1.0. A toy, trained on renders." in card
     assert ModelCard(card).data.license == "cc0-1.0"
+
+
+def test_the_card_says_where_the_base_is_the_toy(tmp_path):
+    _, card = run(tmp_path, strength=0.5, config=Config(pretrained_model_name_or_path=str(TOY_BASE)))
+    assert "Every picture it learnt from and every weight was made by dbcore's own code" in card
 
 
 def test_every_setting_is_listed_but_no_secret_and_no_home(tmp_path):

@@ -183,6 +183,20 @@ def test_processors_and_macs_train_in_full_precision():
     assert best_precision("cpu") == best_precision("mps") == "no"
 
 
+@pytest.mark.parametrize(("has", "chosen"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_trains_in_the_half_precision_that_it_has(has, chosen, folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has)
+    assert settle(TrainConfig(pretrained_model_name_or_path=str(folder)), "cuda").mixed_precision == chosen
+
+
+def test_half_precision_asked_of_a_processor_is_whole_and_said(folder, capsys):
+    wish = TrainConfig(pretrained_model_name_or_path=str(folder), mixed_precision="fp16",
+                       prior_generation_precision="fp16")
+    settled = settle(wish, "cpu")
+    assert settled.mixed_precision == settled.prior_generation_precision == "no"
+    assert "--mixed_precision fp16 needs a GPU" in capsys.readouterr().out
+
+
 # --- bases that are not there ----------------------------------------------------------------------------
 
 

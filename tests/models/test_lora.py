@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from pipelines import make_tiny_pipeline
 
 from dbcore.config import ConfigError
 from dbcore.models.base import load_base
 from dbcore.models.export import Adapter, Layer, LoraFileError, merge_adapters, read_adapter, save_diffusers
 from dbcore.models.lora import (
+    SampleDropout,
     add_lora,
     count_parameters,
     load_lora,
@@ -17,6 +19,7 @@ from dbcore.models.lora import (
     read_lora,
     remove_lora,
     save_lora,
+    set_dropout,
     set_scale,
     target_modules,
     unmerge_lora,
@@ -154,6 +157,53 @@ def test_a_layer_that_is_not_there_is_named(base):
         add_lora(base.unet, 2, 2.0, layers="to_z")
 
 
+# --- dropout ---------------------------------------------------------------------------------------------
+
+
+def dropping(folder):
+    """A base whose LoRA hides half of its inputs, and what its UNet predicts of some rows of a batch by some keys."""
+    base = load_base(folder)
+    add_lora(base.unet, 4, 4.0, dropout=0.5)
+    as_if_trained(base.unet)
+    base.unet.train()
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    words = base.encode_prompts(["a photo of sks dog", "a red car"])["encoder_hidden_states"]
+
+    def predict(rows, keys):
+        set_dropout({"unet": base.unet}, keys)
+        return base.predict(latents[rows], torch.tensor([10, 700])[rows], {"encoder_hidden_states": words[rows]})
+
+    return base, predict
+
+
+def test_what_a_sample_loses_is_its_own_whoever_is_in_its_batch(folder):
+    _, predict = dropping(folder)
+    both = predict([0, 1], [7, 8])
+    assert close(both[:1], predict([0], [7])) and close(both[1:], predict([1], [8]))
+    assert not close(both[:1], predict([0], [8]))
+
+
+def test_activations_computed_twice_lose_the_same(folder):
+    gradients = []
+    for twice in (False, True):
+        base, predict = dropping(folder)
+        if twice:
+            base.unet.enable_gradient_checkpointing()
+        predict([0, 1], [7, 8]).square().mean().backward()
+        gradients.append([p.grad for p in lora_parameters(base.unet)])
+    assert all(close(one, other) for one, other in zip(*gradients))
+
+
+def test_dropout_keeps_the_mean_and_is_off_outside_training():
+    dropout, ones = SampleDropout(0.25, "layer"), torch.ones(2, 100_000)
+    dropout.keys = [1, 2]
+    kept = dropout(ones)
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert kept.mean(dim=1).tolist() == pytest.approx([1, 1], abs=0.01) and (kept[0] != kept[1]).any()
+    dropout.eval()
+    assert torch.equal(dropout(ones), ones)
+
+
 # --- merge and remove ------------------------------------------------------------------------------------
 
 
@@ -189,11 +239,14 @@ def test_removing_gives_the_base_back(base, merged):
 # --- files -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [
+SAVED = [
     {"rank": 4, "alpha": 1.0}, {"rank": 2, "alpha": 8.0, "text_encoder": True}, {"use_rslora": True},
-    {"use_dora": True}, {"layers": "all", "rank": 3},
-])  # fmt: skip
-def test_a_loaded_file_says_what_the_trained_network_said(base, tmp_path, options):
+    {"use_dora": True}, {"use_dora": True, "text_encoder": True}, {"layers": "all", "rank": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SAVED, ids=str)
+def test_a_loaded_file_says_what_the_trained_network_said_in_a_stock_pipeline_too(base, tmp_path, options):
     options = {"rank": 4, "alpha": 2.0, **options}
     plain = said(base)
     modules = {"unet": base.unet}
@@ -207,6 +260,10 @@ def test_a_loaded_file_says_what_the_trained_network_said(base, tmp_path, option
     fresh = load_lora(load_base(base.name), path)
     assert close(said(fresh), trained) and not close(trained, plain)
     assert lora_parameters(fresh.unet) == []
+    stock, around = StableDiffusionPipeline.from_pretrained(base.name, safety_checker=None), load_base(base.name)
+    stock.load_lora_weights(path.parent, weight_name=path.name)
+    vars(around).update(unet=stock.unet, text_encoder=stock.text_encoder)
+    assert close(said(around), trained)
 
 
 def test_a_runs_folder_is_a_file(base, tmp_path):
