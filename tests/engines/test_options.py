@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import os
-import shutil
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import make_tokenizer
-from runs import leave_out_report, make_base, make_options, make_photos
+from runs import add_variant, leave_out_report, make_base, make_hub, make_options, make_photos
 from safetensors.torch import load_file
 
 from dbcore.config import TrainConfig
@@ -131,13 +130,7 @@ def world(tmp_path_factory):
     vocabulary = json.loads((world / "tokenizer" / "vocab.json").read_text())
     turned = dict(zip(vocabulary, list(vocabulary.values())[::-1]))
     (world / "tokenizer" / "vocab.json").write_text(json.dumps(turned))
-    for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
-        shutil.copy(other / part / f"{name}.safetensors", world / "base" / part / f"{name}.fp16.safetensors")
-    for number, (revision, base) in enumerate((("main", world / "base"), ("second", other))):
-        shutil.copytree(base, world / "hub" / "models--tiny--base" / "snapshots" / (str(number) * 40))
-        reference = world / "hub" / "models--tiny--base" / "refs" / revision
-        reference.parent.mkdir(exist_ok=True)
-        reference.write_text(str(number) * 40)
+    add_variant(world / "base", other)
     return world
 
 
@@ -149,8 +142,7 @@ def outcome(world, tmp_path_factory):
         leave_out_report(patch)
         patch.setenv("DBCORE_CACHE", str(world / "cache"))
         patch.setattr("huggingface_hub.HfApi", Hub)
-        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(world / "hub"))
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        make_hub(world / "hub", patch, main=world / "base", second=world / "other base")
 
         def run(**more):
             key = repr(sorted(more.items()))

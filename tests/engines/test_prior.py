@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipelines import make_tiny_pipeline
+from runs import leave_out_report
 
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines import prior
@@ -228,7 +229,8 @@ def test_pictures_that_stay_blank_stop_the_run(base, config, monkeypatch):
 # --- what training makes of them -------------------------------------------------------------------------
 
 
-def test_making_them_or_reusing_them_changes_no_weight(wish, tmp_path):
+def test_making_them_or_reusing_them_changes_no_weight(wish, tmp_path, monkeypatch):
+    leave_out_report(monkeypatch)
     photos = write_photos(tmp_path / "photos")
 
     def weights(name, **options):
