@@ -128,8 +128,7 @@ Measured on these weights; "never seen" renders come from another seed. What a s
 {table}
 
 ## Limits
-It knows these six things, these words and this one way of looking, in English captions of one form. Eyes, hats and
-small marks are soft, stripes come out as patches, and legs and necks run together. Two characters in one picture,
-numbers and relations it has never seen. What the reader says of soft pictures is stricter than the eye: it takes a
-patchy stripe for a spot; and it misses some marks on clean renders too, as the table states.
+It knows these six things, these words and this one way of looking, in English captions of one form. Eyes and small marks
+are soft, and stripes sometimes come out as patches. Two characters in one picture, numbers and relations it has never
+seen. The reader misses some marks on clean renders too, as the table states.
 """
