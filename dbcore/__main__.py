@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge", "extract",
+TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge", "extract", "bench",
          "toybench")
 
 
