@@ -61,7 +61,7 @@ lab: setup ## open the course in JupyterLab
 # More words for it, such as BENCH="--script my/train_dreambooth_lora.py --rounds 5", or BENCH=--growth.
 BENCH ?=
 
-bench: setup ## time and memory on this CPU against diffusers' own script, about 40 minutes (BENCH="--cases toy": 3)
+bench: setup ## time and memory on this CPU against diffusers' own script
 	$(BIN)/python -m dbcore bench $(BENCH)
 
 bench-gpu: setup ## the same on a GPU, with Stable Diffusion 1.5's shape at 512 pixels
