@@ -129,6 +129,6 @@ Measured on these weights; "never seen" renders come from another seed. What a s
 
 ## Limits
 It knows these six things, these words and this one way of looking, in English captions of one form. Eyes and small marks
-are soft, and stripes sometimes come out as patches. Two characters in one picture, numbers and relations it has never
-seen. The reader misses some marks on clean renders too, as the table states.
+are soft, spots and stripes often come out as patches, and legs run together. Two characters in one picture, numbers and
+relations it has never seen. The reader misses some marks on clean renders too, as the table states.
 """

@@ -93,3 +93,10 @@ def test_a_shipped_subject_is_five_photos_and_its_description(name):
     assert about["character"] == SHIPPED[name].to_dict()
     assert about["instance_prompt"] == f"a photo of sks {about['class_noun']}"
     assert about["class_prompt"] == f"a photo of a {about['class_noun']}"
+
+
+def test_the_card_states_the_limits_that_the_recipe_writes():
+    from dbcore.toybox.ship import CARD
+
+    card = (dbcore.TOY_BASE / "README.md").read_text(encoding="utf-8")
+    assert card[card.index("## Limits"):] == CARD[CARD.index("## Limits"):]
