@@ -9,7 +9,7 @@ from PIL import Image
 
 import dbcore
 from dbcore.toybox.gates import from_json, table
-from dbcore.toybox.ship import LIMIT_MIB, RECOMMENDED, size_mib
+from dbcore.toybox.ship import CARD, LIMIT_MIB, RECOMMENDED, size_mib
 from dbcore.toybox.subjects import SHIPPED
 
 
@@ -96,7 +96,5 @@ def test_a_shipped_subject_is_five_photos_and_its_description(name):
 
 
 def test_the_card_states_the_limits_that_the_recipe_writes():
-    from dbcore.toybox.ship import CARD
-
     card = (dbcore.TOY_BASE / "README.md").read_text(encoding="utf-8")
     assert card[card.index("## Limits"):] == CARD[CARD.index("## Limits"):]
