@@ -86,20 +86,15 @@ def toy_clip(folder):
                    "its text tower is the base's own text encoder, so prompt fidelity is on the kind side")
 
 
-def toy_reader(folder):
-    """Features of the attribute reader: trained on renders and labels, it shares nothing with the base."""
-    from dbcore.toybox.reader import load_reader
+def toy_subject(folder):
+    """The toy base's subject encoder: which individual it is; it shares no weight and no picture with the base."""
+    from dbcore.toybox.encoder import load_subject_encoder
 
-    reader = load_reader(folder)
-
-    def embed(pictures):
-        pixels = torch.stack([to_pixels(picture.convert("RGB").resize((64, 64))) for picture in pictures])
-        return reader.neck(reader.body(pixels))
-
-    return Encoder("reader", embed, None, "plays DINO's part; trained on renders and what they show")
+    return Encoder("subject encoder", load_subject_encoder(folder).embed_images, None,
+                   "plays DINO's part: taught to tell renders of one character from those of all others")
 
 
-OWN = {"clip_image": toy_clip, "reader": toy_reader}  # folders that a base may bring
+OWN = {"clip_image": toy_clip, "subject": toy_subject}  # folders that a base may bring
 
 
 def load_hub_encoder(name):

@@ -1,6 +1,6 @@
 """`python -m dbcore.toybox`: make the toy base from nothing, in stages that a kill cannot undo.
 
-render -> autoencoder -> toy CLIP -> UNet -> reader -> the base's folder -> gates and card.
+render -> autoencoder -> toy CLIP -> UNet -> reader -> subject encoder -> the base's folder -> gates and card.
 Each stage leaves its result in `--work_dir`; what is there is not made again.
 """
 
@@ -16,7 +16,7 @@ from dbcore.toybox.corpus import render_corpus, sample_held_out, scenes
 
 SEED, HELD_OUT_SEED = 0, 1  # two worlds: what is learnt from, and what is only tested on
 COUNT, TEST_COUNT, READER_COUNT = 14_000, 1_000, 1_000
-STAGES = ("render", "autoencoder", "clip", "unet", "reader", "save", "gates")
+STAGES = ("render", "autoencoder", "clip", "unet", "reader", "subject", "save", "gates")
 
 
 def parse_args():
@@ -74,17 +74,26 @@ class Toybox:
                                 self.world + [sample_held_out(SEED, k) for k in range(READER_COUNT)],
                                 self.work, SEED, device=self.device)
 
+    def subject(self):
+        from dbcore.toybox.encoder import SUBJECTS, VIEWS, sample_view, train_subject_encoder
+
+        views = render_corpus(self.work / "subjects.npy", SEED, SUBJECTS * VIEWS, draw=sample_view)
+        self.encoder = train_subject_encoder(views, self.work, SEED, device=self.device)
+
     def save(self, folder: Path):
         from dbcore.toybox.ship import save_base
 
-        save_base(folder, self.tokenizer, self.pair, self.vae, self.denoiser, self.eye)
+        save_base(folder, self.tokenizer, self.pair, self.vae, self.denoiser, self.eye, self.encoder)
 
     def gates(self, folder: Path):
+        from dbcore.toybox.encoder import TEST_SUBJECTS, VIEWS, sample_view
         from dbcore.toybox.gates import measure
         from dbcore.toybox.ship import write_card
 
         pictures = render_corpus(self.work / "held_out.npy", HELD_OUT_SEED, TEST_COUNT)
-        gates = measure(folder, self.work / "gates", pictures, scenes(HELD_OUT_SEED, TEST_COUNT))
+        subjects = render_corpus(self.work / "subjects_held_out.npy", HELD_OUT_SEED, TEST_SUBJECTS * VIEWS,
+                                 draw=sample_view)
+        gates = measure(folder, self.work / "gates", pictures, scenes(HELD_OUT_SEED, TEST_COUNT), subjects)
         write_card(folder, gates, self.work, self.count, self.device)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from dbcore.toybox.clip import save_clip
 from dbcore.toybox.denoiser import make_pipeline
+from dbcore.toybox.encoder import SUBJECTS, VIEWS
 from dbcore.toybox.fit import save_half
 
 RECOMMENDED = {  # a config's `auto` takes them up; `prompts`, evaluate does
@@ -65,7 +66,7 @@ def size_mib(folder: Path) -> float:
 def hours(work: Path) -> dict[str, float]:
     """Machine-hours of each training, from the checkpoints."""
     return {name: torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)["seconds"] / 3600
-            for name in ("autoencoder", "clip", "unet", "reader")}
+            for name in ("autoencoder", "clip", "unet", "reader", "subject")}
 
 
 def write_card(folder: Path, gates: list, work: Path, count: int, machine: str) -> Path:
@@ -79,7 +80,8 @@ def write_card(folder: Path, gates: list, work: Path, count: int, machine: str) 
     path.write_text(CARD.format(
         count=count, cost=", ".join(f"{name} {h:.2f}" for name, h in cost.items()), total=sum(cost.values()),
         steps=unet["step"], samples=unet["step"] * 32, machine=machine, size=size_mib(folder),
-        parameters=sum(v.numel() for v in unet["module"].values()) / 1e6, table=measured.table(gates)))
+        parameters=sum(v.numel() for v in unet["module"].values()) / 1e6, table=measured.table(gates),
+        subjects=SUBJECTS, views=VIEWS))
     return path
 
 
@@ -103,8 +105,9 @@ hat, in eleven places. It exists so that personalising a text-to-image model can
     StableDiffusionPipeline.from_pretrained("data/toy_base")("a photo of a red dog with white spots in the snow")
 
 `recommended.json` holds the settings that suit it. Beside the pipeline lie `clip_image/`, the toy CLIP's image tower
-(`dbcore.toybox.clip.load_clip`), and `reader/`, a network that tells what a picture shows
-(`dbcore.toybox.reader.load_reader`).
+(`dbcore.toybox.clip.load_clip`), `reader/`, a network that tells what a picture shows
+(`dbcore.toybox.reader.load_reader`), and `subject/`, one that tells which individual it is
+(`dbcore.toybox.encoder.load_subject_encoder`).
 
 ## Data
 {count:,} pictures of 64 x 64 pixels from a sphere tracer, each of its own random scene, with exact captions whose
@@ -118,6 +121,7 @@ rendered; the gates ask for them. `sks`, `ohwx` and `zwx` are one token each and
 3. UNet: {steps:,} steps of 32 pictures ({samples:,} in all), v-prediction, one caption in ten empty, Muon and AdamW
    with a rate decayed by a cosine, running mean of the weights.
 4. Reader: cross-entropy on what is in a render.
+5. Subject encoder: supervised contrastive, on {subjects:,} characters of its own, {views} views of each.
 
 Cost in machine-hours ({machine}): {cost}; {total:.2f} in all, without rendering.
 Size: {size:.1f} MiB in half precision.

@@ -27,7 +27,7 @@ def test_the_base_is_small_and_in_the_precision_that_stock_pipelines_take():
 
     assert size_mib(dbcore.TOY_BASE) <= LIMIT_MIB
     files = list(dbcore.TOY_BASE.rglob("*.safetensors"))
-    assert len(files) == 5  # text encoder, autoencoder, UNet; toy CLIP, reader
+    assert len(files) == 6  # text encoder, autoencoder, UNet; toy CLIP, reader, subject encoder
     for path in files:
         wanted = torch.float32 if path.parent.name == "text_encoder" else torch.float16
         with safe_open(path, "pt") as held:
@@ -81,6 +81,18 @@ def test_clip_and_reader_know_renders():
     assert (best == torch.arange(20)).float().mean() >= 0.9
     read = reader.read(images)
     assert np.mean([r["class"] == truth(*scene)["class"] for r, scene in zip(read, world)]) >= 0.9
+
+
+def test_the_subject_encoder_knows_individuals_of_one_class_and_measures_fidelity():
+    pytest.importorskip("numba")
+    from dbcore.engines.evaluate import load_encoders
+    from dbcore.toybox.encoder import VIEWS, first_among, sample_view
+    from dbcore.toybox.tracer import render
+
+    encoder = load_encoders(dbcore.TOY_BASE)[1]
+    assert encoder.name == "subject encoder"
+    images = [render(*sample_view(12345, k)) for k in range(20 * VIEWS)]  # of no seed that was trained on
+    assert first_among(encoder.images(images).unflatten(0, (1, 20, VIEWS))) >= 0.8
 
 
 @pytest.mark.parametrize("name", SHIPPED)
