@@ -4,6 +4,9 @@ The subjects are characters of the toy world (data/toybench.json), so what a pic
 what was asked: the base's attribute reader tells, and each learned metric is held against that truth too. All ways
 to train get the same subjects, prompts and seeds, and differences are taken subject by subject. What is done stays
 in the output folder: a bench that was stopped goes on where it was.
+
+A way to train has the options of `train`, and one of the bench's own: --num_photos, how many photos of the subject it
+gets. Whatever a way was taught with, its pictures are measured against the same photos.
 """
 
 import argparse
@@ -34,14 +37,15 @@ FULL, QUICK = (30, 25, 4), (6, 10, 2)  # subjects, prompts, pictures of each
 DEFAULT = "prior=--with_prior_preservation"
 PATHS = {"pretrained_model_name_or_path", "instance_data_dir", "output_dir", "resume_from_checkpoint"}
 OURS = {*PATHS, "seed"}
+NUM_PHOTOS = "num_photos"  # the bench's own option of a way to train: the photos are made here
 SUBJECT, PROMPT, PRES = "truth: subject", "truth: prompt", "truth: PRES"
 LABELS = {"floor": "base alone", "ceiling": "photos"}  # beside the names of the ways to train
 
 
 def add_arguments(parser):
     parser.add_argument("--vary", action="append", metavar="NAME=OPTIONS", help="a way to train: a name, and "
-                        "options of train, {class} standing for dog, cat, ...; give it once for each; the others are "
-                        f"compared with the first (without it: '{DEFAULT}')")
+                        "options of train, {class} standing for dog, cat, ..., and --num_photos N; give it once for each; "
+                        f"the others are compared with the first (without it: '{DEFAULT}')")
     parser.add_argument("--quick", action="store_true",
                         help="{} subjects, {} prompts and {} pictures each, not {}, {} and {}".format(*QUICK, *FULL))
     parser.add_argument("--num_subjects", type=int, metavar="N", help="only N of them, spread over the classes")
@@ -72,11 +76,13 @@ def read_way(text):
          f"--vary {text!r}: give NAME=OPTIONS, such as 'rank 4=--rank 4'; the name is letters, digits and spaces")
     parser = argparse.ArgumentParser(usage=f"--vary '{name}=OPTIONS of train'", allow_abbrev=False, add_help=False)
     add_options(parser, TrainConfig)
+    parser.add_argument(f"--{NUM_PHOTOS}", type=int, default=argparse.SUPPRESS)
     given, unknown = parser.parse_known_args(shlex.split(words))
     options = {option: value for option, value in vars(given).items() if option != "config"}
-    known = {field.name for field in dataclasses.fields(TrainConfig)} - OURS
+    known = {field.name for field in dataclasses.fields(TrainConfig)} - OURS | {NUM_PHOTOS}
     wrong = [*unknown, *(f"--{option}" for option in options if option not in known)]
     need(not wrong, f"--vary {name}: {' '.join(wrong)} is no option of train, or one that toybench sets itself")
+    need(options.get(NUM_PHOTOS, 1) >= 1, f"--vary {name}: --{NUM_PHOTOS} {options.get(NUM_PHOTOS)} is less than one")
     return name, options
 
 
@@ -86,7 +92,7 @@ def read_way(text):
 def toybench(base, ways, output_dir, num_subjects, num_prompts, num_images, seed=0, batch_size=8):
     """Train, draw and measure what is missing; write toybench.json and .md; returns the result, a dict.
 
-    `ways`: {name: options of train}. The result: {"ways", "encoders", "subjects": {name: {column: {measure: value}}},
+    `ways`: {name: options of train, and "num_photos"}. The result: {"ways", "encoders", "subjects": {name: {column: {measure: value}}},
     "mean": {column: {measure: [mean, low, high]}}, "differences": {way: the same, less the first way},
     "agreement": {measure: [mean, low, high, subjects]}}; a column is "floor", a way, or "ceiling"; intervals are
     over subjects, 95 %. Raises ConfigError.
@@ -119,16 +125,22 @@ class Case:
 
     def __init__(self, base, name, bench, work, num_prompts, seed):
         from dbcore.toybox.scene import Character
-        from dbcore.toybox.subjects import write_subject
 
         self.base, self.name, self.work, self.seed = str(base), name, work, seed
-        self.character = Character(**bench["subjects"][name])
-        photos = work / "photos" / name
-        if not (photos / "subject.json").is_file():  # written last
-            write_subject(photos, self.character, seed=seed, count=bench["photos"])
+        self.character, self.usual = Character(**bench["subjects"][name]), bench["photos"]
+        photos = self.photos(self.usual)
         about = json.loads((photos / "subject.json").read_text(encoding="utf-8"))
         self.alone = Subject(name, None, self.base, str(photos), about["instance_prompt"], about["class_prompt"])
         self.phrases, self.num_prompts = read_prompts(bench["prompts"], base), num_prompts
+
+    def photos(self, count):
+        """The folder of that many photos of it, rendered if they are not there; few are the first of many."""
+        from dbcore.toybox.subjects import write_subject
+
+        folder = self.work / "photos" / (self.name if count == self.usual else f"{self.name}-{count}-photos")
+        if not (folder / "subject.json").is_file():  # written last
+            write_subject(folder, self.character, seed=self.seed, count=count)
+        return folder
 
     def ask(self, subject):
         """[(what is drawn, what CLIP is asked)] of the subject, in the words that it was taught with."""
@@ -141,13 +153,13 @@ class Case:
                                  num_images, self.seed, batch_size) for column, subject in subjects.items()}
 
     def run(self, options):
-        """`alone` after a run of these options, which is taken up where it was; named by all that it depends on."""
+        """`alone` after a run of these options, taken up where it was; named by all that it depends on."""
         from dbcore.engines.train import train
         from dbcore.models.base import settle
 
         config = self.config(options)
         what = {name: value for name, value in dataclasses.asdict(settle(config)).items() if name not in PATHS}
-        name, prompt = f"{self.name}-{digest(what)}", config.instance_prompt
+        name, prompt = f"{Path(config.instance_data_dir).name}-{digest(what)}", config.instance_prompt
         config.output_dir, config.resume_from_checkpoint = str(self.work / "runs" / name), "latest"
         return dataclasses.replace(self.alone, name=name, lora=train(config), instance_prompt=prompt)
 
@@ -159,9 +171,10 @@ class Case:
             given |= {"class_prompt": self.alone.class_prompt,
                       "num_class_images": recommended(self.base).get("num_class_images", 100)}
         given |= {option: value.replace("{class}", self.character.kind) if isinstance(value, str) else value
-                  for option, value in options.items()}
-        return TrainConfig(pretrained_model_name_or_path=self.base, instance_data_dir=self.alone.photos,
-                           seed=self.seed, **given)
+                  for option, value in options.items() if option != NUM_PHOTOS}
+        photos = self.photos(options.get(NUM_PHOTOS, self.usual))
+        return TrainConfig(pretrained_model_name_or_path=self.base, instance_data_dir=str(photos), seed=self.seed,
+                           **given)
 
 
 # --- the truth ----------------------------------------------------------------------------------------

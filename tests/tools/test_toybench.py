@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from runs import leave_out_report
 
 from dbcore import TOY_BASE
 from dbcore.__main__ import main
-from dbcore.config import ConfigError
+from dbcore.config import ConfigError, TrainConfig, read_yaml
 from dbcore.engines import evaluate as engine
 from dbcore.models.base import StableDiffusion
 from dbcore.tools import evaluate, toybench
@@ -83,6 +84,7 @@ def test_a_way_to_train_is_a_name_and_options_of_train():
     assert toybench.read_way("no noun=--instance_prompt 'a photo of sks'") == (
         "no noun", {"instance_prompt": "a photo of sks"})
     assert toybench.read_way("plain=") == ("plain", {})
+    assert toybench.read_way("one photo=--num_photos 1 --rank 4") == ("one photo", {"num_photos": 1, "rank": "4"})
 
 
 @pytest.mark.parametrize("text, complaint", [
@@ -91,6 +93,7 @@ def test_a_way_to_train_is_a_name_and_options_of_train():
     ("a/b=", "give NAME=OPTIONS"),
     ("low=--rnk 4", "low: --rnk 4 is no option of train"),
     ("mine=--output_dir here", "mine: --output_dir is no option of train, or one that toybench sets itself"),
+    ("none=--num_photos 0", "none: --num_photos 0 is less than one"),
 ])  # fmt: skip
 def test_a_way_that_is_none_is_refused(text, complaint):
     with pytest.raises(ConfigError, match=complaint):
@@ -167,3 +170,21 @@ def test_the_subject_is_drawn_in_the_words_that_it_was_taught_with(bench, tmp_pa
     told = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/pictures/*/about.json")]
     first = {about["prompts"][0] for about in told if about["lora"]}
     assert first == {f"a photo of sks {kind}{more} on the beach" for kind in ("dog", "car") for more in ("", " cat")}
+
+
+def test_a_way_has_the_number_of_photos_that_it_asks_for(bench, tmp_path):
+    few = "one photo=--max_train_steps 1 --num_photos 1"
+    result = bench("--vary", "usual=--max_train_steps 1", "--vary", few, "--vary", few.replace("one", "some"))
+    work = next((tmp_path / "out").glob("*/photos")).parent
+    trained = {run.name.rpartition("-")[0]: read_yaml(run / "config.yaml", TrainConfig)["instance_data_dir"]
+               for run in (work / "runs").iterdir()}
+    assert len(trained) == len(list((work / "runs").iterdir())) == 4  # two subjects; one photo twice is one run
+    counts = {run: sorted(photo.name for photo in Path(folder).glob("*.png")) for run, folder in trained.items()}
+    usual = [f"{k:02d}.png" for k in range(5)]
+    assert counts == {"dog1": usual, "car1": usual, "dog1-1-photos": usual[:1], "car1-1-photos": usual[:1]}
+    for folder in ("dog1", "car1"):  # the one photo is the first of the five
+        few, many = (work / "photos" / name / "00.png" for name in (f"{folder}-1-photos", folder))
+        assert few.read_bytes() == many.read_bytes()
+    columns = result["subjects"]["dog1"]  # and all are measured against the same five: with one there is no ceiling
+    assert columns["ceiling"]["subject, colours"] is not None
+    assert columns["one photo"] == columns["some photo"] != columns["usual"]
