@@ -44,8 +44,8 @@ LABELS = {"floor": "base alone", "ceiling": "photos"}  # beside the names of the
 
 def add_arguments(parser):
     parser.add_argument("--vary", action="append", metavar="NAME=OPTIONS", help="a way to train: a name, and "
-                        "options of train, {class} standing for dog, cat, ..., and --num_photos N; give it once for each; "
-                        f"the others are compared with the first (without it: '{DEFAULT}')")
+                        "options of train, {class} standing for dog, cat, ..., and --num_photos N; give it once for each; the "
+                        f"others are compared with the first (without it: '{DEFAULT}')")
     parser.add_argument("--quick", action="store_true",
                         help="{} subjects, {} prompts and {} pictures each, not {}, {} and {}".format(*QUICK, *FULL))
     parser.add_argument("--num_subjects", type=int, metavar="N", help="only N of them, spread over the classes")
@@ -92,10 +92,10 @@ def read_way(text):
 def toybench(base, ways, output_dir, num_subjects, num_prompts, num_images, seed=0, batch_size=8):
     """Train, draw and measure what is missing; write toybench.json and .md; returns the result, a dict.
 
-    `ways`: {name: options of train, and "num_photos"}. The result: {"ways", "encoders", "subjects": {name: {column: {measure: value}}},
-    "mean": {column: {measure: [mean, low, high]}}, "differences": {way: the same, less the first way},
-    "agreement": {measure: [mean, low, high, subjects]}}; a column is "floor", a way, or "ceiling"; intervals are
-    over subjects, 95 %. Raises ConfigError.
+    `ways`: {name: options of train, and num_photos}. The result: {"ways", "encoders", "subjects": {name: {column:
+    {measure: value}}}, "mean": {column: {measure: [mean, low, high]}}, "differences": {way: the same, less the first
+    way}, "agreement": {measure: [mean, low, high, subjects]}}; a column is "floor", a way, or "ceiling"; intervals
+    are over subjects, 95 %. Raises ConfigError.
     """
     from dbcore.engines.evaluate import load_encoders
     from dbcore.models.base import load_base
