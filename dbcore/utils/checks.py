@@ -349,3 +349,68 @@ def check_05_kohya(kohya_name):
     wanted = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
     expect(name == wanted, f"{name!r}; expected {wanted!r}")
     return "every dot of the module's name has become an underscore."
+
+
+# --- 07 ---
+
+
+@exercise
+def check_07_fidelity(fidelity):
+    drawn, photos = np.array([[3.0, 4.0], [0.0, 2.0]]), np.array([[5.0, 0.0], [0.0, 0.5], [1.0, 1.0]])
+    got = fidelity(drawn, photos)
+    expect(got is None or np.ndim(got) == 0, f"fidelity gives shape {np.shape(got)}; expected one number.")
+    if got is not None:
+        expect(abs(float(got) - (drawn @ photos.T).mean()) > 1e-4,
+               "These are products of vectors as long as they come: divide each by its length first.")
+    wanted = (0.6 + 0.8 + 1.4 / np.sqrt(2) + 0 + 1 + 1 / np.sqrt(2)) / 6
+    same(got, wanted, "for two drawn pictures and three photos it")
+    same(fidelity(10 * drawn, photos), wanted, "with vectors ten times as long it")
+    return "a mean over all pairs; only directions count."
+
+
+@exercise
+def check_07_reached(reached):
+    same(reached(0.4, 0.4, 0.8), 0.0, "what is no better than the base")
+    same(reached(0.8, 0.4, 0.8), 1.0, "what is as like as the photos among themselves")
+    same(reached(0.7, 0.4, 0.8), 0.75, "with floor 0.4 and ceiling 0.8, a cosine of 0.7")
+    same(reached(0.7, 0.6, 0.8), 0.5, "with floor 0.6 and ceiling 0.8, a cosine of 0.7")
+    same(reached(0.9, 0.4, 0.8), 1.25, "what is more like the photos than they are (do not cut it off)")
+    return "the same cosine, 0.7, is a good result or half a one: it depends on the floor."
+
+
+@exercise
+def check_07_agreement(agreement):
+    same(agreement([0.9, 0.2, 0.8, 0.1], [True, False, True, False]), 1.0, "when every right picture is above every wrong one it")
+    same(agreement([0.1, 0.9], [True, False]), 0.0, "when the wrong one is above it")
+    same(agreement([0.9, 0.5, 0.7], [True, True, False]), 0.5, "for right ones at 0.9 and 0.5, a wrong one at 0.7, it")
+    same(agreement([0.6, 0.6, 0.6], [True, False, False]), 0.5, "when all are equal (a tie counts a half) it")
+    return "1 is a perfect judge, 0.5 one that tosses coins."
+
+
+@exercise
+def check_07_better(better):
+    rng = np.random.default_rng(7)
+    first = rng.uniform(0.2, 0.9, 12)  # subjects are easy and hard
+    gain, noise = first + 0.03 + rng.normal(0, 0.02, 12), first + rng.normal(0, 0.05, 12)
+    noise -= (noise - first).mean() - 0.005
+    expect(better(first, gain) is not None, "better gives nothing yet; does it return True or False?")
+    expect(bool(better(first, gain)),
+           "Here nearly every subject gains a little. Look at the differences, subject by subject, not at two intervals.")
+    expect(not better(gain, first), "The other way round all differences are negative, and it says True.")
+    expect(not better(first, noise), "Here the mean rises by 0.005, some subjects gain, some lose; it says True.")
+    return "differences first, then the interval: easy and hard subjects drop out."
+
+
+@exercise
+def check_07_diagnosis(diagnosis):
+    wanted = {"A": "good", "B": "not learned", "C": "copies", "D": "class lost"}
+    hints = {"A": "Compare A with the floor and the ceiling: subject near the ceiling, prompt near the floor's, PRES low.",
+             "B": "B's row is nearly the base's own.",
+             "C": "C is nearer to single photos than photos are to each other, and it has stopped listening.",
+             "D": "D obeys and has the subject. But what does it draw for the class alone? Look at PRES and DIV."}
+    expect(isinstance(diagnosis, dict) and set(diagnosis) == set(wanted), "Give a dict with one word for each of A, B, C, D.")
+    for name, word in wanted.items():
+        expect(diagnosis[name] is not Ellipsis and diagnosis[name] is not None, f"{name} has no diagnosis yet.")
+        expect(diagnosis[name] in wanted.values(), f"{diagnosis[name]!r}: choose from {', '.join(wanted.values())}.")
+        expect(diagnosis[name] == word, f"{name} is not {diagnosis[name]!r}. {hints[name]}")
+    return "no single column tells these four apart."
