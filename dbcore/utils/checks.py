@@ -351,6 +351,55 @@ def check_05_kohya(kohya_name):
     return "every dot of the module's name has become an underscore."
 
 
+# --- 06 ---
+
+
+@exercise
+def check_06_moved(moved_by):
+    numbers = np.random.default_rng(6)
+    before = numbers.normal(size=(3, 8)) + 2
+    same(moved_by(before, before), np.zeros(3), "for words that have not moved it")
+    got = moved_by(before, 3 * before)
+    same(got, np.zeros(3), "for hidden states three times as long it")
+    after = np.stack([-before[0], before[1], np.roll(before[2], 3)])
+    cosine = before[2] @ after[2] / (before[2] @ before[2])
+    got = np.asarray(moved_by(before, after))
+    expect(got.shape == (3,), f"You return something of shape {got.shape}; expected one value a word, (3,).")
+    expect(abs(got[0] - 2) < 1e-4, f"A vector turned round has cosine -1, so it has moved by 2; yours says {got[0]:.2f}.")
+    same(got, [2, 0, 1 - cosine], "for one turned round, one left alone and one mixed up it")
+    return "one minus the cosine: 0 for a word that means what it meant, whatever its length."
+
+
+@exercise
+def check_06_reach(places_that_differ):
+    def ask(tokens, others, wanted, why):
+        got = places_that_differ(tokens.split(), others.split())
+        expect(got is not None, "places_that_differ gives nothing yet; does it return a list?")
+        expect(list(got) == wanted, f"{tokens!r} and {others!r}: {list(got)}; expected {wanted}, as {why}.")
+
+    ask("a photo of sks dog", "a photo of sks dog", [], "the two are the same")
+    ask("a photo of sks dog", "a photo of a dog", [3, 4], "dog hears of sks, which stands before it")
+    ask("a photo of a dog", "a photo of a cat", [4], "no token hears of one that comes later")
+    ask("sks is a photo of a dog", "ohwx is a photo of a cat", [0, 1, 2, 3, 4, 5, 6], "all stand behind the first one")
+    return "from the first difference to the end; nothing before it."
+
+
+@exercise
+def check_06_groups(groups):
+    unet, text_encoder = ["U1", "U2"], ["T1"]
+    got = groups(unet, text_encoder, 2e-4)
+    expect(isinstance(got, list) and all(isinstance(group, dict) for group in got), "Return a list of dictionaries.")
+    expect(len(got) == 2, f"There are {len(got)} groups; expected one for each network.")
+    rates = {}
+    for group in got:
+        expect({"params", "lr"} <= set(group), f"A group has {', '.join(group)}; expected params and lr.")
+        rates.update({name: group["lr"] for name in group["params"]})
+    expect(set(rates) == {"U1", "U2", "T1"}, f"Trained are {', '.join(sorted(rates))}; expected U1, U2 and T1.")
+    same([rates["U1"], rates["U2"]], [2e-4, 2e-4], "the UNet's rate")
+    same(rates["T1"], 2e-5, "the text encoder's rate", tolerance=1e-6)
+    return "one optimizer, two rates."
+
+
 # --- 07 ---
 
 
@@ -414,3 +463,65 @@ def check_07_diagnosis(diagnosis):
         expect(diagnosis[name] in wanted.values(), f"{diagnosis[name]!r}: choose from {', '.join(wanted.values())}.")
         expect(diagnosis[name] == word, f"{name} is not {diagnosis[name]!r}. {hints[name]}")
     return "no single column tells these four apart."
+
+
+# --- 08 ---
+
+
+@exercise
+def check_08_diagnose(patients):
+    expect(isinstance(patients, dict) and set(patients) == set("ABCD"), "Give a dictionary with A, B, C and D.")
+    known = ("underfit", "overfit", "rate", "noun", "background", "captions", "class images", "precision")
+    signs = {"A": "the cat is right and so is its class; what comes along is the sofa of the photos",
+             "B": "few things make a loss seven times as high within six steps",
+             "C": "the LoRA changes nothing at all",
+             "D": "the subject is as it should be, and only its class has become something else"}
+    right = {"A": "background", "B": "rate", "C": "underfit", "D": "class images"}
+    for name, answer in patients.items():
+        expect(answer is not Ellipsis, f"{name} has no answer yet.")
+        expect(answer in known, f"{answer!r} is none of {', '.join(known)}.")
+        expect(answer == right[name], f"{name} is not {answer!r}: {signs[name]}.")
+    return "all four; each has one sign that no other failure has."
+
+
+@exercise
+def check_08_alarm(alarm):
+    def ask(losses, wanted, what, **more):
+        got = alarm(losses, **more)
+        expect(got == wanted, f"{what}: {got!r}; expected {wanted!r}.")
+
+    ask([0.2] * 8 + [0.6] * 6, 10, "0.2 eight times, then 0.6: the mean of five passes 0.4 at the third of these")
+    ask([0.5, 0.1] * 10, None, "0.5 and 0.1 in turn, which is noise and no trend")
+    ask([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], None, "a loss that falls")
+    ask([0.1, 0.1, 0.3], 2, "0.1, 0.1, 0.3 with a mean of one", width=1)
+    ask([0.1, 5.0, 0.1], None, "three losses, fewer than the mean needs")
+    return "stopped in time, and not by one noisy step."
+
+
+@exercise
+def check_08_captions(put_back):
+    mixed = {"dog0.png": "a photo of ohwx dog", "cat0.png": "a photo of sks cat", "both.png": "a photo of sks and ohwx",
+             "none.png": "a photo of a dog"}
+    before, got = dict(mixed), put_back(mixed)
+    expect(isinstance(got, dict), "put_back should return a dictionary.")
+    expect(mixed == before, "You have changed the dictionary that was given; make a new one.")
+    expect(set(got) == set(mixed), "Every file should keep its name.")
+    for name, wanted in (("dog0.png", "a photo of sks dog"), ("cat0.png", "a photo of ohwx cat"),
+                         ("both.png", "a photo of ohwx and sks"), ("none.png", "a photo of a dog")):
+        expect(got[name] == wanted, f"{mixed[name]!r} became {got[name]!r}; expected {wanted!r}.")
+    return "each word for the other, and no word twice."
+
+
+@exercise
+def check_08_survives(survives):
+    import torch
+
+    for weight, update, dtype, lasts in (
+            (1.0, 0.001, torch.bfloat16, False), (1.0, 0.001, torch.float16, True), (1.0, 0.0001, torch.float16, False),
+            (1.0, 1e-6, torch.float32, True), (1.0, 1e-9, torch.float32, False), (0.01, 0.001, torch.bfloat16, True),
+            (1.0, 0.005, torch.bfloat16, True), (8.0, 0.005, torch.bfloat16, False)):
+        got = survives(weight, update, dtype)
+        expect(got is not None, "survives gives nothing yet; does it return True or False?")
+        kind = str(dtype).removeprefix("torch.")
+        expect(bool(got) == lasts, f"{weight:g} + {update:g} in {kind}: you say {bool(got)}; expected {lasts}.")
+    return "it is the size beside the weight that counts: a small weight takes a small step."
