@@ -94,7 +94,8 @@ class TrainConfig:
     lr_warmup_steps: int = knob(0, "steps over which the rate rises from 0, when the first steps do harm", low=0)
     lr_num_cycles: int = knob(1, "restarts of cosine_with_restarts", low=1)
     lr_power: float = knob(1.0, "exponent of polynomial", above=0)
-    train_batch_size: int = knob(1, "photos a step and process", low=1)
+    train_batch_size: int | str = knob(
+        AUTO, "photos a step and process; auto is the base's recommendation, else 1; more is steadier and slower", low=1)
     gradient_accumulation_steps: int = knob(1, "batches a step: a larger batch in the memory of a small one", low=1)
     max_train_steps: int | None = knob(None, "steps; without it and num_train_epochs, 150", low=1)
     num_train_epochs: int | None = knob(None, "passes over the photos; max_train_steps wins where both are given", low=1)
@@ -187,7 +188,8 @@ class GenerateConfig:
     num_inference_steps: int | str = knob(AUTO, "denoising steps; auto is the base's recommendation, else 25", low=1)
     guidance_scale: float | str = knob(AUTO, "pull towards the prompt; auto is the base's recommendation, else 7.5",
                                        low=0)
-    scheduler: str = knob(AUTO, "sampler: auto (the base's own), ddim, dpm++, euler, euler_a, unipc or ddpm",
+    scheduler: str = knob(AUTO, "sampler: ddim, dpm++, euler, euler_a, unipc or ddpm; auto is the base's "
+                          "recommendation, else its own",
                           (AUTO, "ddim", "dpm++", "euler", "euler_a", "unipc", "ddpm"))
     resolution: int | str = knob(AUTO, "side of the pictures in pixels", low=8)
     batch_size: int = knob(8, "pictures drawn at a time", low=1)

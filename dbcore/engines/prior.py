@@ -32,7 +32,7 @@ def describe(base, config):
     return {
         "base": base.fingerprint(), "prompt": config.class_prompt, "resolution": config.resolution,
         "num_inference_steps": base.settings["num_inference_steps"], "seed": config.seed,
-        "guidance_scale": base.settings["guidance_scale"], "scheduler": base.index["scheduler"][1],
+        "guidance_scale": base.settings["guidance_scale"], "scheduler": base.sampler(),
         "precision": config.prior_generation_precision,
     }
 

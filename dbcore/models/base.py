@@ -28,7 +28,8 @@ MOVED = {
 }
 SETTINGS_FILE = "recommended.json"
 SETTLED = {  # where neither the user nor the base's folder says otherwise
-    "rank": 4, "learning_rate": 2e-4, "lora_layers": "attention", "num_inference_steps": 25, "guidance_scale": 7.5,
+    "rank": 4, "learning_rate": 2e-4, "lora_layers": "attention", "train_batch_size": 1,
+    "num_inference_steps": 25, "guidance_scale": 7.5,
 }
 SCHEDULERS = {
     "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler",
@@ -277,6 +278,12 @@ class StableDiffusion:
 
     # --- drawing --------------------------------------------------------------------------------------
 
+    def sampler(self, scheduler=AUTO):
+        """The diffusers class of a sampler; auto is the one that the base recommends, else the one it came with."""
+        name = self.settings.get("scheduler", AUTO) if scheduler == AUTO else scheduler
+        need(name in (AUTO, *SCHEDULERS), f"the sampler {name!r} is not known: give one of {', '.join(SCHEDULERS)}")
+        return self.index["scheduler"][1] if name == AUTO else SCHEDULERS[name]
+
     def pipeline(self, scheduler=AUTO):
         """A stock `StableDiffusionPipeline` around the very same modules."""
         import diffusers
@@ -286,7 +293,7 @@ class StableDiffusion:
         logging.set_verbosity_error()  # the pipelines' import warns of image processors that nobody uses here
         make = diffusers.StableDiffusionPipeline
         logging.set_verbosity(loud)
-        kind = SCHEDULERS.get(scheduler) or self.index["scheduler"][1]
+        kind = self.sampler(scheduler)
         own = self.noise_scheduler.config
         # a base made for DDIM with `trailing` steps keeps them under every sampler
         steps = getattr(diffusers, kind).from_pretrained(self.name, subfolder="scheduler", revision=self.revision)

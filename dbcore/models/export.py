@@ -429,7 +429,7 @@ def shorten(layer, rank):
     down, up = layer.down.float().flatten(1), layer.up.float().flatten(1) * layer.scale
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
-    u, s, vh = torch.linalg.svd(r_up @ r_down.T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)  # a layer of few channels has no more than those
     root = s[:rank].sqrt()
     new_up = (q_up @ u[:, :rank]) * root
     new_down = root[:, None] * (vh[:rank] @ q_down.T)

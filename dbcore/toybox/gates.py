@@ -6,6 +6,7 @@ from a world no network was trained on; what a sample shows is told by the attri
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import time
@@ -241,13 +242,14 @@ def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list, subjec
 
     `pictures`, uint8 (n, 64, 64, 3), and `scenes` are renders never trained on, `subjects` those that the subject
     encoder is tried with, for a base that has one. Grids to look at, and the runs that DreamBooth is tried with,
-    go to `work`, in a folder named by the base's weights.
+    go to `work`, in a folder named by the base's weights and settings.
     """
     from dbcore.models.base import load_base
     from dbcore.utils.grids import save_grid
 
     base, reader = load_base(folder), load_reader(folder)
-    work = work / base.fingerprint()[:12]
+    settings = hashlib.sha256(json.dumps(base.settings, sort_keys=True).encode()).hexdigest()
+    work = work / f"{base.fingerprint()[:12]}-{settings[:8]}"  # what others have left there is not taken for theirs
     gates: list[Gate] = []
 
     def add(new):

@@ -16,7 +16,8 @@ from dbcore.datasets.dreambooth import CROPS, DreamBoothData
 from dbcore.datasets.photos import Photo, gather_photos
 from dbcore.models.base import load_base
 
-OPTIONS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog", "resolution": 32}
+OPTIONS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog", "resolution": 32,
+           "train_batch_size": 1}
 
 
 def config(**options):

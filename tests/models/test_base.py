@@ -84,6 +84,20 @@ def test_the_recommended_settings_are_used(tmp_path):
     assert away(by_itself[0], base.draw(["a dog"], [0], guidance_scale=1.0)[0]) > 1
 
 
+def test_the_recommended_sampler_is_used_unless_another_is_asked_for(folder, tmp_path):
+    assert load_base(folder).sampler() == load_base(folder).index["scheduler"][1]
+    base = load_base(make_tiny_pipeline(tmp_path))
+    own = base.draw(["a dog"], [0], num_inference_steps=4)[0]
+    (tmp_path / "recommended.json").write_text(json.dumps({"scheduler": "euler"}))
+    base = load_base(tmp_path)
+    assert base.sampler() == type(base.pipeline().scheduler).__name__ == "EulerDiscreteScheduler"
+    assert base.sampler("ddim") == "DDIMScheduler"
+    assert away(base.draw(["a dog"], [0], num_inference_steps=4)[0], own) > 0
+    (tmp_path / "recommended.json").write_text(json.dumps({"scheduler": "fastest"}))
+    with pytest.raises(ConfigError, match="fastest"):
+        load_base(tmp_path).sampler()
+
+
 # --- encoding, noise and targets -------------------------------------------------------------------------
 
 
@@ -143,6 +157,7 @@ def test_what_is_released_comes_back_as_it_was(folder):
 def test_auto_without_a_recommendation(folder):
     config = settle(TrainConfig(pretrained_model_name_or_path=str(folder), train_text_encoder=True), "cpu")
     assert (config.rank, config.learning_rate, config.lora_layers) == (4, 2e-4, "attention")
+    assert config.train_batch_size == 1
     assert (config.lora_alpha, config.text_encoder_rank, config.text_encoder_lr) == (4.0, 4, 2e-5)
     assert (config.resolution, config.mixed_precision, config.prior_generation_precision) == (32, "no", "no")
     drawn = settle(GenerateConfig(pretrained_model_name_or_path=str(folder)), "cpu")
@@ -151,7 +166,7 @@ def test_auto_without_a_recommendation(folder):
 
 def test_auto_follows_the_bases_recommendation_and_what_was_given(tmp_path):
     folder = make_tiny_pipeline(tmp_path)
-    wished = {"rank": 16, "learning_rate": 1e-3, "lora_layers": "attention+ff", "resolution": 64,
+    wished = {"rank": 16, "learning_rate": 1e-3, "lora_layers": "attention+ff", "train_batch_size": 4, "resolution": 64,
               "guidance_scale": 3.0}  # fmt: skip
     (folder / "recommended.json").write_text(json.dumps(wished))
     config = settle(TrainConfig(pretrained_model_name_or_path=str(folder), train_text_encoder=True), "cpu")

@@ -261,6 +261,15 @@ def test_merging_down_to_a_rank_is_the_best_approximation(adapter):
     assert error < 1e-3 and max(layer.rank for _, _, layer in kept.every()) == 4
 
 
+@pytest.mark.parametrize("into, out", [((24, 3, 3), 4), ((4, 3, 3), 24), ((3,), 24)])
+def test_a_layer_of_fewer_channels_than_the_rank_is_kept_whole(into, out):
+    generator = torch.Generator().manual_seed(0)
+    square = (1,) * (len(into) - 1)
+    layer = X.Layer(torch.randn(40, *into, generator=generator), torch.randn(out, 40, *square, generator=generator), 0.5)
+    short, lost = X.shorten(layer, rank=36)
+    assert torch.allclose(short.delta(), layer.delta(), atol=1e-4) and lost < 1e-6
+
+
 def test_merging_keeps_the_words_and_refuses_dora_and_strangers(adapter):
     other = X.Adapter(adapter.layers, {"base": "another", "trigger_words": "zwx cat"})
     merged, _ = X.merge_adapters([adapter, other], [1, 1])

@@ -1,0 +1,65 @@
+"""Ask the toy world the course's questions and store the answers: `make answers`, about an hour and a half on one core.
+
+Each question is one `dbcore toybench` command. What it finds goes to data/toybench_results.json, from which README and
+notebook 07 have their tables; runs and pictures stay in work_dirs/answers, so that a stopped run goes on.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import dbcore
+from dbcore.__main__ import main
+
+RESULTS = dbcore.DATA / "toybench_results.json"
+WORK = "work_dirs/answers"
+SIZE = "--num_subjects 4 --num_prompts 8 --num_images 2"
+SHORT = "--max_train_steps 100"
+
+
+def each(option, values, more=SHORT):
+    """Ways to train that differ in one option."""
+    return {f"{value}": f"{more} {option} {value}" for value in values}
+
+
+QUESTIONS = {  # the first way is the one that the others are compared with
+    "prior": {"with": "--with_prior_preservation", "without": ""},
+    "text encoder": {"UNet only": SHORT, "own rate": f"{SHORT} --train_text_encoder",
+                     "shared rate": f"{SHORT} --train_text_encoder --text_encoder_lr 1.5e-3"},
+    "rank": each("--rank", (4, 1, 2, 8, 16, 32)),
+    "rate": each("--learning_rate", ("2e-4", "5e-5", "5e-4", "1e-3", "1.5e-3", "3e-3")),
+    "steps": each("--max_train_steps", (150, 25, 50, 100, 400, 800), more=""),
+    "photos": each("--num_photos", (5, 1, 3, 10)),
+    "words": {"sks and noun": f"{SHORT} --instance_prompt 'a photo of sks {{class}}'",
+              "no noun": f"{SHORT} --instance_prompt 'a photo of sks'",
+              "wrong noun": f"{SHORT} --instance_prompt 'a photo of sks robot'",
+              "common word": f"{SHORT} --instance_prompt 'a photo of snow {{class}}'",
+              "random letters": f"{SHORT} --instance_prompt 'a photo of xjqv {{class}}'"},
+    "method": {"LoRA": SHORT, "DoRA": f"{SHORT} --use_dora", "rsLoRA": f"{SHORT} --use_rslora",
+               "min-SNR": f"{SHORT} --snr_gamma 5", "attention only": f"{SHORT} --lora_layers attention",
+               "batch 1": f"{SHORT} --train_batch_size 1"},
+}
+
+
+def ask(question):
+    """One question's {"command", "table", "mean", "differences"}, all of them toybench's."""
+    size, folder = ("--quick", f"{WORK}/quick") if question == "prior" else (SIZE, WORK)
+    ways = " ".join(f"--vary {shlex.quote(f'{name}={options}')}" for name, options in QUESTIONS[question].items())
+    command = f"toybench {size} {ways} --output_dir {folder}"
+    main(shlex.split(command))
+    found = json.loads(Path(folder, "toybench.json").read_text(encoding="utf-8"))
+    table = Path(folder, "toybench.md").read_text(encoding="utf-8")
+    return {"command": f"python -m dbcore {command}", "table": table, "mean": found["mean"],
+            "differences": found["differences"]}
+
+
+def store(answers):
+    RESULTS.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    answers = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    for question in sys.argv[1:] or QUESTIONS:
+        answers[question] = ask(question)
+        store({name: answers[name] for name in QUESTIONS if name in answers})
