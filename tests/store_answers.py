@@ -14,8 +14,8 @@ from dbcore.__main__ import main
 
 RESULTS = dbcore.DATA / "toybench_results.json"
 WORK = "work_dirs/answers"
-SIZE = "--num_subjects 4 --num_prompts 8 --num_images 2"
-SHORT = "--max_train_steps 100"
+SIZE = "--num_subjects 3 --num_prompts 8 --num_images 2"
+SHORT = "--max_train_steps 60"
 
 
 def each(option, values, more=SHORT):
