@@ -4,8 +4,14 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WORDS = [
     "a",
@@ -27,7 +33,7 @@ WORDS = [
 MAX_TOKENS = 16
 
 
-def make_tokenizer(folder):
+def make_tokenizer(folder, max_tokens=MAX_TOKENS):
     """A CLIPTokenizer with letters and WORDS; each known word is one token, others are spelt."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +53,7 @@ def make_tokenizer(folder):
     )
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
-            {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "do_lower_case": True}
+            {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, "do_lower_case": True}
         )
     )
     return CLIPTokenizer.from_pretrained(folder)
@@ -111,3 +117,60 @@ def make_sd15_pipeline(folder, seed=0):
         feature_extractor=None, requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def make_sd15_miniature(folder, seed=0):
+    """Write Stable Diffusion 1.5 in miniature: its parts, layers, names and sampler, a few channels, random weights.
+
+    Pictures are 128 x 128, latents 16 x 16 x 4. Like the original it has a safety checker, and no settings of ours.
+    """
+    folder = Path(folder)
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(folder / "tokenizer", 77)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=77, projection_dim=32,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, norm_num_groups=4,
+        sample_size=128,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, cross_attention_dim=32, attention_head_dim=2, block_out_channels=(8, 8, 16, 16),
+        norm_num_groups=4,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    _edit(folder / "scheduler" / "scheduler_config.json", clip_sample=False)  # as the original has it, for DDIM
+    add_safety_checker(folder)
+    return folder
+
+
+def add_safety_checker(folder):
+    """Stable Diffusion 1.5 comes with a judge of its pictures: the file of one, with random weights."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config=small, text_config=small, projection_dim=16)
+    StableDiffusionSafetyChecker(config).save_pretrained(folder / "safety_checker")
+    (folder / "feature_extractor").mkdir()
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text("{}")
+    _edit(folder / "feature_extractor" / "preprocessor_config.json", crop_size=224, do_center_crop=True,
+          do_convert_rgb=True, do_normalize=True, do_resize=True, feature_extractor_type="CLIPFeatureExtractor",
+          image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28], resample=3, size=224)  # fmt: skip
+    _edit(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+          feature_extractor=["transformers", "CLIPImageProcessor"], requires_safety_checker=True)  # fmt: skip
+
+
+def _edit(path, **entries):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))

@@ -1,0 +1,95 @@
+"""Every notebook runs with BASE set to the form's other choice, Stable Diffusion 1.5, here a miniature of it.
+
+The miniature lies in a hub's cache under its true name, has the original's layers, names and sampler, and random
+weights. So what a notebook claims of a trained model need not hold here, and those claims alone are not asked for.
+"""
+
+import json
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from notebook_guards import NOTEBOOKS, code_cells, tags
+from pipelines import make_sd15_miniature, make_tokenizer
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# Short runs, in the fewest steps that a notebook can divide as it does.
+SHORT = {
+    "00_meet_the_model": {"STEPS": 5},
+    "01_data_prep": {},
+    "02_lora_injection": {"STEPS": 2, "RANK": 4, "DRAW_STEPS": 4},
+    "03_prior_preservation": {"STEPS": 4, "CLASS_IMAGES": 10},
+    "04_gpu_training": {"STEPS": 8},
+    "05_inference": {"STEPS": 2, "DRAW_STEPS": 4},
+}
+# What only a model that has learned can show.
+CLAIMS = {
+    "00_meet_the_model": ["variety(rows[1]) > 0.6 * variety(rows[2])"],
+    "02_lora_injection": ["changed > 10"],
+    "03_prior_preservation": ["pres[-1] > pres[0] + 0.02",
+                              "pres_alone[-1] > pres_kept[-1] + 0.02 and div_kept[-1] > div_alone[-1]",
+                              'fidelity[name] > fidelity["before"]'],
+    "05_inference": ['max(apart, key=apart.get) == "euler_a"'],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A folder for HF_HOME, as the hub leaves it: the miniature, and the encoders that measure pictures."""
+    home = tmp_path_factory.mktemp("hub")
+    make_sd15_miniature(snapshot(home, SD15))
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip, dino = snapshot(home, "openai/clip-vit-base-patch32"), snapshot(home, "facebook/dino-vits16")
+    tokenizer = make_tokenizer(clip)
+    marks = {f"{which}_token_id": getattr(tokenizer, f"{which}_token_id") for which in ("bos", "eos", "pad")}
+    words = {**small, **marks, "vocab_size": len(tokenizer)}
+    CLIPModel(CLIPConfig(vision_config=small, text_config=words, projection_dim=8)).save_pretrained(clip)
+    ViTModel(ViTConfig(**small), add_pooling_layer=False).save_pretrained(dino)
+    for folder in (clip, dino):
+        values = {"size": 224, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+        (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return home
+
+
+def snapshot(home, name):
+    """The folder of a model's files in the hub's cache."""
+    folder = home / "hub" / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    files = folder / "snapshots" / ("0" * 40)
+    files.mkdir(parents=True)
+    return files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
+def test_stable_diffusion_by_its_name(name, hub, tmp_path, monkeypatch):
+    nb = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    set_parameters(nb, BASE=SD15, **SHORT[name])
+    without_claims(nb, CLAIMS.get(name, []))
+    monkeypatch.setenv("HF_HOME", str(hub))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources=where).execute()
+
+
+def set_parameters(nb, **values):
+    """Other values in the parameters cell, where each has to be there already."""
+    (cell,) = [cell for cell in code_cells(nb) if "parameters" in tags(cell)]
+    lines = cell.source.splitlines()
+    for name, value in values.items():
+        (at,) = [k for k, line in enumerate(lines) if line.startswith(f"{name} = ")]
+        lines[at] = f"{name} = {value!r}"
+    cell.source = "\n".join(lines)
+
+
+def without_claims(nb, claims):
+    """Each `assert claim` becomes the claim alone: still computed, no longer asked for. All have to be there."""
+    for claim in claims:
+        cells = [cell for cell in code_cells(nb) if f"assert {claim}" in cell.source]
+        assert len(cells) == 1, f"{len(cells)} cells assert {claim}"
+        cells[0].source = cells[0].source.replace(f"assert {claim}", claim)
