@@ -118,6 +118,16 @@ class Page:
         self.start_all()
         self.wait(lambda: self._counts() and not {"[ ]:", "[*]:"} & set(self._counts()), seconds)
 
+    def run_from(self, text):
+        """Run the first cell whose source has `text`, and all below it, and do not wait."""
+        self.wait(lambda: self._kernel() == "idle")
+        found = self.driver.execute_script(
+            "const notebook = window.jupyterapp.shell.currentWidget.content;"
+            "const at = notebook.widgets.findIndex(cell => cell.model.sharedModel.source.includes(arguments[0]));"
+            "if (at >= 0) { notebook.activeCellIndex = at; window.jupyterapp.commands.execute('notebook:run-all-below'); }"
+            "return at;", text)
+        assert found >= 0, f"no cell has {text}"
+
     def _kernel(self):
         return self.driver.execute_script(
             "return window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status")

@@ -3,13 +3,15 @@
 Leaves a screenshot of each panel in work_dirs/browser, before and after. They are to be looked at.
 """
 
+import json
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-PANELS = ("explore(", "timestep_slider(", "before_after(", "photo_doctor(", "CropBox(", "design_subject(", "Dashboard(")
+PANELS = ("explore(", "timestep_slider(", "before_after(", "photo_doctor(", "CropBox(", "design_subject(")
 
 
 def with_panels():
@@ -83,6 +85,25 @@ def shown(panel):
     """The addresses of its pictures, and its words."""
     pictures = [image.get_attribute("src") for image in panel.find_elements("css selector", ".widget-image")]
     return pictures, [words.text for words in panel.find_elements("css selector", ".widget-html")]
+
+
+def test_stop_on_the_courses_dashboard_and_run_it_again(open_copy, folder):
+    """Stop, read how to go on, run the same cells again: the run goes on from its checkpoint to its end."""
+    path = NOTEBOOKS / "04_gpu_training.ipynb"
+    steps = int(re.search(r"\bSTEPS = (\d+)", path.read_text(encoding="utf-8"))[1])
+    page = open_copy(path)
+    page.start_all()
+    page.wait(lambda: any(f" of {steps}, about" in label.text for label in page.find(".widget-label")), 300)
+    page.find("button.widget-button")[0].click()
+    page.wait(lambda: any("Interrupted: Stopped after step" in words.text for words in page.find(".widget-html pre")), 120)
+    page.screenshot("04_gpu_training-stopped")
+    page.run_from("dashboard = Dashboard()")
+    page.wait(lambda: any("is there: True" in output.text for output in page.find(".jp-OutputArea-output")), 300)
+    assert any(label.text == f"step {steps} of {steps}" for label in page.find(".widget-label"))
+    page.screenshot("04_gpu_training-resumed")
+    log = (folder / "work_dirs" / "04" / "watched" / "log.jsonl").read_text().splitlines()
+    done = [json.loads(line)["step"] for line in log if "loss" in json.loads(line)]
+    assert done == list(range(1, steps + 1))
 
 
 TRAIN = """
