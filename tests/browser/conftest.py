@@ -110,7 +110,7 @@ class Page:
 
     def start_all(self):
         """Run all cells, once the kernel is there, and do not wait."""
-        self.wait(lambda: self._kernel() == "idle")
+        self.wait(lambda: self.kernel() == "idle")
         self.driver.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
 
     def run_all(self, seconds=60):
@@ -120,7 +120,7 @@ class Page:
 
     def run_from(self, text):
         """Run the first cell whose source has `text`, and all below it, and do not wait."""
-        self.wait(lambda: self._kernel() == "idle")
+        self.wait(lambda: self.kernel() == "idle")
         found = self.driver.execute_script(
             "const notebook = window.jupyterapp.shell.currentWidget.content;"
             "const at = notebook.widgets.findIndex(cell => cell.model.sharedModel.source.includes(arguments[0]));"
@@ -128,12 +128,17 @@ class Page:
             "return at;", text)
         assert found >= 0, f"no cell has {text}"
 
-    def _kernel(self):
+    def kernel(self):
+        """"idle" or "busy", once there is a kernel."""
         return self.driver.execute_script(
             "return window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status")
 
     def _counts(self):
         return [element.text for element in self.find(".jp-CodeCell .jp-InputPrompt")]
+
+    def look_at(self, element):
+        """Scroll to it."""
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
 
     def colour(self, element):
         """The mean RGB colour of an element as it is seen."""

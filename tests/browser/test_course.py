@@ -5,6 +5,7 @@ Leaves a screenshot of each panel in work_dirs/browser, before and after. They a
 
 import json
 import re
+import time
 from pathlib import Path
 
 import nbformat
@@ -44,18 +45,27 @@ def move_all(page, panel, name):
 
     Back, because one control may silence another: a plain character has no second colour to see.
     """
-    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", panel)
+    page.look_at(panel)
     page.screenshot(f"{name}-before")
     controls = panel.find_elements("css selector", f"{SLIDER}, {MENU}, {BOX}, {LINE}")
     for control in controls:
-        before, back = shown(panel), move(control)
+        before, back = settled(page, panel), move(control)
         page.wait(lambda before=before: shown(panel) != before, 120)
+        moved = settled(page, panel)
         words = [element.text for element in panel.find_elements("css selector", "pre")]
         assert not [line for line in words if "Error: " in line]
         page.screenshot(f"{name}-after")
-        moved = shown(panel)
         back()
         page.wait(lambda moved=moved: shown(panel) != moved, 120)
+
+
+def settled(page, panel):
+    """What is shown once the kernel has answered: a late picture of one control is not another control's work."""
+    def twice_the_same():
+        first = shown(panel)
+        time.sleep(0.5)
+        return page.kernel() == "idle" and shown(panel) == first and first
+    return page.wait(twice_the_same, 120)
 
 
 def move(control):
@@ -75,10 +85,15 @@ def move(control):
         added = " on the beach"
         control.send_keys(added, Keys.ENTER)
         return lambda: control.send_keys(Keys.END, *len(added) * [Keys.BACKSPACE], Keys.ENTER)
-    at, last = (float(control.get_attribute(name)) for name in ("aria-valuenow", "aria-valuemax"))
-    there, again = (Keys.ARROW_LEFT, Keys.ARROW_RIGHT) if at >= last else (Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+    at, first, last = (float(control.get_attribute(f"aria-value{which}")) for which in ("now", "min", "max"))
+    there, again = (Keys.ARROW_LEFT, Keys.ARROW_RIGHT) if at > (first + last) / 2 else (Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
     control.send_keys(*3 * [there])
-    return lambda: control.send_keys(*3 * [again])
+
+    def back():
+        for _ in range(3):
+            if float(control.get_attribute("aria-valuenow")) != at:  # it may have met its end before
+                control.send_keys(again)
+    return back
 
 
 def shown(panel):
@@ -96,10 +111,12 @@ def test_stop_on_the_courses_dashboard_and_run_it_again(open_copy, folder):
     page.wait(lambda: any(f" of {steps}, about" in label.text for label in page.find(".widget-label")), 300)
     page.find("button.widget-button")[0].click()
     page.wait(lambda: any("Interrupted: Stopped after step" in words.text for words in page.find(".widget-html pre")), 120)
+    page.look_at(page.find("button.widget-button")[0])
     page.screenshot("04_gpu_training-stopped")
     page.run_from("dashboard = Dashboard()")
     page.wait(lambda: any("is there: True" in output.text for output in page.find(".jp-OutputArea-output")), 300)
     assert any(label.text == f"step {steps} of {steps}" for label in page.find(".widget-label"))
+    page.look_at(page.find("button.widget-button")[0])
     page.screenshot("04_gpu_training-resumed")
     log = (folder / "work_dirs" / "04" / "watched" / "log.jsonl").read_text().splitlines()
     done = [json.loads(line)["step"] for line in log if "loss" in json.loads(line)]
