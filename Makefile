@@ -14,7 +14,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test outputs test-rounding test-browser lab bench bench-gpu badges bundle toybox
+.PHONY: help setup quickstart test outputs answers test-rounding test-browser lab bench bench-gpu badges bundle toybox
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -47,6 +47,9 @@ test: setup ## lint, unit tests, then the notebooks against their stored outputs
 
 outputs: setup ## run the notebooks anew and store what they show, as what make test compares with
 	$(BIN)/python tests/store_outputs.py $(NOTEBOOKS)
+
+answers: setup ## ask the toy world the course's questions anew: tables of README and notebook 07 (an hour and more)
+	$(BIN)/python tests/store_answers.py
 
 test-rounding: setup ## replay the notebooks with one thread, and rounding as an old processor does
 	OMP_NUM_THREADS=1 $(REPLAY)

@@ -11,9 +11,14 @@ from pathlib import Path
 
 import dbcore
 from dbcore.__main__ import main
+from dbcore.tools.evaluate import cell
 
 RESULTS = dbcore.DATA / "toybench_results.json"
 WORK = "work_dirs/answers"
+README = dbcore.DATA.parent / "README.md"
+START, END = "<!-- answers: made by make answers -->", "<!-- end of answers -->"
+SHOWN = {"truth: subject": "right subject", "subject, subject encoder": "subject", "prompt, clip_image": "CLIP-T",
+         "truth: prompt": "right prompt", "PRES, subject encoder": "PRES", "DIV, subject encoder": "DIV"}
 SIZE = "--num_subjects 3 --num_prompts 8 --num_images 2"
 SHORT = "--max_train_steps 60"
 
@@ -29,7 +34,7 @@ QUESTIONS = {  # the first way is the one that the others are compared with
                      "shared rate": f"{SHORT} --train_text_encoder --text_encoder_lr 1.5e-3"},
     "rank": each("--rank", (4, 1, 2, 8, 16, 32)),
     "rate": each("--learning_rate", ("2e-4", "5e-5", "5e-4", "1e-3", "1.5e-3", "3e-3")),
-    "steps": each("--max_train_steps", (150, 25, 50, 100, 400, 800), more=""),
+    "steps": each("--max_train_steps", (150, 25, 50, 100, 400), more=""),
     "photos": each("--num_photos", (5, 1, 3, 10)),
     "words": {"sks and noun": f"{SHORT} --instance_prompt 'a photo of sks {{class}}'",
               "no noun": f"{SHORT} --instance_prompt 'a photo of sks'",
@@ -54,8 +59,23 @@ def ask(question):
             "differences": found["differences"]}
 
 
+def summary(answers):
+    """Markdown for README: one row a way to train, the measures that tell most."""
+    lines = ["| question | way to train | " + " | ".join(SHOWN.values()) + " |", "|---|---|" + "---:|" * len(SHOWN)]
+    for question, answer in answers.items():
+        for way in QUESTIONS[question]:
+            cells = [cell(answer["mean"][way][measure]) for measure in SHOWN]
+            lines.append(f"| {question} | {way} | " + " | ".join(cells) + " |")
+            question = ""  # once for all its rows
+    return "\n".join(lines)
+
+
 def store(answers):
+    """The answers into data/, their summary into README."""
     RESULTS.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    before, after = text[:text.index(START) + len(START)], text[text.index(END):]
+    README.write_text(f"{before}\n{summary(answers)}\n{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

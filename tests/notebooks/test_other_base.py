@@ -23,6 +23,7 @@ SHORT = {
     "03_prior_preservation": {"STEPS": 4, "CLASS_IMAGES": 10},
     "04_gpu_training": {"STEPS": 8},
     "05_inference": {"STEPS": 2, "DRAW_STEPS": 4},
+    "07_evaluation": {"STEPS": 3, "CLASS_IMAGES": 2},
 }
 # What only a model that has learned can show.
 CLAIMS = {
@@ -32,6 +33,18 @@ CLAIMS = {
                               "pres_alone[-1] > pres_kept[-1] + 0.02 and div_kept[-1] > div_alone[-1]",
                               'fidelity[name] > fidelity["before"]'],
     "05_inference": ['max(apart, key=apart.get) == "euler_a"'],
+    "07_evaluation": ["rise[who.name] > 0.4",
+                      "min(seen[what] for what in same) > max(seen[what] for what in made if what not in same)",
+                      'likeness[clip.name]["another build"] > likeness[clip.name]["in the snow"]',
+                      "max(fidelity, key=fidelity.get) == cheat and min(obeys, key=obeys.get) == cheat",
+                      'obeys[cheat] + 0.1 < obeys["all steps"] < obeys["a third of the steps"] < obeys["the base alone"]',
+                      'best["striped"] < best["plain"] - 0.1',
+                      'kept["all steps"] < fidelity["all steps"] - 0.1',
+                      "count[0] < count[2]",
+                      '(agrees["subject encoder"] or 0) > 0.75 and abs(pairs.float().mean() - agrees["subject encoder"]) < 1e-3',
+                      'intervals["all steps, less the base alone"][0] > 0',
+                      'chosen == {"subject fidelity": "all steps", "prompt fidelity": "the base alone"}',
+                      'good["the base alone"] < good["all steps"]'],
 }  # fmt: skip
 
 
