@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 # Only what a camera, a phone or a browser writes. Pillow knows more formats, but some of them start
@@ -296,6 +295,8 @@ def _fingerprint(image):
 
     The difference hash survives another size, quality or exposure, which is how copies differ.
     """
+    import numpy as np  # takes longer to load than all of `--help`
+
     grey = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BOX), dtype=np.int16)
     across, down = np.diff(grey, axis=1)[:8], np.diff(grey, axis=0)[:, :8]
     return np.where(np.concatenate([across.ravel(), down.ravel()]) > 0, 1, -1).astype(np.int8)
@@ -305,6 +306,8 @@ def _near_duplicates(photos, prints):
     known = [(photo, print_) for photo, print_ in zip(photos, prints) if print_ is not None]
     if len(known) < 2:
         return []
+    import numpy as np
+
     signs = np.stack([print_ for _, print_ in known]).astype(np.float32)  # [photos, 128]
     problems = []
     for i in range(1, len(known)):
@@ -406,6 +409,8 @@ def _mask_for(path, size, problems):
 def _to_rgb(image):
     """Any Pillow mode as 8-bit sRGB: 16 bits scaled, transparency on white, CMYK and profiles converted."""
     if image.mode.startswith("I"):  # Pillow keeps a 16-bit grey picture's values, and its convert clips them
+        import numpy as np
+
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise PhotoError("holds floating-point values without a range: save it with 8 or 16 bits")

@@ -1,0 +1,33 @@
+"""The course's questions, answered: README's table is that of data/toybench_results.json, and the directions hold."""
+
+import json
+
+import pytest
+from store_answers import QUESTIONS, README, RESULTS, summary
+
+from dbcore.tools.toybench import read_way
+
+
+@pytest.fixture(scope="module")
+def answers():
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def test_readme_has_the_answers_that_were_stored(answers):
+    assert list(answers) == list(QUESTIONS)
+    assert summary(answers) in README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_way_to_train_is_one_that_toybench_takes_and_has_its_row(question, answers):
+    for name, options in QUESTIONS[question].items():
+        assert read_way(f"{name}={options}")[0] == name
+        assert f"--vary {name}=" in answers[question]["command"].replace("'", "").replace('"', "")
+    assert all(f" {name} |" in answers[question]["table"] for name in QUESTIONS[question])
+
+
+def test_prior_preservation_has_the_papers_direction(answers):
+    """Ruiz et al. 2023, table 4: PRES falls by far, fidelity to the subject gives a little."""
+    mean, apart = answers["prior"]["mean"], answers["prior"]["differences"]["without"]
+    assert mean["with"]["PRES, subject encoder"][0] < mean["without"]["PRES, subject encoder"][0] - 0.2
+    assert apart["PRES, subject encoder"][1] > 0 and apart["subject, subject encoder"][0] > 0
