@@ -40,10 +40,12 @@ NOTEBOOKS ?= notebooks
 
 test test-rounding: export HF_HUB_OFFLINE = 1
 test test-rounding: export TQDM_DISABLE = 1
+# unit tests beside the notebooks: two runs of one thread take less time than one run of two
+test: export OMP_NUM_THREADS = 1
+test: export NUMBA_NUM_THREADS = 1
 test: setup ## lint, unit tests, then the notebooks against their stored outputs
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest
-	$(if $(wildcard notebooks/*.ipynb),$(REPLAY))
+	$(BIN)/python -m pytest & units=$$!; $(REPLAY); replay=$$?; wait $$units && exit $$replay
 
 outputs: setup ## run the notebooks anew and store what they show, as what make test compares with
 	$(BIN)/python tests/store_outputs.py $(NOTEBOOKS)
