@@ -99,6 +99,12 @@ def line_plot(series, xlabel, ylabel, title=None, size=(5.5, 3.0)):
     return figure
 
 
+def running_mean(values, width):
+    """The mean of each value and those before it, `width` of them at most; a list as long as `values`."""
+    windows = (values[max(0, k - width):k] for k in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
+
+
 def bar_plot(values, xlabel, title=None, width=6.0):
     """Horizontal bars, first on top. `values`: {name: number}."""
     size = (width, 0.6 + 0.19 * max(len(values), 3))

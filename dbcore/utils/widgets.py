@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from PIL import Image, ImageDraw
 
-from dbcore.utils.grids import Picture, image_grid, line_plot
+from dbcore.utils.grids import Picture, image_grid, line_plot, running_mean
 
 try:
     import ipywidgets
@@ -400,7 +400,7 @@ class Dashboard:
         if len(self.losses) < 2:
             return None
         steps, losses = list(self.losses), list(self.losses.values())
-        return line_plot({"loss": (steps, losses), "mean of the last 20": (steps, _running_mean(losses, 20))},
+        return line_plot({"loss": (steps, losses), "mean of the last 20": (steps, running_mean(losses, 20))},
                          "step", "loss")  # fmt: skip
 
     def validation(self):
@@ -470,11 +470,6 @@ class _Fork:
 
     def __getattr__(self, name):
         return getattr(self.mine if threading.get_ident() == self.thread else self.other, name)
-
-
-def _running_mean(values, width):
-    return [sum(values[max(0, k - width + 1):k + 1]) / len(values[max(0, k - width + 1):k + 1])
-            for k in range(len(values))]  # fmt: skip
 
 
 def _stacked(images):

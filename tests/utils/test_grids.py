@@ -91,3 +91,9 @@ def test_bars_keep_their_order():
     axis = figure.axes[0]
     assert [bar.get_width() for bar in axis.patches] == [1.0, 3.0]
     assert axis.yaxis_inverted()
+
+
+def test_a_running_mean_has_fewer_values_at_first_and_looks_back_only():
+    assert grids.running_mean([4.0, 2.0, 9.0, 1.0], 2) == [4.0, 3.0, 5.5, 5.0]
+    assert grids.running_mean([4.0, 2.0, 9.0], 10) == [4.0, 3.0, 5.0]
+    assert grids.running_mean([], 3) == []
