@@ -6,7 +6,6 @@ from a world no network was trained on; what a sample shows is told by the attri
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import time
@@ -245,11 +244,12 @@ def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list, subjec
     go to `work`, in a folder named by the base's weights and settings.
     """
     from dbcore.models.base import load_base
+    from dbcore.tools.evaluate import digest
     from dbcore.utils.grids import save_grid
 
     base, reader = load_base(folder), load_reader(folder)
-    settings = hashlib.sha256(json.dumps(base.settings, sort_keys=True).encode()).hexdigest()
-    work = work / f"{base.fingerprint()[:12]}-{settings[:8]}"  # what others have left there is not taken for theirs
+    # what other weights or other settings have left is not taken for theirs
+    work = work / f"{base.fingerprint()[:12]}-{digest(base.settings)}"
     gates: list[Gate] = []
 
     def add(new):
