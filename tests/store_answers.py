@@ -1,4 +1,4 @@
-"""Ask the toy world the course's questions and store the answers: `make answers`, about an hour and a half on one core.
+"""Ask the toy world the course's questions and store the answers: `make answers`, about an hour on one core.
 
 Each question is one `dbcore toybench` command. What it finds goes to data/toybench_results.json, from which README and
 notebook 07 have their tables; runs and pictures stay in work_dirs/answers, so that a stopped run goes on.
@@ -12,15 +12,17 @@ from pathlib import Path
 import dbcore
 from dbcore.__main__ import main
 from dbcore.tools.evaluate import cell
+from dbcore.tools.toybench import PROMPT, SUBJECT
 
 RESULTS = dbcore.DATA / "toybench_results.json"
 WORK = "work_dirs/answers"
 README = dbcore.DATA.parent / "README.md"
 START, END = "<!-- answers: made by make answers -->", "<!-- end of answers -->"
-SHOWN = {"truth: subject": "right subject", "subject, subject encoder": "subject", "prompt, clip_image": "CLIP-T",
-         "truth: prompt": "right prompt", "PRES, subject encoder": "PRES", "DIV, subject encoder": "DIV"}
+SHOWN = {SUBJECT: "right subject", "subject, subject encoder": "subject", "prompt, clip_image": "CLIP-T",
+         PROMPT: "right prompt", "PRES, subject encoder": "PRES", "DIV, subject encoder": "DIV"}
 SIZE = "--num_subjects 3 --num_prompts 8 --num_images 2"
 SHORT = "--max_train_steps 60"
+RATE = "1.5e-3"  # the UNet's, as the toy base recommends it
 
 
 def each(option, values, more=SHORT):
@@ -31,9 +33,9 @@ def each(option, values, more=SHORT):
 QUESTIONS = {  # the first way is the one that the others are compared with
     "prior": {"with": "--with_prior_preservation", "without": ""},
     "text encoder": {"UNet only": SHORT, "own rate": f"{SHORT} --train_text_encoder",
-                     "shared rate": f"{SHORT} --train_text_encoder --text_encoder_lr 1.5e-3"},
+                     "shared rate": f"{SHORT} --train_text_encoder --text_encoder_lr {RATE}"},
     "rank": each("--rank", (4, 1, 2, 8, 16, 32)),
-    "rate": each("--learning_rate", ("2e-4", "5e-5", "5e-4", "1e-3", "1.5e-3", "3e-3")),
+    "rate": each("--learning_rate", ("2e-4", "5e-5", "5e-4", "1e-3", RATE, "3e-3")),
     "steps": each("--max_train_steps", (150, 25, 50, 100, 400), more=""),
     "photos": each("--num_photos", (5, 1, 3, 10)),
     "words": {"sks and noun": f"{SHORT} --instance_prompt 'a photo of sks {{class}}'",

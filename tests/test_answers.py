@@ -3,8 +3,10 @@
 import json
 
 import pytest
-from store_answers import QUESTIONS, README, RESULTS, summary
+from store_answers import QUESTIONS, RATE, README, RESULTS, summary
 
+import dbcore
+from dbcore.models.base import recommended
 from dbcore.tools.toybench import read_way
 
 
@@ -24,6 +26,10 @@ def test_every_way_to_train_is_one_that_toybench_takes_and_has_its_row(question,
         assert read_way(f"{name}={options}")[0] == name
         assert f"--vary {name}=" in answers[question]["command"].replace("'", "").replace('"', "")
     assert all(f" {name} |" in answers[question]["table"] for name in QUESTIONS[question])
+
+
+def test_the_shared_rate_is_the_one_that_the_unet_is_trained_at():
+    assert float(RATE) == recommended(dbcore.TOY_BASE)["learning_rate"]
 
 
 def test_prior_preservation_has_the_papers_direction(answers):
