@@ -71,8 +71,8 @@ def train(config, callback=None, should_stop=None):
     say = accelerator.print
     config = settle(config, accelerator.device)
     say("Chosen for this base and machine: " + ", ".join(
-        f"{name} {getattr(config, name)}" for name in ("resolution", "rank", "learning_rate", "lora_layers", "train_batch_size",
-                                                       "mixed_precision")) + ".")
+        f"{name} {getattr(config, name)}" for name in ("resolution", "rank", "learning_rate", "lora_layers",
+                                                       "train_batch_size", "mixed_precision")) + ".")
     photos, problems = gather_photos(config.instance_data_dir, resolution=config.resolution)
     for problem in problems:
         say(f"  {problem}")
