@@ -1,6 +1,7 @@
 """The course's questions, answered: README's table is that of data/toybench_results.json, and the directions hold."""
 
 import json
+import re
 
 import pytest
 from store_answers import QUESTIONS, RATE, README, RESULTS, summary
@@ -37,3 +38,11 @@ def test_prior_preservation_has_the_papers_direction(answers):
     mean, apart = answers["prior"]["mean"], answers["prior"]["differences"]["without"]
     assert mean["with"]["PRES, subject encoder"][0] < mean["without"]["PRES, subject encoder"][0] - 0.2
     assert apart["PRES, subject encoder"][1] > 0 and apart["subject, subject encoder"][0] > 0
+
+
+def test_every_interval_in_readmes_words_is_one_that_was_stored(answers):
+    words = README.read_text(encoding="utf-8").partition("## Measured, not admired")[2].partition("<details>")[0]
+    told = set(re.findall(r"(\d\.\d\d)\s+\[(\d\.\d\d), (\d\.\d\d)\]", words))
+    differences = [value for answer in answers.values() for way in answer["differences"].values() for value in way.values()]
+    found = {tuple(sorted(f"{abs(x):.2f}" for x in value)) for value in differences if value}
+    assert len(told) >= 4 and not [each for each in told if tuple(sorted(each)) not in found]
