@@ -226,14 +226,16 @@ def costs(program, folder, environment):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     seen = watch(program, folder, environment)
-    found = (folder / "run" / "pytorch_lora_weights.safetensors").is_file()
+    lora = folder / "run" / "pytorch_lora_weights.safetensors"
+    saved = lora.stat().st_mtime - seen["began"] if lora.is_file() else None
     last = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
-    need(seen["code"] == 0 and found and "steps" in seen["marks"],
-         f"{Path(program[0]).name} ended with code {seen['code']}, {'a' if found else 'no'} LoRA and "
+    need(seen["code"] == 0 and saved is not None and "steps" in seen["marks"],
+         f"{Path(program[0]).name} ended with code {seen['code']}, {'no' if saved is None else 'a'} LoRA and "
          f"{'a' if 'steps' in seen['marks'] else 'no'} progress bar of steps; its last words:\n{last}")
     for path in (folder / "run", folder / "class"):
         shutil.rmtree(path, ignore_errors=True)
-    found = {"whole command, s": seen["seconds"], "steps/s": rate(seen["marks"]["steps"]),
+    found = {"until the LoRA is saved, s": saved, "whole command, s": seen["seconds"],
+             "steps/s": rate(seen["marks"]["steps"]),
              **{f"{name}, s": value for name, value in stages(seen["marks"], seen["seconds"]).items()},
              "resident memory, GB": seen["resident"] and seen["resident"] / 1e9,
              "GPU memory, GB": seen["gpu_memory"] and seen["gpu_memory"] / 1e9}

@@ -31,13 +31,13 @@ def watch(program, folder, environment=None):
 
     `environment`: variables beside those of this process.
 
-    Returns {"seconds", "marks": {bar: [(seconds, count)]}, "resident", "gpu_memory": bytes or None, "code"}; what
-    it printed is in `folder`/log.txt.
+    Returns {"began": the time of day, "seconds", "marks": {bar: [(seconds, count)]}, "resident", "gpu_memory": bytes or
+    None, "code"}; what it printed is in `folder`/log.txt.
     """
     notes, marks = Path(folder, "notes.json"), {}
     environment = {**os.environ, **(environment or {})}
     environment.pop("TQDM_DISABLE", None)  # bars are read
-    began = time.perf_counter()
+    clock, began = time.time(), time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", __name__, str(notes), *program], stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     with process.stdout as output, open(Path(folder, "log.txt"), "wb") as log:
@@ -49,7 +49,7 @@ def watch(program, folder, environment=None):
     resident = wait(process)
     seconds = time.perf_counter() - began
     gpu_memory = json.loads(notes.read_text())["gpu_memory"] if notes.is_file() else None
-    return {"seconds": seconds, "marks": marks, "resident": resident, "gpu_memory": gpu_memory,
+    return {"began": clock, "seconds": seconds, "marks": marks, "resident": resident, "gpu_memory": gpu_memory,
             "code": process.returncode}
 
 

@@ -5,8 +5,9 @@ what was asked: the base's attribute reader tells, and each learned metric is he
 to train get the same subjects, prompts and seeds, and differences are taken subject by subject. What is done stays
 in the output folder: a bench that was stopped goes on where it was.
 
-A way to train has the options of `train`, and one of the bench's own: --num_photos, how many photos of the subject it
-gets. Whatever a way was taught with, its pictures are measured against the same photos.
+A way to train has the options of `train`, and two of the bench's own: --num_photos, how many photos of the subject it
+gets, and --full_finetuning, which trains the UNet's own weights instead of a LoRA. Whatever a way was taught with, its
+pictures are measured against the same photos.
 """
 
 import argparse
@@ -37,15 +38,16 @@ FULL, QUICK = (30, 25, 4), (6, 10, 2)  # subjects, prompts, pictures of each
 DEFAULT = "prior=--with_prior_preservation"
 PATHS = {"pretrained_model_name_or_path", "instance_data_dir", "output_dir", "resume_from_checkpoint"}
 OURS = {*PATHS, "seed"}
-NUM_PHOTOS = "num_photos"  # the bench's own option of a way to train: the photos are made here
+NUM_PHOTOS, FULL_FINETUNING = OWN = "num_photos", "full_finetuning"  # the bench's own options of a way to train
+LORA_ALONE = ("rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_layers", "train_text_encoder")
 SUBJECT, PROMPT, PRES = "truth: subject", "truth: prompt", "truth: PRES"
 LABELS = {"floor": "base alone", "ceiling": "photos"}  # beside the names of the ways to train
 
 
 def add_arguments(parser):
     parser.add_argument("--vary", action="append", metavar="NAME=OPTIONS", help="a way to train: a name, and "
-                        "options of train, {class} standing for dog, cat, ..., and --num_photos N; give it once for each; the "
-                        f"others are compared with the first (without it: '{DEFAULT}')")
+                        "options of train, {class} standing for dog, cat, ..., --num_photos N and --full_finetuning; give it "
+                        f"once for each; the others are compared with the first (without it: '{DEFAULT}')")
     parser.add_argument("--quick", action="store_true",
                         help="{} subjects, {} prompts and {} pictures each, not {}, {} and {}".format(*QUICK, *FULL))
     parser.add_argument("--num_subjects", type=int, metavar="N", help="only N of them, spread over the classes")
@@ -77,12 +79,15 @@ def read_way(text):
     parser = argparse.ArgumentParser(usage=f"--vary '{name}=OPTIONS of train'", allow_abbrev=False, add_help=False)
     add_options(parser, TrainConfig)
     parser.add_argument(f"--{NUM_PHOTOS}", type=int, default=argparse.SUPPRESS)
+    parser.add_argument(f"--{FULL_FINETUNING}", action="store_true", default=argparse.SUPPRESS)
     given, unknown = parser.parse_known_args(shlex.split(words))
     options = {option: value for option, value in vars(given).items() if option != "config"}
-    known = {field.name for field in dataclasses.fields(TrainConfig)} - OURS | {NUM_PHOTOS}
+    known = {field.name for field in dataclasses.fields(TrainConfig)} - OURS | {*OWN}
     wrong = [*unknown, *(f"--{option}" for option in options if option not in known)]
     need(not wrong, f"--vary {name}: {' '.join(wrong)} is no option of train, or one that toybench sets itself")
     need(options.get(NUM_PHOTOS, 1) >= 1, f"--vary {name}: --{NUM_PHOTOS} {options.get(NUM_PHOTOS)} is less than one")
+    idle = [f"--{option}" for option in LORA_ALONE if option in options and FULL_FINETUNING in options]
+    need(not idle, f"--vary {name}: {' '.join(idle)} does nothing with --{FULL_FINETUNING}, which trains no LoRA")
     return name, options
 
 
@@ -154,14 +159,16 @@ class Case:
 
     def run(self, options):
         """`alone` after a run of these options, taken up where it was; named by all that it depends on."""
+        from dbcore.engines.finetune import finetune
         from dbcore.engines.train import train
         from dbcore.models.base import settle
 
-        config = self.config(options)
+        config, full = self.config(options), FULL_FINETUNING in options
         what = {name: value for name, value in dataclasses.asdict(settle(config)).items() if name not in PATHS}
-        name, prompt = f"{Path(config.instance_data_dir).name}-{digest(what)}", config.instance_prompt
+        name = f"{Path(config.instance_data_dir).name}-{digest(what)}{'-full' * full}"
         config.output_dir, config.resume_from_checkpoint = str(self.work / "runs" / name), "latest"
-        return dataclasses.replace(self.alone, name=name, lora=train(config), instance_prompt=prompt)
+        taught = {"base": str(finetune(config))} if full else {"lora": train(config)}
+        return dataclasses.replace(self.alone, name=name, instance_prompt=config.instance_prompt, **taught)
 
     def config(self, options):
         from dbcore.models.base import recommended
@@ -171,7 +178,7 @@ class Case:
             given |= {"class_prompt": self.alone.class_prompt,
                       "num_class_images": recommended(self.base).get("num_class_images", 100)}
         given |= {option: value.replace("{class}", self.character.kind) if isinstance(value, str) else value
-                  for option, value in options.items() if option != NUM_PHOTOS}
+                  for option, value in options.items() if option not in OWN}
         photos = self.photos(options.get(NUM_PHOTOS, self.usual))
         return TrainConfig(pretrained_model_name_or_path=self.base, instance_data_dir=str(photos), seed=self.seed,
                            **given)

@@ -94,6 +94,7 @@ def test_a_way_to_train_is_a_name_and_options_of_train():
     ("low=--rnk 4", "low: --rnk 4 is no option of train"),
     ("mine=--output_dir here", "mine: --output_dir is no option of train, or one that toybench sets itself"),
     ("none=--num_photos 0", "none: --num_photos 0 is less than one"),
+    ("all=--full_finetuning --rank 4", "all: --rank does nothing with --full_finetuning"),
 ])  # fmt: skip
 def test_a_way_that_is_none_is_refused(text, complaint):
     with pytest.raises(ConfigError, match=complaint):
@@ -188,3 +189,25 @@ def test_a_way_has_the_number_of_photos_that_it_asks_for(bench, tmp_path):
     columns = result["subjects"]["dog1"]  # and all are measured against the same five: with one there is no ceiling
     assert columns["ceiling"]["subject, colours"] is not None
     assert columns["one photo"] == columns["some photo"] != columns["usual"]
+
+
+def test_full_finetuning_moves_the_unet_itself_over_the_same_photos_and_noise(bench, tmp_path):
+    result = bench("--vary", "lora=--max_train_steps 3", "--vary", "full=--max_train_steps 3 --full_finetuning")
+    runs = {run.name.endswith("-full"): run for run in (tmp_path / "out").glob("*/runs/dog1-*")}
+    losses = [[json.loads(line)["losses"] for line in (run / "log.jsonl").read_text().splitlines()] for run in runs.values()]
+    assert np.allclose(losses[0][0], losses[1][0], rtol=1e-5)  # the first step, where nothing has been learnt
+    assert not np.allclose(losses[0][2], losses[1][2], rtol=1e-5)
+    base, tuned = (StableDiffusion(folder) for folder in (tmp_path / "base", runs[True] / "pipeline"))
+    same = [[torch.equal(a, b) for a, b in zip(*(getattr(one, part).parameters() for one in (base, tuned)))]
+            for part in ("unet", "text_encoder", "vae")]
+    assert not any(same[0]) and all(same[1]) and all(same[2])
+    assert tuned.settings == base.settings
+    assert result["subjects"]["dog1"]["full"] != result["subjects"]["dog1"]["floor"]
+
+
+def test_full_finetuning_that_is_there_is_not_done_again(bench, monkeypatch):
+    way = "--vary", "full=--max_train_steps 1 --full_finetuning"
+    first = bench(*way)
+    monkeypatch.setattr(StableDiffusion, "draw", None)
+    monkeypatch.setattr(StableDiffusion, "predict", None)
+    assert bench(*way) == first

@@ -1,0 +1,64 @@
+"""Full fine-tuning of the UNet, as DreamBooth was first done (Ruiz et al. 2023): what a LoRA is held against.
+
+Photos, steps and random numbers are those of `train`; only what is trained, and therefore what is written, differs:
+every weight of the UNet, and a whole pipeline.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dbcore.config import need
+from dbcore.datasets.photos import gather_photos
+from dbcore.engines.train import Run, prepare_folder
+from dbcore.models.base import SETTINGS_FILE, settle
+
+PIPELINE = "pipeline"  # in the run's folder
+
+
+def finetune(config):
+    """Teach the UNet itself a subject as `config` (TrainConfig) says; returns the folder of the new pipeline.
+
+    In float32, whatever `mixed_precision` says: steps as small as these are lost in half precision. One that is
+    finished is returned as it is; one that was stopped begins anew, for no checkpoints are kept. Raises ConfigError.
+    """
+    config.check()
+    folder = Path(config.output_dir) / PIPELINE
+    if folder.is_dir():
+        return folder
+    need(config.report_to == "none", f"--report_to {config.report_to}: full fine-tuning logs to log.jsonl alone")
+    config = dataclasses.replace(settle(config), mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no")
+    photos, _ = gather_photos(config.instance_data_dir, resolution=config.resolution)
+    prepare_folder(config, accelerator, None)
+    return FullRun(config, accelerator, photos).go(None, bool)
+
+
+class FullRun(Run):
+    """A run that trains the UNet's own weights."""
+
+    def inject(self):
+        unet = self.base.unet.requires_grad_(True).train()
+        if self.config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.trained_modules, self.parameters = {"unet": unet}, list(unet.parameters())
+        self.groups = [{"params": self.parameters, "lr": self.scaled(self.config.learning_rate)}]
+        self.predict = self.faster(self.base.predict)
+
+    def save(self, done):
+        """Nothing: a checkpoint would hold the weights three times, and the runs compared here take a minute."""
+
+    def finish(self):
+        """The whole pipeline, with the base's recommendations; the folder appears whole."""
+        folder, recommendations = self.folder / PIPELINE, Path(self.base.name) / SETTINGS_FILE
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.base.text_encoder  # noqa: B018 - was let go once the prompts were encoded
+        with self.averaged():
+            self.base.pipeline().save_pretrained(partial)
+        if recommendations.is_file():
+            shutil.copy(recommendations, partial)
+        partial.rename(folder)
+        return folder

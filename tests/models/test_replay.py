@@ -1,0 +1,62 @@
+"""A replay of the UNet gives the network's own numbers, to the last bit, as its LoRA learns."""
+
+import pytest
+import torch
+from pipelines import make_tiny_pipeline
+
+from dbcore.models.base import load_base
+from dbcore.models.lora import add_lora, lora_parameters, set_dropout
+from dbcore.models.replay import Replay, can_replay
+
+
+@pytest.fixture
+def base(tmp_path):
+    return load_base(make_tiny_pipeline(tmp_path / "base"))
+
+
+def batch(base, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    width = base.text_encoder.config.hidden_size
+    x_t = torch.randn(size, *base.latent_shape(base.resolution), generator=generator)
+    cond = torch.randn(size, base.tokenizer.model_max_length, width, generator=generator, requires_grad=True)
+    return x_t, torch.randint(1000, (size,), generator=generator), {"encoder_hidden_states": cond}
+
+
+@pytest.mark.parametrize("more", [{}, {"layers": "all"}, {"layers": "all", "use_dora": True}, {"use_rslora": True}], ids=str)
+def test_a_replay_has_the_same_bits_forward_and_back_at_every_step_and_size(base, more):
+    add_lora(base.unet, 4, 4, **more)
+    base.unet.train()
+    parameters = lora_parameters(base.unet)
+    optimizer, replay = torch.optim.AdamW(parameters, lr=0.05), Replay(base.predict, base.unet)
+    for step in range(5):
+        x_t, t, cond = batch(base, 1 + step % 2, seed=step)
+        leaves, seen = [*parameters, *cond.values()], []
+        for predict in (base.predict, replay):
+            prediction = predict(x_t, t, cond)
+            seen.append((prediction, *torch.autograd.grad(prediction.square().mean(), leaves)))
+        assert all(map(torch.equal, *seen))
+        for parameter, gradient in zip(parameters, seen[0][1:]):
+            parameter.grad = gradient
+        optimizer.step()
+    assert len(replay.graphs) == 2  # batches of one, and of two
+    assert all(a is b for a, b in zip(parameters, lora_parameters(base.unet)))  # the network has its own again
+
+
+def test_what_python_decides_anew_each_time_is_not_replayed(base):
+    assert can_replay(base.unet)
+    base.unet.enable_gradient_checkpointing()
+    assert not can_replay(base.unet)
+    base.unet.disable_gradient_checkpointing()
+    add_lora(base.unet, 4, 4, dropout=0.1)
+    set_dropout({"unet": base.unet}, [0])
+    assert not can_replay(base.unet)
+
+
+def test_a_failed_recording_leaves_the_network_as_it_was(base):
+    add_lora(base.unet, 4, 4)
+    before = lora_parameters(base.unet)
+    x_t, t, cond = batch(base, 1, seed=0)
+    with pytest.raises(RuntimeError, match="channels"):
+        Replay(base.predict, base.unet)(x_t[:, 1:], t, cond)
+    after = lora_parameters(base.unet)
+    assert len(after) == len(before) and all(a is b for a, b in zip(before, after))
