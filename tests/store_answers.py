@@ -36,7 +36,7 @@ QUESTIONS = {  # the first way is the one that the others are compared with
                      "shared rate": f"{SHORT} --train_text_encoder --text_encoder_lr {RATE}"},
     "rank": each("--rank", (4, 1, 2, 8, 16, 32)),
     "rate": each("--learning_rate", ("2e-4", "5e-5", "5e-4", "1e-3", RATE, "3e-3")),
-    "steps": each("--max_train_steps", (150, 25, 50, 100, 400), more=""),
+    "steps": each("--max_train_steps", (150, 25, 50, 100, 400, 800), more=""),
     "photos": each("--num_photos", (5, 1, 3, 10)),
     "words": {"sks and noun": f"{SHORT} --instance_prompt 'a photo of sks {{class}}'",
               "no noun": f"{SHORT} --instance_prompt 'a photo of sks'",
@@ -45,7 +45,8 @@ QUESTIONS = {  # the first way is the one that the others are compared with
               "random letters": f"{SHORT} --instance_prompt 'a photo of xjqv {{class}}'"},
     "method": {"LoRA": SHORT, "DoRA": f"{SHORT} --use_dora", "rsLoRA": f"{SHORT} --use_rslora",
                "min-SNR": f"{SHORT} --snr_gamma 5", "attention only": f"{SHORT} --lora_layers attention",
-               "batch 1": f"{SHORT} --train_batch_size 1"},
+               "batch 1": f"{SHORT} --train_batch_size 1",
+               **{f"full {rate}": f"{SHORT} --full_finetuning --learning_rate {rate}" for rate in ("5e-5", "2e-4")}},
 }
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import dbcore
 from dbcore.config import need
+from dbcore.tools import bench_memory
 from dbcore.tools.bench_report import SIDES, words, write
 from dbcore.tools.measure import rate, stages, watch
 
@@ -53,6 +54,8 @@ def add_arguments(parser):
     parser.add_argument("--gpu", action="store_true", help="Stable Diffusion 1.5's shape at 512 pixels, on a GPU")
     parser.add_argument("--growth", action="store_true",
                         help="how costs grow with photos, class images, rank, resolution and batch, instead")
+    parser.add_argument("--memory", action="store_true",
+                        help="the memory forecast against what runs take, over a grid of options, instead")
     parser.add_argument("--smoke", action="store_true", help="two steps a case: does it run? Times mean nothing")
     parser.add_argument("--toy", type=Path, default=dbcore.TOY_BASE, metavar="BASE", help="another small base")
     parser.add_argument("--sd15", type=Path, metavar="BASE", help="a folder with Stable Diffusion 1.5; without it, "
@@ -64,6 +67,9 @@ def add_arguments(parser):
 def main(args):
     need(args.rounds > 0, f"--rounds {args.rounds}: it must be at least 1")
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.memory:
+        print("\n".join([*machine(), "", memory(args)]))
+        return
     script = find_script(args.script, args.output_dir)
     cases = [*(growth_cases if args.growth else gpu_cases if args.gpu else cpu_cases)(args)]
     names = [case.name for case in cases] + ["answers"]
@@ -191,6 +197,29 @@ def machine():
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     threads = os.environ.get("OMP_NUM_THREADS", "as many as PyTorch chooses")
     return [f"- {line}" for line in [*lines.splitlines(), f"CPU threads: {threads}"]]
+
+
+# --- the forecast -------------------------------------------------------------------------------------
+
+
+def memory(args):
+    """The table of `bench_memory`, over the toy base and, unless it is to be quick, Stable Diffusion 1.5's shape."""
+    bases = {args.toy: dict([*bench_memory.TOY.items()][:2] if args.smoke else bench_memory.TOY)}
+    if not args.smoke:
+        bases[args.sd15 or sd15_base(args.output_dir / "sd15")] = bench_memory.SD15
+    pictures = photos(args.output_dir / "photos-5", 5)
+    plain = {"instance_prompt": BOTH["instance_prompt"], "max_train_steps": bench_memory.STEPS, "report_to": "none"}
+    runs = {(base, name): {"pretrained_model_name_or_path": base, "instance_data_dir": pictures, **plain, **options}
+            for base, grid in bases.items() for name, options in grid.items()}
+
+    def measure(options, name):
+        print(name, flush=True)
+        folder = args.output_dir / "runs" / "memory"
+        where = {"DBCORE_CACHE": str(folder / "cache"), **({} if args.gpu else {"ACCELERATE_USE_CPU": "true"})}
+        seen = costs(["dbcore", "train", *words({**options, "output_dir": folder / "run"})], folder, where)
+        return 1e9 * seen["GPU memory, GB" if args.gpu else "resident memory, GB"]
+
+    return bench_memory.check(runs, measure, args.output_dir, args.gpu)
 
 
 # --- one case -----------------------------------------------------------------------------------------
