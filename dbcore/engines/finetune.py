@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from dbcore.config import need
 from dbcore.datasets.photos import gather_photos
-from dbcore.engines.train import Run, prepare_folder
+from dbcore.engines.train import Interrupted, Run, prepare_folder
 from dbcore.models.base import SETTINGS_FILE, settle
 
 PIPELINE = "pipeline"  # in the run's folder
@@ -22,7 +22,8 @@ def finetune(config):
     """Teach the UNet itself a subject as `config` (TrainConfig) says; returns the folder of the new pipeline.
 
     In float32, whatever `mixed_precision` says: steps as small as these are lost in half precision. One that is
-    finished is returned as it is; one that was stopped begins anew, for no checkpoints are kept. Raises ConfigError.
+    finished is returned as it is; one that was stopped begins anew, for no checkpoints are kept. Raises ConfigError, and
+    Interrupted after Ctrl-C or SIGTERM.
     """
     config.check()
     folder = Path(config.output_dir) / PIPELINE
@@ -33,7 +34,10 @@ def finetune(config):
     accelerator = Accelerator(mixed_precision="no")
     photos, _ = gather_photos(config.instance_data_dir, resolution=config.resolution)
     prepare_folder(config, accelerator, None)
-    return FullRun(config, accelerator, photos).go(None, bool)
+    try:
+        return FullRun(config, accelerator, photos).go(None, bool)
+    except Interrupted:
+        raise Interrupted(f"Stopped; nothing of {config.output_dir} is kept, and it begins anew the next time.") from None
 
 
 class FullRun(Run):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dbcore import TOY_BASE
 from dbcore.__main__ import main
 from dbcore.config import ConfigError, TrainConfig, read_yaml
 from dbcore.engines import evaluate as engine
+from dbcore.engines.train import Run
 from dbcore.models.base import StableDiffusion
 from dbcore.tools import evaluate, toybench
 from dbcore.toybox.scene import CLASSES, Character
@@ -211,3 +213,17 @@ def test_full_finetuning_that_is_there_is_not_done_again(bench, monkeypatch):
     monkeypatch.setattr(StableDiffusion, "draw", None)
     monkeypatch.setattr(StableDiffusion, "predict", None)
     assert bench(*way) == first
+
+
+def test_full_finetuning_that_is_stopped_does_not_claim_a_checkpoint(bench, monkeypatch, capsys):
+    really = Run.step
+
+    def stop(self, step):
+        signal.raise_signal(signal.SIGTERM)
+        return really(self, step)
+
+    monkeypatch.setattr(Run, "step", stop)
+    with pytest.raises(SystemExit, match="130"):
+        bench("--vary", "full=--max_train_steps 3 --full_finetuning")
+    said = capsys.readouterr().out
+    assert "begins anew the next time" in said and "checkpoint" not in said
