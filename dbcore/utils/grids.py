@@ -91,7 +91,7 @@ def line_plot(series, xlabel, ylabel, title=None, size=(5.5, 3.0)):
     """Lines over a common x. `series`: {name: (xs, ys)}. Colour and marker both tell lines apart."""
     figure, axis = _framed(xlabel, ylabel, title, size)
     for k, (name, (xs, ys)) in enumerate(series.items()):
-        marker = MARKERS[k % len(MARKERS)] if len(xs) <= 60 else None
+        marker = MARKERS[(k + k // len(COLOURS)) % len(MARKERS)] if len(xs) <= 60 else None  # no pair comes twice
         axis.plot(xs, ys, color=COLOURS[k % len(COLOURS)], marker=marker, markersize=3.5, linewidth=1.3,
                   label=name)
     if len(series) > 1:

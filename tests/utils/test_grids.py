@@ -86,6 +86,11 @@ def test_lines_carry_their_data_and_differ_by_more_than_colour():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["with", "without"]
 
 
+def test_of_many_lines_no_two_look_alike():
+    figure = grids.line_plot({str(k): ([k], [k]) for k in range(20)}, "x", "y")
+    assert len({(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()}) == 20
+
+
 def test_bars_keep_their_order():
     figure = grids.bar_plot({"first": 1.0, "second": 3.0}, "size")
     axis = figure.axes[0]
