@@ -1,4 +1,4 @@
-"""Ask the toy world the course's questions and store the answers: `make answers`, about an hour on one core.
+"""Ask the toy world the course's questions and store the answers: `make answers`, more than an hour on one core.
 
 Each question is one `dbcore toybench` command. What it finds goes to data/toybench_results.json, from which README and
 notebook 07 have their tables; runs and pictures stay in work_dirs/answers, so that a stopped run goes on.
@@ -66,7 +66,7 @@ def summary(answers):
     """Markdown for README: one row a way to train, the measures that tell most."""
     lines = ["| question | way to train | " + " | ".join(SHOWN.values()) + " |", "|---|---|" + "---:|" * len(SHOWN)]
     for question, answer in answers.items():
-        for way in QUESTIONS[question]:
+        for way in (way for way in QUESTIONS[question] if way in answer["mean"]):  # a new way is not asked yet
             cells = [cell(answer["mean"][way][measure]) for measure in SHOWN]
             lines.append(f"| {question} | {way} | " + " | ".join(cells) + " |")
             question = ""  # once for all its rows
