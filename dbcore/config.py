@@ -123,6 +123,8 @@ class TrainConfig:
     num_validation_images: int = knob(4, "pictures a validation prompt; fewer are sooner drawn", low=1)
     validation_steps: int | None = knob(None, "draw every this many steps; without it, five times a run", low=1)
     validation_epochs: int | None = knob(None, "draw every this many passes over the photos", low=1)
+    num_report_images: int = knob(4, "pictures a prompt in the report at the end, without the LoRA and with it; 0 draws "
+                                  "none, where drawing takes longer than training", low=0)
     report_to: str = knob("tensorboard", "tracker, if it is installed; log.jsonl is always written",
                           ("tensorboard", "wandb", "none"))
     logging_dir: str = knob("logs", "folder of the tracker's files, within output_dir")

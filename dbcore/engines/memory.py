@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dbcore.engines.losses import dreambooth_loss
-from dbcore.engines.report import SEEDS
 from dbcore.engines.train import Run
 from dbcore.models.base import load_base, settle, torch_dtype
 
@@ -193,12 +192,12 @@ class Shadow(Run):
     def pictures(self):
         """Validation, and the report at the end: the autoencoder is back, gradients are gone."""
         c = self.config
-        count = max(len(SEEDS), min(DRAWN, c.num_validation_images * len(c.validation_prompt)))
+        count = max(min(DRAWN, c.num_report_images), min(DRAWN, c.num_validation_images * len(c.validation_prompt)))
         for module in self.trained_modules.values():
             module.eval()
-        activations = self.drawing(self.base, count)
+        activations = self.drawing(self.base, count) if count else 0
         means = 2 * 4 * self.trained if c.use_ema else 0
-        return Phase("validation and report", self.resident("vae"), activations,
+        return Phase("validation and report", self.resident(*["vae"] * bool(count)), activations,
                      optimizer=STATE[c.optimizer] * self.trained + means)
 
     def cache(self, photos):

@@ -22,16 +22,15 @@ from dbcore.utils.grids import bar_plot, line_plot, save_figure, save_grid
 # Mean difference of pictures with and without the adapter, in grey levels of 255. Two renderings of one
 # picture in half and single precision differ by well under 1; a subject that is there differs by 10 or more.
 VISIBLE = 2.0
-SEEDS = (0, 1, 2, 3)
 BANDS = 5
 SECRETS = {"hub_token"}
 
 
 @dataclass
 class Evidence:
-    """What the report measured. `difference`: grey levels; `update`: {layer: ||dW||_F / ||W||_F}."""
+    """What the report measured. `difference`: grey levels, None without pictures; `update`: {layer: ||dW||_F / ||W||_F}."""
 
-    difference: float
+    difference: float | None
     update: dict[str, float]
     overall: float
     seconds: float
@@ -40,9 +39,12 @@ class Evidence:
 
     @property
     def visible(self):
-        return self.difference >= VISIBLE
+        return self.difference is not None and self.difference >= VISIBLE
 
     def verdict(self):
+        if self.difference is None:
+            return (f"No pictures were drawn, as num_report_images is 0. The update is {self.overall:.2%} of the adapted "
+                    "layers' weights; draw some to see what that does.")
         words = f"the same prompts and seeds with the adapter on and off differ by {self.difference:.1f} of 255"
         if self.visible:
             return f"Yes, it changed the pictures: {words} grey levels on average."
@@ -61,12 +63,10 @@ def write_report(modules, draw, config, output_dir, history, seconds):
     """
     output_dir = Path(output_dir)
     prompts = report_prompts(config)
-    on, off = draw_on_and_off(modules, draw, prompts)
-    rows = [pictures for pair in zip(off, on) for pictures in pair]
-    labels = [f"{prompt}, {state}" for prompt in prompts for state in ("before", "after")]
-    save_grid(output_dir / "report" / "on_off.png", rows, labels, [f"seed {seed}" for seed in SEEDS])
+    seeds = range(config.num_report_images)
+    difference = compare_pictures(output_dir / "report" / "on_off.png", modules, draw, prompts, seeds) if seeds else None
     update, overall = update_sizes(modules)
-    evidence = Evidence(pixel_difference(on, off), update, overall, seconds, *peak_memory())
+    evidence = Evidence(difference, update, overall, seconds, *peak_memory())
     save_figure(output_dir / "report" / "update_by_layer.png",
                 bar_plot(by_block(update), "size of the update, relative to the weights"))
     plot_loss(output_dir / "report" / "loss_by_timestep.png", history)
@@ -83,10 +83,19 @@ def report_prompts(config):
     return list(dict.fromkeys([config.instance_prompt, *asked]))[:4]
 
 
-def draw_on_and_off(modules, draw, prompts):
+def compare_pictures(path, modules, draw, prompts, seeds):
+    """Draw without the adapter and with it, save both as a grid, and return how far they are apart in grey levels."""
+    on, off = draw_on_and_off(modules, draw, prompts, seeds)
+    rows = [pictures for pair in zip(off, on) for pictures in pair]
+    labels = [f"{prompt}, {state}" for prompt in prompts for state in ("before", "after")]
+    save_grid(path, rows, labels, [f"seed {seed}" for seed in seeds])
+    return pixel_difference(on, off)
+
+
+def draw_on_and_off(modules, draw, prompts, seeds):
     """Two lists (adapter on, adapter off) of one list of PIL images a prompt, one image a seed."""
     def rows():
-        return [draw([prompt] * len(SEEDS), SEEDS) for prompt in prompts]
+        return [draw([prompt] * len(seeds), list(seeds)) for prompt in prompts]
 
     on = rows()
     with adapters_off(modules):
@@ -202,8 +211,8 @@ def model_card(config, output_dir, evidence, prompts):
     sections = [
         f"# {config.instance_prompt}: a LoRA for {Path(name).name}",
         "Trained with DreamBooth and LoRA by dbcore.",
-        "## Did it learn?", evidence.verdict(), "![before and after](report/on_off.png)",
-        learned(evidence), "![loss](report/loss_by_timestep.png)", "![update](report/update_by_layer.png)",
+        "## Did it learn?", evidence.verdict(),
+        *["![before and after](report/on_off.png)"] * bool(config.num_report_images), learned(evidence), "![loss](report/loss_by_timestep.png)", "![update](report/update_by_layer.png)",
         "## On the way", validation_links(output_dir),
         "## Use it", usage(name, config.instance_prompt),
         "## The base", f"{name}. Licence: {base['license']}. {base['provenance']}",
@@ -222,7 +231,7 @@ def front_matter(config, name, base, prompts):
         license=base["license"] if base["license"] != "unknown" else "other",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "lora", "dreambooth", "template:sd-lora"],
-        widget=[{"text": prompt, "output": {"url": "report/on_off.png"}} for prompt in prompts],
+        widget=[{"text": prompt, "output": {"url": "report/on_off.png"}} for prompt in prompts if config.num_report_images],
     ).to_yaml()
 
 

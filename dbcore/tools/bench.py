@@ -27,7 +27,8 @@ HELP = "measure dbcore against diffusers' own DreamBooth script: speed and memor
 SCRIPT = "https://raw.githubusercontent.com/huggingface/diffusers/v{}/examples/dreambooth/train_dreambooth_lora.py"
 BOTH = {"instance_prompt": "a photo of sks dog", "train_batch_size": 1, "lr_scheduler": "constant",
         "lr_warmup_steps": 0, "seed": 0, "pre_compute_text_embeddings": True}
-ALONE = {"dbcore": {"lora_layers": "attention"}, "script": {}}  # the layers that the script trains
+# the layers that the script trains, and its report, which has no pictures
+ALONE = {"dbcore": {"lora_layers": "attention", "num_report_images": 0}, "script": {}}
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
 GROWTH = {"photos": (5, 50, 500, 5000), "num_class_images": (5, 20, 80), "rank": (4, 16, 64),
           "resolution": (64, 128, 256), "train_batch_size": (1, 2, 4, 8)}

@@ -17,8 +17,9 @@ TOY = {
     "the same, text encoder": {**LARGE, "train_text_encoder": True},
 }
 SD15 = {
-    "Stable Diffusion 1.5's shape, 256 pixels": {"resolution": 256},
-    "the same, gradient checkpointing": {"resolution": 256, "gradient_checkpointing": True},
+    "Stable Diffusion 1.5's shape, 256 pixels": {"resolution": 256, "num_report_images": 0},
+    "the same, gradient checkpointing, batch 4": {"resolution": 256, "num_report_images": 0, "train_batch_size": 4,
+                                                 "gradient_checkpointing": True},
 }
 STEPS = 3
 

@@ -8,7 +8,7 @@ STEP_FLOPS = 1.78e12  # forward, and backward through the activations, of SD 1.5
 NOTES = """Both programs ran with the same base, photos, prompt, seed, resolution, batch, precision, steps, rank and
 rate, in turn, each in a process of its own. steps/s leaves out the first tenth of the steps and the last one. The
 script encodes its photos anew in every step, so that its encoding is in its steps. After the steps, dbcore writes a
-report with pictures drawn without and with the LoRA; the script loads the pipeline anew. dbcore draws class and
+report, here without its pictures, which the script has not; the script loads the pipeline anew. dbcore draws class and
 validation pictures in the base's recommended number of sampler steps (25, unless its folder says otherwise); the
 script in 50, and 25 at its end, for which it has no option."""
 

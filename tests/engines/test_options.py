@@ -17,6 +17,7 @@ from runs import add_variant, leave_out_report, make_base, make_hub, make_option
 from safetensors.torch import load_file
 
 from dbcore.config import TrainConfig
+from dbcore.engines.report import write_report
 from dbcore.engines.train import Run, train
 from dbcore.models.base import StableDiffusion
 
@@ -89,6 +90,7 @@ EFFECTS = {
     "num_validation_images": (2, "files", VALIDATED),
     "validation_steps": (2, "files", VALIDATED),
     "validation_epochs": (1, "files", VALIDATED),
+    "num_report_images": (0, "files", {"num_report_images": 1}),
     "report_to": ("tensorboard", "files", {}),
     "logging_dir": ("curves", "files", {"report_to": "tensorboard"}),
     "output_dir": ("elsewhere", "files", {}),
@@ -162,7 +164,9 @@ def watch(world, here, more, patch):
     if options.get("output_dir") == "finished":
         train(TrainConfig(**{**options, "overwrite_output_dir": True, "resume_from_checkpoint": None}))
     facts, seen = SimpleNamespace(error=None, path=None, class_batches=[], compiled=0), []
-    with spies(facts, seen), contextlib.redirect_stdout(io.StringIO()):
+    with spies(facts, seen), contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as back:
+        if "num_report_images" in more:
+            back.setattr("dbcore.engines.train.write_report", write_report)
         try:
             facts.path = train(TrainConfig(**options))
         except ValueError as error:

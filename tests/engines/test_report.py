@@ -22,6 +22,7 @@ class Config:
     validation_prompt: list[str] = field(default_factory=lambda: ["sks dog on the beach"])
     instance_data_dir: str = str(Path.home() / "photos" / "my dog")
     rank: int = 4
+    num_report_images: int = 4
     hub_token: str | None = "hf_thisIsASecretThatNobodyMaySee"
 
 
@@ -75,6 +76,13 @@ def test_a_run_that_learned_is_told_from_one_that_did_not(tmp_path):
     evidence, card = run(tmp_path / "idle", strength=0.0)
     assert not evidence.visible and evidence.difference == 0 and evidence.overall == 0
     assert "WARNING: nothing visible was learned" in card and "learning_rate" in card
+
+
+def test_without_pictures_the_size_of_the_update_is_told_and_nothing_is_claimed(tmp_path):
+    evidence, card = run(tmp_path, strength=0.5, config=Config(num_report_images=0))
+    assert evidence.difference is None and not evidence.visible
+    assert f"The update is {evidence.overall:.2%}" in card and "on_off.png" not in card
+    assert not (tmp_path / "report" / "on_off.png").exists() and (tmp_path / "report" / "update_by_layer.png").exists()
 
 
 def test_update_is_s_b_a_over_w():
