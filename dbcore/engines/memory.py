@@ -76,7 +76,8 @@ def forecast(config, device="cpu", photos=5):
     """What a run of `config` (TrainConfig) will hold on `device` ("cpu" or "cuda"), a `Forecast`.
 
     `photos`: how many, for the size of the caches. Nothing is loaded but the configs of the base. On a GPU the
-    working space of its kernels and the allocator's fragments come on top, some 10 %.
+    working space of its kernels and the allocator's fragments come on top, some 10 %. On a CPU the process holds more
+    than its tensors: up to half as much again in large runs, as `dbcore bench --memory` measures.
     """
     config = settle(config, device)
     run = Shadow(config)
