@@ -193,12 +193,13 @@ class Shadow(Run):
     def pictures(self):
         """Validation, and the report at the end: the autoencoder is back, gradients are gone."""
         c = self.config
-        count = max(min(DRAWN, c.num_report_images), min(DRAWN, c.num_validation_images * len(c.validation_prompt)))
+        count = min(DRAWN, max(c.num_report_images, c.num_validation_images * len(c.validation_prompt)))
         for module in self.trained_modules.values():
             module.eval()
         activations = self.drawing(self.base, count) if count else 0
+        drawer = ["vae"] if count else []
         means = 2 * 4 * self.trained if c.use_ema else 0
-        return Phase("validation and report", self.resident(*["vae"] * bool(count)), activations,
+        return Phase("validation and report", self.resident(*drawer), activations,
                      optimizer=STATE[c.optimizer] * self.trained + means)
 
     def cache(self, photos):

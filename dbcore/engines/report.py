@@ -208,11 +208,12 @@ def model_card(config, output_dir, evidence, prompts):
     """The text of README.md: front matter for the hub, then what was learned, how, from what."""
     base = base_facts(config.pretrained_model_name_or_path, config.revision)
     name = shown(config.pretrained_model_name_or_path)
+    pictures = ["![before and after](report/on_off.png)"] if config.num_report_images else []
     sections = [
         f"# {config.instance_prompt}: a LoRA for {Path(name).name}",
         "Trained with DreamBooth and LoRA by dbcore.",
-        "## Did it learn?", evidence.verdict(),
-        *["![before and after](report/on_off.png)"] * bool(config.num_report_images), learned(evidence), "![loss](report/loss_by_timestep.png)", "![update](report/update_by_layer.png)",
+        "## Did it learn?", evidence.verdict(), *pictures, learned(evidence),
+        "![loss](report/loss_by_timestep.png)", "![update](report/update_by_layer.png)",
         "## On the way", validation_links(output_dir),
         "## Use it", usage(name, config.instance_prompt),
         "## The base", f"{name}. Licence: {base['license']}. {base['provenance']}",

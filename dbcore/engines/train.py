@@ -46,8 +46,8 @@ PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt"}  # optimizers 
 SHAPE = ("pretrained_model_name_or_path", "rank", "lora_layers", "use_dora", "use_rslora", "lora_alpha", "optimizer",
          "train_text_encoder", "text_encoder_rank", "use_ema", "seed")
 FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "max_train_steps", "num_train_epochs",
-        "validation_prompt", "num_validation_images", "num_report_images", "validation_steps", "validation_epochs", "report_to",
-        "logging_dir", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id", "hub_token"}
+        "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "num_report_images",
+        "report_to", "logging_dir", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id", "hub_token"}
 
 
 class Interrupted(Exception):
