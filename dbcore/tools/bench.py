@@ -20,6 +20,7 @@ from pathlib import Path
 import dbcore
 from dbcore.config import need
 from dbcore.tools import bench_memory
+from dbcore.tools.bench_memory import PRIOR
 from dbcore.tools.bench_report import SIDES, words, write
 from dbcore.tools.measure import rate, stages, watch
 
@@ -29,7 +30,6 @@ BOTH = {"instance_prompt": "a photo of sks dog", "train_batch_size": 1, "lr_sche
         "lr_warmup_steps": 0, "seed": 0, "pre_compute_text_embeddings": True}
 # the layers that the script trains, and its report, which has no pictures
 ALONE = {"dbcore": {"lora_layers": "attention", "num_report_images": 0}, "script": {}}
-PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
 GROWTH = {"photos": (5, 50, 500, 5000), "num_class_images": (5, 20, 80), "rank": (4, 16, 64),
           "resolution": (64, 128, 256), "train_batch_size": (1, 2, 4, 8)}
 

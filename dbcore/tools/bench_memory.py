@@ -5,7 +5,7 @@ import json
 from dbcore.config import TrainConfig
 from dbcore.tools.bench_report import words
 
-PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 4}
+PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
 LARGE = {"resolution": 256, "train_batch_size": 4}  # activations of several times the weights
 TOY = {
     "plain": {},
@@ -13,7 +13,7 @@ TOY = {
     "256 pixels, batch 4": LARGE,
     "the same, gradient checkpointing": {**LARGE, "gradient_checkpointing": True},
     "the same, LoRA on all layers": {**LARGE, "lora_layers": "all"},
-    "the same, prior preservation": {**LARGE, **PRIOR},
+    "the same, prior preservation": {**LARGE, **PRIOR, "num_class_images": 4},
     "the same, text encoder": {**LARGE, "train_text_encoder": True},
 }
 SD15 = {
