@@ -9,6 +9,7 @@ import dataclasses
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +23,9 @@ from dbcore.models.base import load_base, settle, torch_dtype
 # Memory in vendors' GB (10^9 bytes), and the half precision that the card is good at.
 CARDS = {"T4": (16e9, "fp16"), "RTX 4060": (8e9, "bf16"), "A100": (40e9, "bf16"), "H200": (141e9, "bf16")}
 OVERHEAD = {"cpu": 0.6e9, "cuda": 0.5e9}  # Python and its libraries; a CUDA context with its kernels
+# A CPU's heap keeps the gaps between tensors that came and went: half as much again as they took, over the runs of
+# `dbcore bench --memory`. With MALLOC_MMAP_THRESHOLD_=1000000 there are no gaps, but steps take half as long again.
+GAPS = 1.5
 # Bytes of state a trained number, beside its gradient: AdamW keeps two float32, 8-bit AdamW two bytes, Prodigy
 # four float32. Adafactor keeps sums of rows and columns, which for a LoRA of low rank is about one number in r.
 STATE = {"AdamW": 8, "AdamW8bit": 2, "Prodigy": 16, "Adafactor": 4}
@@ -76,13 +80,15 @@ def forecast(config, device="cpu", photos=5):
     """What a run of `config` (TrainConfig) will hold on `device` ("cpu" or "cuda"), a `Forecast`.
 
     `photos`: how many, for the size of the caches. Nothing is loaded but the configs of the base. On a GPU the
-    working space of its kernels and the allocator's fragments come on top, some 10 %. On a CPU the process holds more
-    than its tensors: up to half as much again in large runs, as `dbcore bench --memory` measures.
+    working space of its kernels and the allocator's fragments come on top, some 10 %; on a CPU they are counted.
     """
     config = settle(config, device)
     run = Shadow(config)
     phases = [run.class_images()] if config.with_prior_preservation else []
     phases += [run.encoding(), run.steps(), run.pictures()]
+    if device == "cpu":
+        phases = [dataclasses.replace(phase, activations=int(GAPS * phase.activations)) for phase in phases]
+        phases.insert(0, run.loading())
     return Forecast(phases, int(OVERHEAD[device]), run.cache(photos))
 
 
@@ -156,6 +162,13 @@ class Shadow(Run):
         return predict
 
     # --- phases, in the order of a run
+
+    def loading(self):
+        """The UNet's weights, beside the file that they are copied from: the system may take its pages back."""
+        c = self.config
+        name = f"diffusion_pytorch_model{'.' + c.variant if c.variant else ''}.safetensors"
+        file, weights = Path(self.base.name) / "unet" / name, size(self.base.unet)
+        return Phase("loading", weights + (file.stat().st_size if file.is_file() else weights), 0)
 
     def class_images(self):
         """All three networks are in memory, and pictures are drawn `sample_batch_size` at a time."""
@@ -293,8 +306,8 @@ def shadow_base(config, precision):
     own = torch.float32 if base.dtype == torch.float16 else base.dtype  # as `StableDiffusion.vae` does
     for part, module, dtype in (("unet", unet, base.dtype), ("vae", vae, own), ("text_encoder", text_encoder, base.dtype)):
         # diffusers' own `to` warns of layers to be kept in float32, and names none
-        vars(base)[part] = torch.nn.Module.to(module, dtype).requires_grad_(False).eval()
-    torch.nn.Module.to(unet, memory_format=torch.channels_last)
+        module = torch.nn.Module.to(module, dtype=dtype, memory_format=torch.channels_last)
+        vars(base)[part] = module.requires_grad_(False).eval()
     return base
 
 

@@ -7,9 +7,11 @@ The toy base and Stable Diffusion 1.x / 2.x are the same class with other folder
 when it is first used and can be let go again, so that they need not be in memory together.
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import json
+import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -129,6 +131,27 @@ def native_resolution(name_or_path, revision=None):
     return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
+def own(module):
+    """Copy the weights, one by one, convolutions to channels_last. Returns the module.
+
+    Weights as they were read are views of the mapped file; a few of them left would keep all of it in memory, so that
+    Stable Diffusion's convolutions were there twice.
+    """
+    for weight in (*module.parameters(), *module.buffers()):
+        layout = torch.channels_last if weight.ndim == 4 else torch.preserve_format
+        weight.data = weight.data.clone(memory_format=layout)
+    return module
+
+
+def give_back():
+    """Hand freed memory back to the system, or to the GPU: PyTorch and the C library keep it for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = sys.platform == "linux" and getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+    if trim:
+        trim(0)
+
+
 class StableDiffusion:
     """Stable Diffusion 1.x / 2.x (Rombach et al. 2022), or any pipeline folder of its shape."""
 
@@ -168,8 +191,7 @@ class StableDiffusion:
     def unet(self):
         from diffusers import UNet2DConditionModel
 
-        unet = self._load(UNet2DConditionModel, "unet", self.dtype)
-        return unet.to(memory_format=torch.channels_last)
+        return self._load(UNet2DConditionModel, "unet", self.dtype)
 
     @cached_property
     def noise_scheduler(self):
@@ -178,7 +200,7 @@ class StableDiffusion:
         return DDPMScheduler.from_pretrained(self.name, subfolder="scheduler", revision=self.revision)
 
     def _load(self, cls, part, dtype):
-        """One network: frozen, in eval mode, on the device."""
+        """One network: frozen, in eval mode, on the device, its convolutions in channels_last."""
         kind = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
         try:
             module = cls.from_pretrained(self.name, subfolder=part, revision=self.revision, variant=self.variant,
@@ -187,7 +209,9 @@ class StableDiffusion:
             reason = str(error).splitlines()[0][:200]
             raise ConfigError(f"--pretrained_model_name_or_path {self.name}: its {part} cannot be loaded from "
                               f"safetensors files ({reason})") from None
-        return module.requires_grad_(False).eval().to(self.device)
+        module = own(module.requires_grad_(False).eval().to(self.device))
+        give_back()
+        return module
 
     @property
     def modules(self):
@@ -198,8 +222,7 @@ class StableDiffusion:
         """Let networks go; each is loaded again, without any LoRA, if it is used again."""
         for part in parts:
             self.__dict__.pop(part, None)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back()
 
     @cached_property
     def resolution(self):

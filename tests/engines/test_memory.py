@@ -54,7 +54,17 @@ def test_shapes_and_numbers_give_the_same_count(folder, checkpointing):
     gradients = sum(p.grad.numel() * 4 for p in lora_parameters(unet))
     step = phases(folder, train_batch_size=2, gradient_checkpointing=checkpointing)["steps"]
     assert step.gradients == gradients
-    assert step.activations == pytest.approx(live.peak - gradients, rel=0.05)
+    assert step.activations == pytest.approx(memory.GAPS * (live.peak - gradients), rel=0.05)
+
+
+def test_a_cpu_holds_the_file_while_it_loads_and_gaps_in_its_heap(folder):
+    here, card = (memory.forecast(config(folder), device).phases for device in ("cpu", "cuda"))
+    file = next((folder / "unet").glob("*.safetensors")).stat().st_size
+    unet = load_base(folder).unet
+    add_lora(unet, 4, 4)
+    assert here[0].name == "loading" and here[0].weights == memory.size(unet) + file
+    assert [phase.name for phase in here[1:]] == [phase.name for phase in card]
+    assert all(a.activations > b.activations for a, b in zip(here[1:], card))
 
 
 def test_the_optimizer_holds_what_the_forecast_says(folder):

@@ -151,6 +151,13 @@ def test_what_is_released_comes_back_as_it_was(folder):
     assert not any("lora" in name for name, _ in base.unet.named_parameters())
 
 
+def test_no_weight_keeps_the_file_that_it_came_from_in_memory(folder):
+    base = load_base(folder)
+    for weight in (*base.unet.parameters(), *base.vae.parameters(), *base.text_encoder.parameters()):
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+        assert weight.ndim != 4 or weight.is_contiguous(memory_format=torch.channels_last)
+
+
 # --- auto ------------------------------------------------------------------------------------------------
 
 
