@@ -24,7 +24,7 @@ from dbcore.models.base import load_base, settle, torch_dtype
 CARDS = {"T4": (16e9, "fp16"), "RTX 4060": (8e9, "bf16"), "A100": (40e9, "bf16"), "H200": (141e9, "bf16")}
 OVERHEAD = {"cpu": 0.6e9, "cuda": 0.5e9}  # Python and its libraries; a CUDA context with its kernels
 # A CPU's heap keeps the gaps between tensors that came and went: half as much again as they took, over the runs of
-# `dbcore bench --memory`. With MALLOC_MMAP_THRESHOLD_=1000000 there are no gaps, but steps take half as long again.
+# `dbcore bench --memory`. With MALLOC_MMAP_THRESHOLD_=1048576 there are no gaps, but steps of 256 pixels take 1.6 times as long.
 GAPS = 1.5
 # Bytes of state a trained number, beside its gradient: AdamW keeps two float32, 8-bit AdamW two bytes, Prodigy
 # four float32. Adafactor keeps sums of rows and columns, which for a LoRA of low rank is about one number in r.
@@ -34,17 +34,18 @@ ENCODED, DRAWN = 4, 8  # photos a pass of the autoencoder, pictures a batch when
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes in use at the highest point of one part of a run."""
+    """Bytes in use at the highest point of one part of a run; `pages`: of a mapped file, taken back at need."""
 
     name: str
     weights: int
     activations: int
     gradients: int = 0
     optimizer: int = 0
+    pages: int = 0
 
     @property
     def total(self):
-        return self.weights + self.activations + self.gradients + self.optimizer
+        return self.weights + self.activations + self.gradients + self.optimizer + self.pages
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,21 @@ class Forecast:
     def peak(self):
         return self.overhead + self.largest.total
 
+    @property
+    def needed(self):
+        """The peak on a machine with no room for pages of files."""
+        return self.overhead + max(phase.total - phase.pages for phase in self.phases)
+
     def table(self):
         """Markdown, in MB of 10^6 bytes; the last line of the run is its highest point."""
-        columns = ("weights", "activations", "gradients", "optimizer", "total")
+        columns = ("weights", "activations", "gradients", "optimizer", "pages", "total")
         lines = ["| MB | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
         for phase in self.phases:
             cells = (f"{getattr(phase, name) / 1e6:,.1f}" for name in columns)
             lines.append(f"| {phase.name} | " + " | ".join(cells) + " |")
         lines.append(f"| highest ({self.largest.name}) with {self.overhead / 1e6:,.0f} before the first tensor "
-                     f"| | | | | {self.peak / 1e6:,.1f} |")
-        lines.append(f"| caches (on the disk, 0 in memory) | | | | | {self.cache / 1e6:,.1f} |")
+                     f"| | | | | | {self.peak / 1e6:,.1f} |")
+        lines.append(f"| caches (on the disk, 0 in memory) | | | | | | {self.cache / 1e6:,.1f} |")
         return "\n".join(lines)
 
 
@@ -116,11 +122,11 @@ def advise(config, memory, device="cuda"):
     Options are changed in order of what they cost: first those that only take time, then the resolution.
     """
     config, changes = settle(config, device), {}
-    if forecast(config, device).peak <= memory:
+    if forecast(config, device).needed <= memory:
         return changes
     for change in savings(config, device):
         changes |= change
-        if forecast(dataclasses.replace(config, **changes), device).peak <= memory:
+        if forecast(dataclasses.replace(config, **changes), device).needed <= memory:
             return changes
     return None
 
@@ -164,11 +170,11 @@ class Shadow(Run):
     # --- phases, in the order of a run
 
     def loading(self):
-        """The UNet's weights, beside the file that they are copied from: the system may take its pages back."""
+        """The UNet's weights, beside the file that they are copied from."""
         c = self.config
         name = f"diffusion_pytorch_model{'.' + c.variant if c.variant else ''}.safetensors"
         file, weights = Path(self.base.name) / "unet" / name, size(self.base.unet)
-        return Phase("loading", weights + (file.stat().st_size if file.is_file() else weights), 0)
+        return Phase("loading", weights, 0, pages=file.stat().st_size if file.is_file() else weights)
 
     def class_images(self):
         """All three networks are in memory, and pictures are drawn `sample_batch_size` at a time."""

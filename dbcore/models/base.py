@@ -131,7 +131,7 @@ def native_resolution(name_or_path, revision=None):
     return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def own(module):
+def leave_file(module):
     """Copy the weights, one by one, convolutions to channels_last. Returns the module.
 
     Weights as they were read are views of the mapped file; a few of them left would keep all of it in memory, so that
@@ -209,7 +209,7 @@ class StableDiffusion:
             reason = str(error).splitlines()[0][:200]
             raise ConfigError(f"--pretrained_model_name_or_path {self.name}: its {part} cannot be loaded from "
                               f"safetensors files ({reason})") from None
-        module = own(module.requires_grad_(False).eval().to(self.device))
+        module = leave_file(module.requires_grad_(False).eval().to(self.device))
         give_back()
         return module
 

@@ -181,7 +181,7 @@ def memory(config):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     there = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else total_memory()
     here = forecast(config, device)
-    lines = [here.table(), "", verdict(here.peak, there, lambda: advise(config, there, device))]
+    lines = [here.table(), "", verdict(here.needed, there, lambda: advise(config, there, device))]
     lines += ["", "| card | GB | precision | needs | |", "|---|---:|---|---:|---|"]
     for card, (size, precision, needed) in by_card(config).items():
         fits = "fits" if needed.peak <= size else "does not fit"
@@ -189,11 +189,11 @@ def memory(config):
     return lines
 
 
-def verdict(peak, there, advice):
+def verdict(needed, there, advice):
     """One sentence; `advice()` is asked only if the run does not fit."""
-    if peak <= there:
-        return f"It fits: {peak / 1e9:.1f} of {there / 1e9:.1f} GB."
+    if needed <= there:
+        return f"It fits: {needed / 1e9:.1f} of {there / 1e9:.1f} GB."
     changes = advice()
     words = " ".join(f"--{name} {value}" for name, value in (changes or {}).items()).replace(" True", "")
-    return f"It does not fit: {peak / 1e9:.1f} of {there / 1e9:.1f} GB. " + (
+    return f"It does not fit: {needed / 1e9:.1f} of {there / 1e9:.1f} GB. " + (
         f"It would with {words}." if changes else "No option makes it small enough: take a larger card.")

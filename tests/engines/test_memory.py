@@ -62,9 +62,16 @@ def test_a_cpu_holds_the_file_while_it_loads_and_gaps_in_its_heap(folder):
     file = next((folder / "unet").glob("*.safetensors")).stat().st_size
     unet = load_base(folder).unet
     add_lora(unet, 4, 4)
-    assert here[0].name == "loading" and here[0].weights == memory.size(unet) + file
+    assert here[0].name == "loading" and (here[0].weights, here[0].pages) == (memory.size(unet), file)
     assert [phase.name for phase in here[1:]] == [phase.name for phase in card]
     assert all(a.activations > b.activations for a, b in zip(here[1:], card))
+
+
+def test_pages_of_a_file_need_no_room(folder, monkeypatch):
+    loading, step = memory.Phase("loading", 10, 0, pages=10), memory.Phase("steps", 10, 5)
+    monkeypatch.setattr(memory, "forecast", lambda *_: memory.Forecast([loading, step], 1))
+    assert memory.forecast().peak == 21 and memory.forecast().needed == 16
+    assert memory.advise(config(folder), 16, "cpu") == {} and memory.advise(config(folder), 15, "cpu") is None
 
 
 def test_the_optimizer_holds_what_the_forecast_says(folder):
@@ -110,8 +117,8 @@ def test_nothing_of_the_base_is_loaded(folder, monkeypatch):
 def test_the_table_shows_each_phase_and_the_highest(folder):
     made = memory.Forecast([memory.Phase("steps", 5_000_000, 1_000_000, 200_000, 400_000)], 10_000_000, 3_000_000)
     assert made.peak == 16_600_000
-    assert "| steps | 5.0 | 1.0 | 0.2 | 0.4 | 6.6 |" in made.table()
-    assert "| highest (steps) with 10 before the first tensor | | | | | 16.6 |" in made.table()
+    assert "| steps | 5.0 | 1.0 | 0.2 | 0.4 | 0.0 | 6.6 |" in made.table()
+    assert "| highest (steps) with 10 before the first tensor | | | | | | 16.6 |" in made.table()
 
 
 def test_advice_is_the_first_set_of_changes_that_fits(monkeypatch, folder):
