@@ -1,6 +1,7 @@
 """The command line: `python -m dbcore TOOL ...`, or `dbcore TOOL ...`."""
 
 import argparse
+import gc
 import importlib
 import os
 import sys
@@ -23,6 +24,7 @@ def make_parser(wanted):
 
 
 def main(argv=None):
+    gc.set_threshold(100_000)  # imports make objects by the million, to stay: looking for rubbish among them takes a second
     argv = sys.argv[1:] if argv is None else argv
     wanted = argv[0] if argv and argv[0] in TOOLS else None
     args = make_parser(wanted).parse_args(argv)

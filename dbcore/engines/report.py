@@ -3,6 +3,8 @@
 The commonest complaint about LoRA training is a run that ends without an error and changes nothing. So
 every run ends with the same prompts and seeds drawn with the adapter on and off, the size of the update
 in every layer, and the loss where it matters (by timestep), in `README.md` in the run's folder.
+
+matplotlib, behind `dbcore.utils.grids`, is imported where it draws: when the LoRA is saved, and nobody waits for it.
 """
 
 import sys
@@ -16,8 +18,6 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft.tuners.lora import LoraLayer
-
-from dbcore.utils.grids import bar_plot, line_plot, save_figure, save_grid
 
 # Mean difference of pictures with and without the adapter, in grey levels of 255. Two renderings of one
 # picture in half and single precision differ by well under 1; a subject that is there differs by 10 or more.
@@ -61,6 +61,8 @@ def write_report(modules, draw, config, output_dir, history, seconds):
     `config`: the run's TrainConfig; `history`: the records of log.jsonl, each {"step", "loss"} and, for the
     plot by band, "timesteps" and "losses", one value a sample; `seconds`: wall time of the run.
     """
+    from dbcore.utils.grids import bar_plot, save_figure
+
     output_dir = Path(output_dir)
     prompts = report_prompts(config)
     seeds = range(config.num_report_images)
@@ -85,6 +87,8 @@ def report_prompts(config):
 
 def compare_pictures(path, modules, draw, prompts, seeds):
     """Draw without the adapter and with it, save both as a grid, and return how far they are apart in grey levels."""
+    from dbcore.utils.grids import save_grid
+
     on, off = draw_on_and_off(modules, draw, prompts, seeds)
     rows = [pictures for pair in zip(off, on) for pictures in pair]
     labels = [f"{prompt}, {state}" for prompt in prompts for state in ("before", "after")]
@@ -175,6 +179,8 @@ def loss_by_band(history, edges):
 
 def plot_loss(path, history, parts=6):
     """Loss over the run, a line a band of timesteps; where no timesteps were logged, the plain loss."""
+    from dbcore.utils.grids import line_plot, save_figure
+
     last = max((t for record in history for t in record.get("timesteps", [])), default=0)
     edges = [round(edge) for edge in np.linspace(0, last + 1, BANDS + 1)]
     series = {}

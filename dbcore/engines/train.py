@@ -32,8 +32,7 @@ from dbcore.engines.prior import class_images, class_photos
 from dbcore.engines.report import report_prompts, write_report
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import add_lora, lora_parameters, save_lora, set_dropout
-from dbcore.models.replay import Replay, can_replay
-from dbcore.utils.grids import save_grid
+from dbcore.models.replay import Replay, can_replay, replayed
 from dbcore.utils.seeding import key
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -124,8 +123,9 @@ class Run:
         if apart:
             base = load_base(base.name, base.revision, base.variant, self.config.tokenizer_name, base.device,
                              torch_dtype(self.config.prior_generation_precision))
-        folder = class_images(base, self.config, self.rank, self.world, self.accelerator.wait_for_everyone,
-                              lambda batches: self.bar(batches, desc="class images"))
+        with replayed(base.unet):
+            folder = class_images(base, self.config, self.rank, self.world, self.accelerator.wait_for_everyone,
+                                  lambda batches: self.bar(batches, desc="class images"))
         photos, _ = class_photos(folder, self.config)
         short = self.config.num_class_images - len(photos)
         if short > 0:
@@ -584,6 +584,8 @@ class Signals:
 
 def save_validation(folder, prompts, rows, step):
     """Each picture, and the grid of all; the folder appears whole."""
+    from dbcore.utils.grids import save_grid  # matplotlib, which the first step need not wait for
+
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -50,11 +50,14 @@ def load_base(name_or_path, revision=None, variant=None, tokenizer_name=None, de
 
 def read_index(name_or_path, revision=None):
     """The pipeline's model_index.json. Raises ConfigError, naming the new home of a base that has moved."""
-    from diffusers import DiffusionPipeline
+    from diffusers.configuration_utils import ConfigMixin
+
+    class Index(ConfigMixin):  # as DiffusionPipeline is, which takes much longer to import
+        config_name = "model_index.json"
 
     name = str(name_or_path)
     try:
-        index = DiffusionPipeline.load_config(name, revision=revision)
+        index = Index.load_config(name, revision=revision)
     except (OSError, ValueError) as error:
         hint = (f"it has moved to {MOVED[name]}" if name in MOVED else
                 "give the folder of a diffusers pipeline (with a model_index.json), or a name on the hub and a network")

@@ -5,6 +5,7 @@ too, after minutes of compiling; recording takes a second at most for the toy ba
 """
 
 import warnings
+from contextlib import contextmanager
 
 import torch
 
@@ -54,3 +55,22 @@ class Replay:
     def put(self, tensors):
         for (module, name), tensor in zip(self.places, tensors):
             module._parameters[name] = tensor
+
+
+@contextmanager
+def replayed(unet):
+    """In the block, a pipeline's calls of `unet` are replays where they can be; it must not change meanwhile.
+
+    For many pictures: recording takes as long as some ten calls, and is lost at the end.
+    """
+    if not can_replay(unet):
+        yield
+        return
+    own = unet.forward
+    replay = Replay(lambda x_t, t, cond: own(x_t, t, **cond).sample, unet)
+    unet.forward = lambda x_t, t, encoder_hidden_states, **_: (
+        replay(x_t, t, {"encoder_hidden_states": encoder_hidden_states}),)
+    try:
+        yield
+    finally:
+        del unet.forward

@@ -1,12 +1,13 @@
 """A replay of the UNet gives the network's own numbers, to the last bit, as its LoRA learns."""
 
+import numpy as np
 import pytest
 import torch
 from pipelines import make_tiny_pipeline
 
 from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora, lora_parameters, set_dropout
-from dbcore.models.replay import Replay, can_replay
+from dbcore.models.replay import Replay, can_replay, replayed
 
 
 @pytest.fixture
@@ -60,3 +61,20 @@ def test_a_failed_recording_leaves_the_network_as_it_was(base):
         Replay(base.predict, base.unet)(x_t[:, 1:], t, cond)
     after = lora_parameters(base.unet)
     assert len(after) == len(before) and all(a is b for a, b in zip(before, after))
+
+
+def test_pictures_drawn_from_a_replay_are_the_same(base):
+    asked = {"prompts": ["a dog", "a cat"], "seeds": [1, 2], "num_inference_steps": 3}
+    plain = base.draw(**asked)
+    with replayed(base.unet):
+        replay = [base.draw(**asked), base.draw(["a dog"], [1], num_inference_steps=3)]
+        recorded = "forward" in vars(base.unet)
+    assert recorded and "forward" not in vars(base.unet)  # it was replayed, and the network has its own again
+    assert all(map(np.array_equal, plain, replay[0]))
+    assert np.array_equal(base.draw(["a dog"], [1], num_inference_steps=3)[0], replay[1][0])
+
+
+def test_a_network_that_cannot_be_replayed_draws_as_ever(base):
+    base.unet.enable_gradient_checkpointing()
+    with replayed(base.unet):
+        assert "forward" not in vars(base.unet)
