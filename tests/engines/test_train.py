@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -42,6 +43,14 @@ def test_the_file_says_its_rank_alpha_base_and_words(options, tmp_path):
     said = json.loads(header[HEADER_KEY])
     assert (said["unet.r"], said["unet.lora_alpha"]) == (2, 3)
     assert (said["text_encoder.r"], said["text_encoder.lora_alpha"]) == (4, 6)
+
+
+def test_a_run_starts_without_what_it_needs_only_at_its_end():
+    code = ("import sys, dbcore, dbcore.engines.train; from dbcore.models.base import load_base; "
+            "load_base(dbcore.TOY_BASE).unet; print(*sys.modules)")
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "diffusers.models.modeling_utils" in there
+    assert not {"matplotlib", "diffusers.pipelines.pipeline_utils"} & set(there)
 
 
 # --- packages that may be missing ---------------------------------------------------------------------

@@ -63,15 +63,21 @@ def test_a_failed_recording_leaves_the_network_as_it_was(base):
     assert len(after) == len(before) and all(a is b for a, b in zip(before, after))
 
 
-def test_pictures_drawn_from_a_replay_are_the_same(base):
-    asked = {"prompts": ["a dog", "a cat"], "seeds": [1, 2], "num_inference_steps": 3}
-    plain = base.draw(**asked)
+def test_pictures_drawn_from_a_replay_are_the_same(base, monkeypatch):
+    def draw():
+        return [picture for count in (2, 1, 2) for picture in base.draw(
+            ["a dog", "a cat"][:count], [1, 2][:count], num_inference_steps=3)]
+
+    record, recorded = Replay.record, []
+    monkeypatch.setattr(Replay, "record", lambda self, inputs, names: (
+        recorded.append(len(inputs[0])), record(self, inputs, names))[1])
+    plain, calls = draw(), []
+    base.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
     with replayed(base.unet):
-        replay = [base.draw(**asked), base.draw(["a dog"], [1], num_inference_steps=3)]
-        recorded = "forward" in vars(base.unet)
-    assert recorded and "forward" not in vars(base.unet)  # it was replayed, and the network has its own again
-    assert all(map(np.array_equal, plain, replay[0]))
-    assert np.array_equal(base.draw(["a dog"], [1], num_inference_steps=3)[0], replay[1][0])
+        replay = draw()
+    assert recorded == [4, 2] and len(calls) == 2  # once for each batch, with guidance, and never in between
+    assert all(map(np.array_equal, plain, replay))
+    assert "forward" not in vars(base.unet)
 
 
 def test_a_network_that_cannot_be_replayed_draws_as_ever(base):
