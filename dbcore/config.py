@@ -116,6 +116,8 @@ class TrainConfig:
     gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them: slower, smaller")
     cache_latents: bool = knob(True, "encode each photo once, before training")
     pre_compute_text_embeddings: bool = knob(True, "encode each prompt once, before training")
+    low_vram: bool = knob(False, "keep the frozen UNet in 8 bits, checkpoint gradients, draw pictures one at a time: for "
+                          "cards of 4 GB and less")
     allow_tf32: bool = knob(False, "faster, coarser float32 products on NVIDIA GPUs since Ampere")
     compile: bool = knob(False, "torch.compile the UNet: minutes of compiling, then faster steps")
     # Following the run

@@ -21,7 +21,7 @@ PIPELINE = "pipeline"  # in the run's folder
 def finetune(config):
     """Teach the UNet itself a subject as `config` (TrainConfig) says; returns the folder of the new pipeline.
 
-    In float32, whatever `mixed_precision` says: steps as small as these are lost in half precision. One that is
+    In float32, whatever `mixed_precision` and `low_vram` say: steps as small as these are lost in less. One that is
     finished is returned as it is; one that was stopped begins anew, for no checkpoints are kept. Raises ConfigError, and
     Interrupted after Ctrl-C or SIGTERM.
     """
@@ -30,7 +30,7 @@ def finetune(config):
     if folder.is_dir():
         return folder
     need(config.report_to == "none", f"--report_to {config.report_to}: full fine-tuning logs to log.jsonl alone")
-    config = dataclasses.replace(settle(config), mixed_precision="no")
+    config = dataclasses.replace(settle(config), mixed_precision="no", low_vram=False)
     accelerator = Accelerator(mixed_precision="no")
     photos, _ = gather_photos(config.instance_data_dir, resolution=config.resolution)
     prepare_folder(config, accelerator, None)

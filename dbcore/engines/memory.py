@@ -144,6 +144,8 @@ def savings(config, device):
     if config.train_batch_size > 1:
         yield {"train_batch_size": 1,
                "gradient_accumulation_steps": config.train_batch_size * config.gradient_accumulation_steps}
+    if not config.low_vram:
+        yield {"low_vram": True}
     yield {"resolution": config.resolution * 3 // 4 // 64 * 64 or config.resolution // 2}
 
 
@@ -187,12 +189,13 @@ class Shadow(Run):
         return Phase("class images", weights, self.drawing(base, c.sample_batch_size))
 
     def encoding(self):
-        """Photos through the autoencoder, the UNet being there already; the text encoder has gone before."""
+        """Photos through the autoencoder, before the UNet is loaded, unless class images were drawn with it."""
         c, base = self.config, self.base
+        drawn = c.with_prior_preservation and c.prior_generation_precision == c.mixed_precision and not c.low_vram
         count = min(ENCODED, self.batch * c.gradient_accumulation_steps)
         with self.traced(base) as live:
             base.encode_images(torch.empty(count, 3, c.resolution, c.resolution))
-        return Phase("encoding photos", self.resident("vae"), live.peak)
+        return Phase("encoding photos", self.resident("vae", *["unet"] * drawn), live.peak)
 
     def steps(self):
         """Forward and backward through the UNet, and the text encoder if it is trained."""
@@ -206,7 +209,7 @@ class Shadow(Run):
             loss.backward()
         keep = [] if c.cache_latents and not c.validation_prompt else ["vae"]
         means = 4 * self.trained if c.use_ema else 0
-        return Phase("steps", self.resident(*keep), live.peak - 4 * self.trained, 4 * self.trained,
+        return Phase("steps", self.resident("unet", *keep), live.peak - 4 * self.trained, 4 * self.trained,
                      STATE[c.optimizer] * self.trained + means)
 
     def pictures(self):
@@ -218,7 +221,7 @@ class Shadow(Run):
         activations = self.drawing(self.base, count) if count else 0
         drawer = ["vae"] if count else []
         means = 2 * 4 * self.trained if c.use_ema else 0
-        return Phase("validation and report", self.resident(*drawer), activations,
+        return Phase("validation and report", self.resident("unet", *drawer), activations,
                      optimizer=STATE[c.optimizer] * self.trained + means)
 
     def cache(self, photos):
@@ -233,11 +236,11 @@ class Shadow(Run):
     def batch(self):
         return self.config.train_batch_size * (2 if self.config.with_prior_preservation else 1)
 
-    def resident(self, *more):
-        """Bytes of weights: the UNet, the text encoder where each step needs it, and `more`."""
+    def resident(self, *parts):
+        """Bytes of the weights of `parts`, and of the text encoder where each step needs it."""
         c = self.config
         words = [] if c.pre_compute_text_embeddings and not c.train_text_encoder else ["text_encoder"]
-        return sum(size(getattr(self.base, part)) for part in {"unet", *words, *more})
+        return sum(size(getattr(self.base, part)) for part in {*words, *parts})
 
     def words(self, count):
         """Encoded prompts, with all that the text encoder keeps for its gradients if it is trained."""
@@ -249,6 +252,7 @@ class Shadow(Run):
     def drawing(self, base, count):
         """Bytes beside the weights while `count` pictures are drawn with guidance."""
         length, width = base.tokenizer.model_max_length, base.text_encoder.config.hidden_size
+        count = 1 if base.low_vram else count
         with self.traced(base) as live, torch.no_grad():
             latents = torch.empty(count, *base.latent_shape(self.config.resolution))
             cond = {"encoder_hidden_states": torch.empty(2 * count, length, width)}
@@ -301,7 +305,7 @@ def shadow_base(config, precision):
 
     c = config
     base = load_base(c.pretrained_model_name_or_path, c.revision, c.variant, c.tokenizer_name,
-                     dtype=torch_dtype(precision))
+                     dtype=torch_dtype(precision), low_vram=c.low_vram)
     where = {"subfolder": "unet", "revision": base.revision}
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base.name, **where))
@@ -313,7 +317,7 @@ def shadow_base(config, precision):
     for part, module, dtype in (("unet", unet, base.dtype), ("vae", vae, own), ("text_encoder", text_encoder, base.dtype)):
         # diffusers' own `to` warns of layers to be kept in float32, and names none
         module = torch.nn.Module.to(module, dtype=dtype, memory_format=torch.channels_last)
-        vars(base)[part] = module.requires_grad_(False).eval()
+        vars(base)[part] = base.lighten(part, module.requires_grad_(False).eval())
     return base
 
 

@@ -103,14 +103,9 @@ class Run:
         self.config = config
         self.base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant,
                               config.tokenizer_name, accelerator.device, torch_dtype(config.mixed_precision),
-                              config.tokenizer_max_length)
+                              config.tokenizer_max_length, config.low_vram)
         self.data = DreamBoothData(config, photos, self.make_class_photos())
-        self.config = self.data.config = config = with_lengths(config, self.data.steps_per_epoch(self.world))
-        self.inject()
-        self.optimizer = make_optimizer(config, self.groups)
-        self.schedule = make_schedule(config, self.optimizer)
-        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
-        self.mean = [p.detach().clone() for p in self.parameters] if config.use_ema else None
+        self.config = self.data.config = with_lengths(config, self.data.steps_per_epoch(self.world))
         self.notes = {"base": Path(self.base.name).name, "trigger_words": config.instance_prompt}
         self.pending = []  # losses that have not been looked at
 
@@ -122,16 +117,26 @@ class Run:
         base, apart = self.base, self.config.prior_generation_precision != self.config.mixed_precision
         if apart:
             base = load_base(base.name, base.revision, base.variant, self.config.tokenizer_name, base.device,
-                             torch_dtype(self.config.prior_generation_precision))
+                             torch_dtype(self.config.prior_generation_precision), low_vram=base.low_vram)
         with replayed(base.unet):
             folder = class_images(base, self.config, self.rank, self.world, self.accelerator.wait_for_everyone,
                                   lambda batches: self.bar(batches, desc="class images"))
+        if base.low_vram:
+            base.release("unet")  # so that it is not there while photos are encoded
         photos, _ = class_photos(folder, self.config)
         short = self.config.num_class_images - len(photos)
         if short > 0:
             self.accelerator.print(f"{folder} holds {len(photos)} class pictures of {self.config.num_class_images} "
                                    "asked for: these are used.")
         return photos
+
+    def prepare(self):
+        """What is trained, and with what."""
+        self.inject()
+        self.optimizer = make_optimizer(self.config, self.groups)
+        self.schedule = make_schedule(self.config, self.optimizer)
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.config.mixed_precision == "fp16")
+        self.mean = [p.detach().clone() for p in self.parameters] if self.config.use_ema else None
 
     def inject(self):
         """LoRA on the UNet, and on the text encoder if it is to be trained; everything else stays frozen."""
@@ -190,13 +195,14 @@ class Run:
     # --- the loop -------------------------------------------------------------------------------------
 
     def go(self, resume, should_stop):
-        c, start = self.config, 0
+        c, start = self.config, checkpoint.steps_done(resume) if resume else 0
+        self.encode_ahead(start)  # before there is a UNet, so that it and the encoders are not in memory together
+        self.prepare()
         if resume is not None:
-            start = checkpoint.load_checkpoint(resume, self)
+            checkpoint.load_checkpoint(resume, self)
             self.accelerator.print(f"Resuming from {resume.name}: step {start} of {c.max_train_steps}.")
         self.log = Log(self.folder, start, self.rank, resume.parent if resume else self.folder)
         self.start_trackers()
-        self.encode_ahead(start)
         with Signals() as signals:
             self.loop(start, lambda: signals.caught or bool(should_stop()))
         return self.finish()

@@ -20,6 +20,7 @@ from PIL import Image
 
 from dbcore.config import AUTO, ConfigError, need
 from dbcore.datasets.cache import TensorStore
+from dbcore.models.quantize import quantize
 from dbcore.utils.seeding import generator, normal
 
 MOVED = {
@@ -40,12 +41,13 @@ SCHEDULERS = {
 
 
 def load_base(name_or_path, revision=None, variant=None, tokenizer_name=None, device="cpu", dtype=torch.float32,
-              tokenizer_max_length=None):
+              tokenizer_max_length=None, low_vram=False):
     """A `StableDiffusion` from a folder or the hub; its networks are loaded when first used.
 
+    `low_vram`: its UNet's weights in 8 bits, and one picture at a time through its networks when it draws or encodes.
     Raises ConfigError if there is no such pipeline, or it is of a family that is not known here.
     """
-    return StableDiffusion(name_or_path, revision, variant, tokenizer_name, device, dtype, tokenizer_max_length)
+    return StableDiffusion(name_or_path, revision, variant, tokenizer_name, device, dtype, tokenizer_max_length, low_vram)
 
 
 def read_index(name_or_path, revision=None):
@@ -97,6 +99,8 @@ def settle(config, device=None):
             print(f"--{name} fp16 needs a GPU: float32 is used here.")
     if getattr(config, "resolution", None) == AUTO and "resolution" not in chosen:
         chosen["resolution"] = native_resolution(config.pretrained_model_name_or_path, config.revision)
+    if getattr(config, "low_vram", False):
+        chosen["gradient_checkpointing"] = True  # else each layer's weights, made from 8 bits, are kept for its gradient
     if "learning_rate" in chosen and config.optimizer == "Prodigy":
         chosen["learning_rate"] = 1.0  # Prodigy finds the rate itself; this is a factor on it
     config = dataclasses.replace(config, **chosen)
@@ -159,11 +163,11 @@ class StableDiffusion:
     """Stable Diffusion 1.x / 2.x (Rombach et al. 2022), or any pipeline folder of its shape."""
 
     def __init__(self, name, revision=None, variant=None, tokenizer_name=None, device="cpu", dtype=torch.float32,
-                 tokenizer_max_length=None):
+                 tokenizer_max_length=None, low_vram=False):
         self.index = read_index(name, revision)
         self.name, self.revision, self.variant = str(name), revision, variant
         self.tokenizer_name, self.tokenizer_max_length = tokenizer_name, tokenizer_max_length
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.low_vram = torch.device(device), dtype, low_vram
         self.settings = {**SETTLED, **recommended(name)}
         self.known = TensorStore()
 
@@ -212,8 +216,16 @@ class StableDiffusion:
             reason = str(error).splitlines()[0][:200]
             raise ConfigError(f"--pretrained_model_name_or_path {self.name}: its {part} cannot be loaded from "
                               f"safetensors files ({reason})") from None
-        module = leave_file(module.requires_grad_(False).eval().to(self.device))
+        module = leave_file(self.lighten(part, module.requires_grad_(False).eval()).to(self.device))
         give_back()
+        return module
+
+    def lighten(self, part, module):
+        """One network of the base as `low_vram` asks for it, before it goes to the device."""
+        if self.low_vram and part == "unet":
+            quantize(module)
+        if self.low_vram and part == "vae":
+            module.enable_slicing()
         return module
 
     @property
@@ -345,6 +357,7 @@ class StableDiffusion:
         for module in training:
             module.eval()
         shape, pictures = self.latent_shape(resolution or self.resolution), []
+        batch_size = 1 if self.low_vram else batch_size
         if not all(prompt in self.known for prompt in [*prompts, negative_prompt]):
             self.text_encoder  # noqa: B018 - loaded now, so that the pipeline has it
         pipeline = self.pipeline(scheduler)

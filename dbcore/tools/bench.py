@@ -50,7 +50,7 @@ def add_arguments(parser):
     parser.add_argument("--script", type=Path, metavar="PATH",
                         help="diffusers' train_dreambooth_lora.py; fetched for the installed version if not given")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="only these: toy, prior, validation, sd15, answers; "
-                        "with --gpu: sd15, prior, checkpointing")
+                        "with --gpu: sd15, prior, checkpointing, low_vram")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program and case (%(default)s)")
     parser.add_argument("--gpu", action="store_true", help="Stable Diffusion 1.5's shape at 512 pixels, on a GPU")
     parser.add_argument("--growth", action="store_true",
@@ -119,6 +119,8 @@ def gpu_cases(args):
     yield Case("prior", f"{words}, prior preservation with {made} class images", "sd15",
                {**options, **PRIOR, "num_class_images": made, "prior_generation_precision": "bf16"})
     yield Case("checkpointing", f"{words}, gradient checkpointing", "sd15", {**options, "gradient_checkpointing": True})
+    yield Case("low_vram", f"{words}, gradient checkpointing, dbcore with --low_vram", "sd15",
+               {**options, "gradient_checkpointing": True}, {"dbcore": {"low_vram": True}})
 
 
 def growth_cases(args):

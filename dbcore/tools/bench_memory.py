@@ -20,6 +20,7 @@ SD15 = {
     "Stable Diffusion 1.5's shape, 256 pixels": {"resolution": 256, "num_report_images": 0},
     "the same, gradient checkpointing, batch 4": {"resolution": 256, "num_report_images": 0, "train_batch_size": 4,
                                                  "gradient_checkpointing": True},
+    "the same, low VRAM, batch 1": {"resolution": 256, "num_report_images": 0, "low_vram": True},
 }
 STEPS = 3
 

@@ -39,7 +39,8 @@ DEFAULT = "prior=--with_prior_preservation"
 PATHS = {"pretrained_model_name_or_path", "instance_data_dir", "output_dir", "resume_from_checkpoint"}
 OURS = {*PATHS, "seed"}
 NUM_PHOTOS, FULL_FINETUNING = OWN = "num_photos", "full_finetuning"  # the bench's own options of a way to train
-LORA_ALONE = ("rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_layers", "train_text_encoder")
+LORA_ALONE = ("rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_layers", "train_text_encoder",
+              "low_vram")
 SUBJECT, PROMPT, PRES = "truth: subject", "truth: prompt", "truth: PRES"
 LABELS = {"floor": "base alone", "ceiling": "photos"}  # beside the names of the ways to train
 

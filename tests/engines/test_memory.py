@@ -11,6 +11,8 @@ from dbcore.engines.train import make_optimizer
 from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora, lora_parameters
 
+PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -32,11 +34,13 @@ def test_weights_are_those_of_the_networks_that_each_phase_holds(folder):
     unet, vae, text = (memory.size(getattr(base, part)) for part in ("unet", "vae", "text_encoder"))
     found = phases(folder)
     assert found["steps"].weights == unet
-    assert found["encoding photos"].weights == found["validation and report"].weights == unet + vae
+    assert found["encoding photos"].weights == vae  # before there is a UNet
+    assert found["validation and report"].weights == unet + vae
     assert phases(folder, train_text_encoder=True)["steps"].weights > unet + text
     assert phases(folder, cache_latents=False)["steps"].weights == unet + vae
-    classes = phases(folder, with_prior_preservation=True, class_prompt="a photo of a dog")["class images"]
-    assert classes.weights == pytest.approx(unet + vae + text, rel=0.01)
+    found = phases(folder, **PRIOR)
+    assert found["class images"].weights == pytest.approx(unet + vae + text, rel=0.01)
+    assert found["encoding photos"].weights == unet + vae  # left from drawing them
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -91,11 +95,10 @@ def test_options_move_the_forecast_the_way_they_move_a_run(folder):
     plain = phases(folder, train_batch_size=4)["steps"].activations
     assert phases(folder, train_batch_size=8)["steps"].activations == pytest.approx(2 * plain, rel=0.1)
     assert phases(folder, train_batch_size=4, gradient_checkpointing=True)["steps"].activations < 0.8 * plain
-    prior = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
-    assert phases(folder, train_batch_size=4, **prior)["steps"].activations == pytest.approx(2 * plain, rel=0.1)
+    assert phases(folder, train_batch_size=4, **PRIOR)["steps"].activations == pytest.approx(2 * plain, rel=0.1)
     assert phases(folder, train_batch_size=4, resolution=64)["steps"].activations > 3 * plain
     assert phases(folder, train_batch_size=4, train_text_encoder=True)["steps"].activations > plain
-    few, many = (phases(folder, sample_batch_size=n, **prior)["class images"].activations for n in (1, 8))
+    few, many = (phases(folder, sample_batch_size=n, **PRIOR)["class images"].activations for n in (1, 8))
     assert many > 6 * few
 
 
@@ -107,6 +110,19 @@ def test_half_precision_halves_the_weights_but_the_autoencoder_stays_whole_in_fp
     whole, half, brain = weights("no"), weights("fp16"), weights("bf16")
     assert half["steps"] < 0.6 * whole["steps"]
     assert half["encoding photos"] > brain["encoding photos"]
+
+
+def test_low_vram_quantizes_the_unet_and_draws_one_picture_at_a_time(folder):
+    base = load_base(folder, low_vram=True)
+    vae = memory.size(base.vae)
+    add_lora(base.unet, 4, 4)
+    plain, low = phases(folder, gradient_checkpointing=True, **PRIOR), phases(folder, low_vram=True, **PRIOR)
+    assert low["steps"].weights == low["loading"].weights == memory.size(base.unet)
+    assert low["encoding photos"].weights == vae  # class images or not
+    # no more is kept for the gradients than with whole weights, but for what one block's are made into
+    assert low["steps"].activations < plain["steps"].activations + plain["steps"].weights - low["steps"].weights
+    few, many = (phases(folder, low_vram=True, sample_batch_size=n, **PRIOR)["class images"].activations for n in (1, 8))
+    assert few == many < plain["class images"].activations / 2
 
 
 def test_nothing_of_the_base_is_loaded(folder, monkeypatch):
@@ -123,7 +139,7 @@ def test_the_table_shows_each_phase_and_the_highest(folder):
 
 def test_advice_is_the_first_set_of_changes_that_fits(monkeypatch, folder):
     def pretend(config, device="cuda", photos=5):
-        peak = 100 - 30 * config.gradient_checkpointing - 20 * (config.train_batch_size == 1)
+        peak = 100 - 30 * config.gradient_checkpointing - 20 * (config.train_batch_size == 1) - 10 * config.low_vram
         return memory.Forecast([memory.Phase("steps", peak, 0)], 0)
 
     monkeypatch.setattr(memory, "forecast", pretend)
@@ -132,4 +148,5 @@ def test_advice_is_the_first_set_of_changes_that_fits(monkeypatch, folder):
     assert memory.advise(wish, 75, "cpu") == {"gradient_checkpointing": True}
     assert memory.advise(wish, 55, "cpu") == {"gradient_checkpointing": True, "train_batch_size": 1,
                                               "gradient_accumulation_steps": 2}
+    assert memory.advise(wish, 45, "cpu")["low_vram"] is True and "resolution" not in memory.advise(wish, 45, "cpu")
     assert memory.advise(wish, 20, "cpu") is None

@@ -84,6 +84,7 @@ EFFECTS = {
     "gradient_checkpointing": (True, "checkpointing", {}),
     "cache_latents": (False, "latents", {}),
     "pre_compute_text_embeddings": (False, "prompts", {}),
+    "low_vram": (True, "weights", {"gradient_checkpointing": True}),
     "allow_tf32": (True, "tf32", {}),
     "compile": (True, "compiled", {}),
     "validation_prompt": (["a photo of sks dog"], "files", {}),

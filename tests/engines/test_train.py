@@ -13,9 +13,11 @@ import torch
 from accelerate.utils import LoggerType
 from PIL import Image
 from runs import leave_out_report, make_options, make_photos, read_run
+from safetensors.torch import load_file
 
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines.train import train
+from dbcore.models.base import StableDiffusion
 from dbcore.models.export import HEADER_KEY, read_safetensors
 
 PROMPTS = ["a photo of sks dog", "a red car"]
@@ -51,6 +53,36 @@ def test_a_run_starts_without_what_it_needs_only_at_its_end():
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "diffusers.models.modeling_utils" in there
     assert not {"matplotlib", "diffusers.pipelines.pipeline_utils"} & set(there)
+
+
+# --- what is in memory when ---------------------------------------------------------------------------
+
+
+def loads_and_lets_go(config, monkeypatch):
+    """What a run did, in order: "unet", "vae" or "text_encoder" loaded, "-unet" let go, "photos" encoded."""
+    order = []
+    load, release, encode = StableDiffusion._load, StableDiffusion.release, StableDiffusion.encode_images
+    monkeypatch.setattr(StableDiffusion, "_load", lambda base, cls, part, *a: (order.append(part), load(base, cls, part, *a))[1])
+    monkeypatch.setattr(StableDiffusion, "release", lambda base, *parts: (
+        order.extend("-" + part for part in parts if part in vars(base)), release(base, *parts)))
+    monkeypatch.setattr(StableDiffusion, "encode_images", lambda *a: (encode(*a), order.append("photos"))[0])
+    train(config)
+    return list(dict.fromkeys(order))
+
+
+def test_the_encoders_are_gone_when_the_unet_comes(options, tmp_path, monkeypatch):
+    order = loads_and_lets_go(TrainConfig(**options, output_dir=tmp_path), monkeypatch)
+    assert order == ["text_encoder", "-text_encoder", "vae", "photos", "-vae", "unet"]
+
+
+def test_low_vram_lets_the_unet_go_between_class_images_and_steps(options, tmp_path, monkeypatch):
+    config = TrainConfig(**options, low_vram=True, with_prior_preservation=True, class_prompt="a photo of a dog",
+                         num_class_images=1, class_data_dir=tmp_path / "class", output_dir=tmp_path / "run")
+    order = loads_and_lets_go(config, monkeypatch)
+    assert order.index("unet") < order.index("-unet") < order.index("photos")
+    weights = {name: t for name, t in load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors").items()}
+    assert all(t.dtype == torch.float32 for t in weights.values())
+    assert any(t.abs().max() > 0 for name, t in weights.items() if "lora.up" in name or "lora_B" in name)
 
 
 # --- packages that may be missing ---------------------------------------------------------------------

@@ -97,6 +97,7 @@ def test_a_way_to_train_is_a_name_and_options_of_train():
     ("mine=--output_dir here", "mine: --output_dir is no option of train, or one that toybench sets itself"),
     ("none=--num_photos 0", "none: --num_photos 0 is less than one"),
     ("all=--full_finetuning --rank 4", "all: --rank does nothing with --full_finetuning"),
+    ("all=--full_finetuning --low_vram", "all: --low_vram does nothing with --full_finetuning"),
 ])  # fmt: skip
 def test_a_way_that_is_none_is_refused(text, complaint):
     with pytest.raises(ConfigError, match=complaint):
