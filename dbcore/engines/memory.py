@@ -25,7 +25,8 @@ CARDS = {"T4": (16e9, "fp16"), "RTX 4060": (8e9, "bf16"), "A100": (40e9, "bf16")
 OVERHEAD = {"cpu": 0.6e9, "cuda": 0.5e9}  # Python and its libraries; a CUDA context with its kernels
 # A CPU's heap keeps the gaps between tensors that came and went: half as much again as they took, over the runs of
 # `dbcore bench --memory`. With MALLOC_MMAP_THRESHOLD_=1048576 there are no gaps, but steps of 256 pixels take 1.6 times as long.
-GAPS = 1.5
+# Where blocks are computed again, with what is kept lying between what comes and goes, nearly as much again.
+GAPS, GAPS_CHECKPOINTING = 1.5, 2.4
 # Bytes of state a trained number, beside its gradient: AdamW keeps two float32, 8-bit AdamW two bytes, Prodigy
 # four float32. Adafactor keeps sums of rows and columns, which for a LoRA of low rank is about one number in r.
 STATE = {"AdamW": 8, "AdamW8bit": 2, "Prodigy": 16, "Adafactor": 4}
@@ -93,8 +94,7 @@ def forecast(config, device="cpu", photos=5):
     phases = [run.class_images()] if config.with_prior_preservation else []
     phases += [run.encoding(), run.steps(), run.pictures()]
     if device == "cpu":
-        phases = [dataclasses.replace(phase, activations=int(GAPS * phase.activations)) for phase in phases]
-        phases.insert(0, run.loading())
+        phases = [run.loading(), *(run.in_a_heap(phase) for phase in phases)]
     return Forecast(phases, int(OVERHEAD[device]), run.cache(photos))
 
 
@@ -172,10 +172,11 @@ class Shadow(Run):
     # --- phases, in the order of a run
 
     def loading(self):
-        """The UNet's weights, beside the file that they are copied from."""
+        """The UNet's weights, before they are quantized, beside the file that they are copied from."""
         c = self.config
         name = f"diffusion_pytorch_model{'.' + c.variant if c.variant else ''}.safetensors"
-        file, weights = Path(self.base.name) / "unet" / name, size(self.base.unet)
+        file = Path(self.base.name) / "unet" / name
+        weights = sum(p.numel() for p in self.base.unet.parameters()) * self.base.dtype.itemsize
         return Phase("loading", weights, 0, pages=file.stat().st_size if file.is_file() else weights)
 
     def class_images(self):
@@ -223,6 +224,11 @@ class Shadow(Run):
         means = 2 * 4 * self.trained if c.use_ema else 0
         return Phase("validation and report", self.resident("unet", *drawer), activations,
                      optimizer=STATE[c.optimizer] * self.trained + means)
+
+    def in_a_heap(self, phase):
+        """The phase with the gaps that a CPU's heap keeps."""
+        gaps = GAPS_CHECKPOINTING if phase.name == "steps" and self.config.gradient_checkpointing else GAPS
+        return dataclasses.replace(phase, activations=int(gaps * phase.activations))
 
     def cache(self, photos):
         """Bytes of latents (mean, std and mask, float32) on the disk."""

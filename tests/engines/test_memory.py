@@ -58,7 +58,8 @@ def test_shapes_and_numbers_give_the_same_count(folder, checkpointing):
     gradients = sum(p.grad.numel() * 4 for p in lora_parameters(unet))
     step = phases(folder, train_batch_size=2, gradient_checkpointing=checkpointing)["steps"]
     assert step.gradients == gradients
-    assert step.activations == pytest.approx(memory.GAPS * (live.peak - gradients), rel=0.05)
+    gaps = memory.GAPS_CHECKPOINTING if checkpointing else memory.GAPS
+    assert step.activations == pytest.approx(gaps * (live.peak - gradients), rel=0.05)
 
 
 def test_a_cpu_holds_the_file_while_it_loads_and_gaps_in_its_heap(folder):
@@ -117,7 +118,8 @@ def test_low_vram_quantizes_the_unet_and_draws_one_picture_at_a_time(folder):
     vae = memory.size(base.vae)
     add_lora(base.unet, 4, 4)
     plain, low = phases(folder, gradient_checkpointing=True, **PRIOR), phases(folder, low_vram=True, **PRIOR)
-    assert low["steps"].weights == low["loading"].weights == memory.size(base.unet)
+    assert low["steps"].weights == memory.size(base.unet)
+    assert low["loading"].weights == pytest.approx(plain["loading"].weights, rel=0.05)  # read whole, then quantized
     assert low["encoding photos"].weights == vae  # class images or not
     # no more is kept for the gradients than with whole weights, but for what one block's are made into
     assert low["steps"].activations < plain["steps"].activations + plain["steps"].weights - low["steps"].weights
