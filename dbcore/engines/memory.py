@@ -180,13 +180,14 @@ class Shadow(Run):
         return Phase("loading", weights, 0, pages=file.stat().st_size if file.is_file() else weights)
 
     def class_images(self):
-        """All three networks are in memory, and pictures are drawn `sample_batch_size` at a time."""
+        """Pictures are drawn `sample_batch_size` at a time; the text encoder stays, unless memory is short."""
         c, base = self.config, self.base
         if c.prior_generation_precision != c.mixed_precision:
             base = shadow_base(c, c.prior_generation_precision)
             for part in ("unet", "vae", "text_encoder"):
                 materialise(getattr(base, part), self.fake)
-        weights = sum(size(getattr(base, part)) for part in ("unet", "vae", "text_encoder"))
+        parts = ("unet", "vae") if c.low_vram else ("unet", "vae", "text_encoder")
+        weights = sum(size(getattr(base, part)) for part in parts)
         return Phase("class images", weights, self.drawing(base, c.sample_batch_size))
 
     def encoding(self):

@@ -52,6 +52,9 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     refuse_others(folder, about)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / MANIFEST, json.dumps(about, indent=1).encode(), rank)
+    if base.low_vram:
+        base.remember([config.class_prompt, ""])
+        base.release("text_encoder")
     size = config.sample_batch_size
     batches = [range(first, min(first + size, config.num_class_images))
                for first in range(0, config.num_class_images, size)]

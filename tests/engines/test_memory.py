@@ -119,6 +119,7 @@ def test_low_vram_quantizes_the_unet_and_draws_one_picture_at_a_time(folder):
     add_lora(base.unet, 4, 4)
     plain, low = phases(folder, gradient_checkpointing=True, **PRIOR), phases(folder, low_vram=True, **PRIOR)
     assert low["steps"].weights == memory.size(base.unet)
+    assert low["class images"].weights == memory.size(base.unet) + vae
     assert low["loading"].weights == pytest.approx(plain["loading"].weights, rel=0.05)  # read whole, then quantized
     assert low["encoding photos"].weights == vae  # class images or not
     # no more is kept for the gradients than with whole weights, but for what one block's are made into

@@ -59,13 +59,14 @@ def test_a_run_starts_without_what_it_needs_only_at_its_end():
 
 
 def loads_and_lets_go(config, monkeypatch):
-    """What a run did, in order: "unet", "vae" or "text_encoder" loaded, "-unet" let go, "photos" encoded."""
-    order = []
+    """What a run did, in order: "unet", "vae" or "text_encoder" loaded, "-unet" let go, "photos" encoded, "drawn" pictures."""
+    order, draw = [], StableDiffusion.draw
     load, release, encode = StableDiffusion._load, StableDiffusion.release, StableDiffusion.encode_images
     monkeypatch.setattr(StableDiffusion, "_load", lambda base, cls, part, *a: (order.append(part), load(base, cls, part, *a))[1])
     monkeypatch.setattr(StableDiffusion, "release", lambda base, *parts: (
         order.extend("-" + part for part in parts if part in vars(base)), release(base, *parts)))
     monkeypatch.setattr(StableDiffusion, "encode_images", lambda *a: (encode(*a), order.append("photos"))[0])
+    monkeypatch.setattr(StableDiffusion, "draw", lambda *a, **more: (draw(*a, **more), order.append("drawn"))[0])
     train(config)
     return list(dict.fromkeys(order))
 
@@ -79,7 +80,8 @@ def test_low_vram_lets_the_unet_go_between_class_images_and_steps(options, tmp_p
     config = TrainConfig(**options, low_vram=True, with_prior_preservation=True, class_prompt="a photo of a dog",
                          num_class_images=1, class_data_dir=tmp_path / "class", output_dir=tmp_path / "run")
     order = loads_and_lets_go(config, monkeypatch)
-    assert order.index("unet") < order.index("-unet") < order.index("photos")
+    assert order.index("-text_encoder") < order.index("drawn")
+    assert order.index("unet") < order.index("drawn") < order.index("-unet") < order.index("photos")
     weights = {name: t for name, t in load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors").items()}
     assert all(t.dtype == torch.float32 for t in weights.values())
     assert any(t.abs().max() > 0 for name, t in weights.items() if "lora.up" in name or "lora_B" in name)
