@@ -4,7 +4,7 @@
 
 with one s for each output channel, a row of W: absmax quantization with vector-wise constants (Dettmers et al. 2022,
 LLM.int8(), section 2.1). What is multiplied and added stays in the network's own precision: a layer's weights are made
-from q each time they are used, and are gone again after it. Convolutions, half of Stable Diffusion's weights, are
+from q each time they are used, and are gone again after it. Convolutions, two thirds of Stable Diffusion's weights, are
 quantized too, which libraries for language models leave alone.
 """
 
