@@ -173,7 +173,7 @@ def plain(value):
 
 
 def load_checkpoint(folder, run):
-    """Give a run, set up as it was, what a checkpoint holds; returns the steps that were done.
+    """Give a run, set up as it was, what a checkpoint holds.
 
     Raises CheckpointError if it cannot be read, or the LoRA there is of another shape.
     """
@@ -195,7 +195,6 @@ def load_checkpoint(folder, run):
     run.optimizer.load_state_dict(optimizer_state(state["optimizer"], tensors))
     run.scaler.load_state_dict(state["scaler"])
     run.seconds = state["seconds"]
-    return state["step"]
 
 
 def optimizer_state(numbers, tensors):
