@@ -259,7 +259,7 @@ class Shadow(Run):
     def drawing(self, base, count):
         """Bytes beside the weights while `count` pictures are drawn with guidance."""
         length, width = base.tokenizer.model_max_length, base.text_encoder.config.hidden_size
-        count = 1 if base.low_vram else count
+        count = base.at_once(count)
         with self.traced(base) as live, torch.no_grad():
             latents = torch.empty(count, *base.latent_shape(self.config.resolution))
             cond = {"encoder_hidden_states": torch.empty(2 * count, length, width)}

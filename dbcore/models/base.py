@@ -322,6 +322,10 @@ class StableDiffusion:
         need(name in (AUTO, *SCHEDULERS), f"the sampler {name!r} is not known: give one of {', '.join(SCHEDULERS)}")
         return self.index["scheduler"][1] if name == AUTO else SCHEDULERS[name]
 
+    def at_once(self, count):
+        """How many of `count` pictures are drawn at a time: one where memory is short."""
+        return 1 if self.low_vram else count
+
     def pipeline(self, scheduler=AUTO):
         """A stock `StableDiffusionPipeline` around the very same modules."""
         import diffusers
@@ -357,7 +361,7 @@ class StableDiffusion:
         for module in training:
             module.eval()
         shape, pictures = self.latent_shape(resolution or self.resolution), []
-        batch_size = 1 if self.low_vram else batch_size
+        batch_size = self.at_once(batch_size)
         if not all(prompt in self.known for prompt in [*prompts, negative_prompt]):
             self.text_encoder  # noqa: B018 - loaded now, so that the pipeline has it
         pipeline = self.pipeline(scheduler)
