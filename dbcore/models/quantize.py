@@ -30,7 +30,7 @@ class Int8(torch.nn.Module):
         return q.to(scale.dtype) * scale
 
     def right_inverse(self, weight):
-        rows = weight.flatten(1).abs().amax(1).float().clamp(min=torch.finfo(torch.float16).tiny)
+        rows = weight.flatten(1).abs().amax(1).float().clamp(min=torch.finfo(torch.float16).tiny)  # a row may be all 0
         scale = (rows / 127).to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
         q = (weight.float() / scale.float()).round().clamp(-127, 127)  # a scale rounded down would reach 128
         return q.to(torch.int8), scale
