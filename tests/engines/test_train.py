@@ -16,6 +16,7 @@ from runs import leave_out_report, make_options, make_photos, read_run
 from safetensors.torch import load_file
 
 from dbcore.config import ConfigError, TrainConfig
+from dbcore.engines.finetune import finetune
 from dbcore.engines.train import train
 from dbcore.models.base import StableDiffusion
 from dbcore.models.export import HEADER_KEY, read_safetensors
@@ -82,9 +83,15 @@ def test_low_vram_lets_the_unet_go_between_class_images_and_steps(options, tmp_p
     order = loads_and_lets_go(config, monkeypatch)
     assert order.index("-text_encoder") < order.index("drawn")
     assert order.index("unet") < order.index("drawn") < order.index("-unet") < order.index("photos")
-    weights = {name: t for name, t in load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors").items()}
-    assert all(t.dtype == torch.float32 for t in weights.values())
-    assert any(t.abs().max() > 0 for name, t in weights.items() if "lora.up" in name or "lora_B" in name)
+    weights = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+    learned = [t.abs().max() > 0 for name, t in weights.items() if "lora_B" in name]
+    assert learned and all(learned)
+
+
+def test_full_finetuning_has_whole_weights_whatever_low_vram_says(options, tmp_path):
+    folder = finetune(TrainConfig(**options, low_vram=True, output_dir=tmp_path))
+    assert {p.dtype for p in StableDiffusion(folder).unet.parameters()} == {torch.float32}
 
 
 # --- packages that may be missing ---------------------------------------------------------------------
