@@ -1,10 +1,13 @@
 """The command line: `python -m dbcore TOOL ...`, or `dbcore TOOL ...`."""
 
 import argparse
+import contextlib
 import gc
 import importlib
 import os
 import sys
+
+from dbcore.utils.errors import DBCoreError, Interrupted
 
 TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge", "extract", "bench",
          "toybench")
@@ -24,23 +27,33 @@ def make_parser(wanted):
 
 
 def main(argv=None):
-    gc.set_threshold(100_000)  # imports make objects by the million, to stay: looking for rubbish among them takes a second
+    """Run one tool. A `DBCoreError` ends the program with its one line; any other exception passes through."""
     argv = sys.argv[1:] if argv is None else argv
     wanted = argv[0] if argv and argv[0] in TOOLS else None
-    args = make_parser(wanted).parse_args(argv)
+    with fewer_collections():
+        args = make_parser(wanted).parse_args(argv)
+        try:
+            importlib.import_module(f"dbcore.tools.{args.tool}").main(args)
+        except KeyboardInterrupt:
+            sys.exit(f"dbcore {args.tool}: stopped at once, nothing was saved after the last checkpoint")
+        except Interrupted as words:
+            print(words)
+            sys.exit(130)
+        except DBCoreError as error:
+            if os.environ.get("DBCORE_DEBUG"):
+                raise
+            sys.exit(f"dbcore {args.tool}: {error}")
+
+
+@contextlib.contextmanager
+def fewer_collections():
+    """Imports make objects by the million, to stay: looking for garbage among them takes a second."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000)
     try:
-        importlib.import_module(f"dbcore.tools.{args.tool}").main(args)
-    except KeyboardInterrupt:
-        sys.exit(f"dbcore {args.tool}: stopped at once, nothing was saved after the last checkpoint")
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("DBCORE_DEBUG"):
-            raise
-        sys.exit(f"dbcore {args.tool}: {error}")
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
-        print(error)
-        sys.exit(130)
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 if __name__ == "__main__":

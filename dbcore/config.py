@@ -15,6 +15,8 @@ import typing
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from dbcore.utils.errors import InputError
+
 AUTO = "auto"
 OPTIMIZERS = ("AdamW", "AdamW8bit", "Prodigy", "Adafactor")
 PRECISIONS = (AUTO, "no", "fp32", "fp16", "bf16")  # no and fp32 are one
@@ -22,7 +24,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_wit
 SECRETS = {"hub_token"}
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """An option that cannot be: names it, what was found, and what to do."""
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from PIL import Image, ImageCms, ImageOps
 
+from dbcore.utils.errors import InputError
+
 # Only what a camera, a phone or a browser writes. Pillow knows more formats, but some of them start
 # other programs (EPS starts Ghostscript), and a folder from the internet should not choose one.
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF"]
@@ -40,7 +42,7 @@ NEAR_BITS = 11  # of 128: two copies of one photo differ in 0 to 10, two photos 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
-class PhotoError(ValueError):
+class PhotoError(InputError):
     """No photo of a folder can be used, or a crop was asked for that cannot be made."""
 
 

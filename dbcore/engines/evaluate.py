@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from dbcore.config import ConfigError
 from dbcore.datasets.dreambooth import to_pixels
 from dbcore.models.base import recommended
+from dbcore.utils.errors import InputError
 from dbcore.utils.seeding import key
 
 ENCODERS = ("openai/clip-vit-base-patch32", "facebook/dino-vits16")  # for a base that brings none
@@ -45,13 +46,13 @@ class Encoder:
     def texts(self, prompts, batch_size=32):
         """(n, d) float32 unit vectors on the CPU. Raises ValueError for an encoder of pictures alone."""
         if self.embed_texts is None:
-            raise ValueError(f"{self.name} reads pictures and no text: take a CLIP for prompt fidelity")
+            raise InputError(f"{self.name} reads pictures and no text: take a CLIP for prompt fidelity")
         return self._batches(self.embed_texts, prompts, batch_size, "prompt")
 
     def _batches(self, embed, things, size, what):
         things = list(things)
         if not things:
-            raise ValueError(f"{self.name}: no {what} was given; give at least one")
+            raise InputError(f"{self.name}: no {what} was given; give at least one")
         parts = [embed(things[first:first + size]) for first in range(0, len(things), size)]
         return normalize(torch.cat(parts).float().cpu(), dim=-1)
 
@@ -176,7 +177,7 @@ def real_against_real(photos, encoder):
     vectors = features(photos, encoder)
     count = len(vectors)
     if count < 2:
-        raise ValueError("one picture alone cannot be compared: give two or more")
+        raise InputError("one picture alone cannot be compared: give two or more")
     cosines = vectors @ vectors.T
     return float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
 
@@ -190,7 +191,7 @@ def prompt_fidelity(pictures, prompts, encoder):
     vectors = features(pictures, encoder)
     prompts = [prompts] * len(vectors) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(vectors):
-        raise ValueError(f"{len(prompts)} prompts for {len(vectors)} pictures: give one a picture, or one for all")
+        raise InputError(f"{len(prompts)} prompts for {len(vectors)} pictures: give one a picture, or one for all")
     unique = list(dict.fromkeys(prompts))
     texts = encoder.texts(unique)[[unique.index(prompt) for prompt in prompts]]
     return float((vectors * texts).sum(dim=1).mean())
@@ -245,7 +246,7 @@ def bootstrap_interval(values, seed=0, level=0.95, count=10_000):
     """
     values = np.asarray(values, dtype=float)
     if values.size == 0:
-        raise ValueError("bootstrap_interval: no values were given; give one a subject")
+        raise InputError("bootstrap_interval: no values were given; give one a subject")
     picks = np.random.default_rng(key(seed, "bootstrap")).integers(0, len(values), (count, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

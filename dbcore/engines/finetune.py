@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from dbcore.config import need
 from dbcore.datasets.photos import gather_photos
-from dbcore.engines.train import Interrupted, Run, prepare_folder
+from dbcore.engines.train import Run, prepare_folder
 from dbcore.models.base import SETTINGS_FILE, settle
+from dbcore.utils.errors import Interrupted
 
 PIPELINE = "pipeline"  # in the run's folder
 

@@ -33,6 +33,7 @@ from dbcore.engines.report import report_prompts, write_report
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import add_lora, lora_parameters, save_lora, set_dropout
 from dbcore.models.replay import Replay, can_replay, replayed
+from dbcore.utils.errors import Diverged, Interrupted
 from dbcore.utils.seeding import key
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -49,17 +50,13 @@ FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "max_tra
         "report_to", "logging_dir", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id", "hub_token"}
 
 
-class Interrupted(Exception):
-    """The run was stopped from outside, after a checkpoint; the message says how to go on."""
-
-
 def train(config, callback=None, should_stop=None):
     """Teach the base a subject as `config` (TrainConfig) says; returns the path of the LoRA file.
 
     `callback`: called after each step with {"step", "steps", "loss", "lr", "seconds"}, and after a validation
     with {"step", "pictures": {prompt: [PIL images]}}. `should_stop()`: True ends the run after the step.
     Raises ConfigError (also for data), CheckpointError, Interrupted after Ctrl-C, SIGTERM or `should_stop`,
-    and FloatingPointError when the loss is no longer a number.
+    and Diverged when the loss is no longer a number.
     """
     config.check()
     if config.optimizer in PACKAGES:  # asked for now, and not after the class images are made
@@ -316,7 +313,7 @@ class Run:
             record = {name: value.tolist() if torch.is_tensor(value) else value for name, value in record.items()}
             if not math.isfinite(record["loss"]):
                 self.pending.clear()
-                raise FloatingPointError(self.blame(f"the loss is {record['loss']} at", record["step"], record["lr"]))
+                raise Diverged(self.blame(f"the loss is {record['loss']} at", record["step"], record["lr"]))
             self.log.write(record)
             if self.config.report_to != "none":
                 self.accelerator.log({"loss": record["loss"], "lr": record["lr"]}, step=record["step"])
@@ -378,7 +375,7 @@ class Run:
     def save(self, done):
         if not all(p.isfinite().all() for p in self.parameters):
             rate = self.optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(self.blame("the LoRA's weights are no longer numbers after", done, rate))
+            raise Diverged(self.blame("the LoRA's weights are no longer numbers after", done, rate))
         if self.rank == 0:
             self.seconds += time.monotonic() - self.began
             self.began = time.monotonic()

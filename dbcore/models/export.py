@@ -22,12 +22,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from dbcore.utils.errors import InputError
+
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps the LoraConfigs in a file's header
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
-class LoraFileError(ValueError):
+class LoraFileError(InputError):
     """A LoRA file that cannot be read, or holds something that the wanted format cannot."""
 
 

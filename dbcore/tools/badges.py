@@ -8,22 +8,24 @@ import argparse
 import re
 from pathlib import Path
 
+from dbcore.utils.errors import InputError
+
 NOTEBOOKS = Path("notebooks")
 BADGE = re.compile(r"\]\(https://colab\.research\.google\.com/(?!assets/)[^)]*\)")
 ADDRESS = re.compile(r'DBCORE_REPO = \\"[^"\\]*\\"')  # in the file, quotes of the source are escaped
 
 
 def write_address(path, repository, branch="main"):
-    """Rewrite one notebook for `repository` = "owner/name" on GitHub. Raises ValueError if there is no place for it."""
+    """Rewrite one notebook for `repository` = "owner/name" on GitHub. Raises InputError if there is no place for it."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise ValueError(f"REPO is {repository!r}: give it as owner/name")
+        raise InputError(f"REPO is {repository!r}: give it as owner/name")
     text = path.read_text(encoding="utf-8")
     colab = f"](https://colab.research.google.com/github/{repository}/blob/{branch}/notebooks/{path.name})"
     source = f"https://github.com/{repository}/archive/{branch}.zip"  # pip fetches it without git
     text, badges = BADGE.subn(colab, text)
     text, addresses = ADDRESS.subn(rf'DBCORE_REPO = \\"{source}\\"', text)
     if not badges or addresses != 1:
-        raise ValueError(f"{path}: {badges} Colab badges and {addresses} DBCORE_REPO; it needs a badge and one address")
+        raise InputError(f"{path}: {badges} Colab badges and {addresses} DBCORE_REPO; it needs a badge and one address")
     path.write_text(text, encoding="utf-8")
 
 

@@ -4,6 +4,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from dbcore.utils.errors import InputError
+
 HELP = "write a LoRA in another tool's format, or merge it into its base"
 FORMATS = {
     "kohya": "one file for A1111, ComfyUI, Forge, InvokeAI and kohya's scripts",
@@ -53,17 +55,17 @@ def main(args):
 
 
 def free_path(text, overwrite=False):
-    """The path, if nothing is there or it may be replaced; raises ValueError otherwise."""
+    """The path, if nothing is there or it may be replaced; raises InputError otherwise."""
     path = Path(text)
     if path.exists() and not overwrite:
-        raise ValueError(f"--output {path} exists: choose another name, or add --overwrite")
+        raise InputError(f"--output {path} exists: choose another name, or add --overwrite")
     return path
 
 
 def save_merged(adapter, base, folder, lora_scale=1.0):
     """Write `folder`: the pipeline `base` with `lora_scale` of `adapter` added to its weights.
 
-    Added in float32, then rounded once to the precision the base is stored in. Raises ValueError
+    Added in float32, then rounded once to the precision the base is stored in. Raises InputError
     without a base.
     """
     from diffusers import DiffusionPipeline
@@ -71,7 +73,7 @@ def save_merged(adapter, base, folder, lora_scale=1.0):
     from dbcore.models.export import save_diffusers
 
     if base is None:
-        raise ValueError("--format merged: give the base with --pretrained_model_name_or_path")
+        raise InputError("--format merged: give the base with --pretrained_model_name_or_path")
     pipeline = DiffusionPipeline.from_pretrained(base)
     stored = stored_precision(base)
     with tempfile.TemporaryDirectory() as scratch:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dbcore.tools.export import add_overwrite, free_path
+from dbcore.utils.errors import InputError
 
 HELP = "take a LoRA out of a fine-tuned pipeline, by singular values"
 
@@ -21,7 +22,7 @@ def main(args):
     from dbcore.models.export import Adapter, extract_adapter, save_diffusers
 
     if args.rank < 1:
-        raise ValueError(f"--rank {args.rank}: give 1 or more")
+        raise InputError(f"--rank {args.rank}: give 1 or more")
     output = free_path(args.output, args.overwrite)
     base, tuned = (load_networks(path) for path in (args.pretrained_model_name_or_path, args.tuned))
     adapter, figures = extract_adapter(base, tuned, args.rank)

@@ -1,6 +1,7 @@
 """`dbcore merge`: several LoRAs of one base -> one LoRA that is their weighted sum."""
 
 from dbcore.tools.export import add_overwrite, free_path
+from dbcore.utils.errors import InputError
 
 HELP = "add several LoRAs, each with a weight, into one"
 
@@ -22,7 +23,7 @@ def main(args):
     from dbcore.models.export import merge_adapters, read_adapter, save_diffusers
 
     if args.rank is not None and args.rank < 1:
-        raise ValueError(f"--rank {args.rank}: give 1 or more, or leave it out to add the ranks up")
+        raise InputError(f"--rank {args.rank}: give 1 or more, or leave it out to add the ranks up")
     output = free_path(args.output, args.overwrite)
     weights = args.weights if args.weights is not None else [1.0] * len(args.lora)
     adapters = [read_adapter(path, args.pretrained_model_name_or_path) for path in args.lora]

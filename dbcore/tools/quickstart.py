@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import dbcore
+from dbcore.utils.errors import InputError
 
 HELP = "teach the toy base a subject that ships with dbcore, and show it before and after"
 PLACES = ("in the snow", "on the beach", "swimming in water")  # none of them is in the photos
@@ -51,12 +52,12 @@ def shown(path):
 
 
 def read_subject(name):
-    """(folder, the contents of its subject.json). Raises ValueError with the names there are."""
+    """(folder, the contents of its subject.json). Raises InputError with the names there are."""
     folder = Path(name) if (Path(name) / "subject.json").is_file() else dbcore.SUBJECTS / name
     path = folder / "subject.json"
     if not path.is_file():
         known = sorted(path.parent.name for path in dbcore.SUBJECTS.glob("*/subject.json"))
-        raise ValueError(f"--subject {name}: not there; choose one of {', '.join(known)}, or a folder with photos "
+        raise InputError(f"--subject {name}: not there; choose one of {', '.join(known)}, or a folder with photos "
                          "and a subject.json like theirs")
     return folder, json.loads(path.read_text(encoding="utf-8"))
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from dbcore.utils.errors import InputError
+
 CLASSES = ("dog", "cat", "duck", "car", "teapot", "robot")
 
 COLORS = {  # linear-ish RGB in [0, 1], far enough apart to be told from each other in shade
@@ -63,7 +65,7 @@ class Character:
     def __post_init__(self):
         def check(name, value, allowed):
             if value not in allowed:
-                raise ValueError(f"Character.{name} is {value!r}; choose one of {', '.join(allowed)}")
+                raise InputError(f"Character.{name} is {value!r}; choose one of {', '.join(allowed)}")
 
         check("kind", self.kind, CLASSES)
         check("color", self.color, COLORS)
@@ -73,7 +75,7 @@ class Character:
             check("hat", self.hat, COLORS)
         for name in PROPORTIONS:
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"Character.{name} is {getattr(self, name)}; it must lie in [0, 1]")
+                raise InputError(f"Character.{name} is {getattr(self, name)}; it must lie in [0, 1]")
 
     to_dict = asdict
 
@@ -92,7 +94,7 @@ class View:
 
     def __post_init__(self):
         if self.place not in PLACES:
-            raise ValueError(f"View.place is {self.place!r}; choose one of {', '.join(PLACES)}")
+            raise InputError(f"View.place is {self.place!r}; choose one of {', '.join(PLACES)}")
 
 
 def random_character(rng: np.random.Generator, **fixed) -> Character:

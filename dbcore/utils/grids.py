@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dbcore.utils.errors import InputError
+
 # Okabe and Ito's palette (2008): told apart with every common kind of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -49,10 +51,10 @@ def image_grid(rows, row_labels=None, column_labels=None, title=None, cell=1.25,
     rows = [list(row) for row in rows]
     width = max((len(row) for row in rows), default=0)
     if width == 0:
-        raise ValueError("image_grid: no images were given; pass at least one row with one image")
+        raise InputError("image_grid: no images were given; pass at least one row with one image")
     for name, labels, count in (("row", row_labels, len(rows)), ("column", column_labels, width)):
         if labels is not None and len(labels) != count:
-            raise ValueError(f"image_grid: {len(labels)} {name}_labels for {count} {name}s; give one each")
+            raise InputError(f"image_grid: {len(labels)} {name}_labels for {count} {name}s; give one each")
     margin = 1.3 if row_labels else 0.1
     lines = max((len(_wrap(label, cell).split("\n")) for label in column_labels or []), default=0)
     height = cell * len(rows) + 0.16 * lines + (0.4 if title else 0.1)

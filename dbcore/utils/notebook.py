@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import dbcore
+from dbcore.utils.errors import InputError
 
 # The lowest versions the course runs with: pyproject.toml's, for a folder that was never installed.
 NEEDS = {
@@ -28,7 +29,7 @@ CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 STABLE_DIFFUSION_GB = 8
 
 
-class SetupError(ValueError):
+class SetupError(InputError):
     """A package, base or subject is not there, or too old; says which and what to do."""
 
 
