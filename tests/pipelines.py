@@ -6,12 +6,27 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 WORDS = [
     "a",
@@ -33,7 +48,7 @@ WORDS = [
 MAX_TOKENS = 16
 
 
-def make_tokenizer(folder, max_tokens=MAX_TOKENS):
+def make_tokenizer(folder, max_tokens=MAX_TOKENS, **config):
     """A CLIPTokenizer with letters and WORDS; each known word is one token, others are spelt."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +68,12 @@ def make_tokenizer(folder, max_tokens=MAX_TOKENS):
     )
     (folder / "tokenizer_config.json").write_text(
         json.dumps(
-            {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_tokens, "do_lower_case": True}
+            {
+                "tokenizer_class": "CLIPTokenizer",
+                "model_max_length": max_tokens,
+                "do_lower_case": True,
+                **config,
+            }
         )
     )
     return CLIPTokenizer.from_pretrained(folder)
@@ -154,6 +174,114 @@ def make_sd15_miniature(folder, seed=0):
     _edit(folder / "scheduler" / "scheduler_config.json", clip_sample=False)  # as the original has it, for DDIM
     add_safety_checker(folder)
     return folder
+
+
+def make_sdxl_miniature(folder, seed=0):
+    """Write Stable Diffusion XL in miniature: its parts, names and sampler, a few channels.
+
+    Images are 32 x 32, latents 16 x 16 x 4. As in the original, the two text encoders differ in
+    width and in what they pad with, and the UNet's blocks have 0, 1 and 2 transformer layers.
+    """
+    folder = Path(folder)
+    torch.manual_seed(seed)
+    tokenizers = [make_tokenizer(folder / "tokenizer"),
+                  make_tokenizer(folder / "tokenizer_2", pad_token="!")]  # fmt: skip
+    text, text_2 = (
+        kind(CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=3,
+            num_attention_heads=2, max_position_embeddings=MAX_TOKENS, projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, hidden_act=activation,
+        ))
+        for tokenizer, kind, width, activation in zip(
+            tokenizers, (CLIPTextModel, CLIPTextModelWithProjection), (16, 24), ("quick_gelu", "gelu")
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4,
+        norm_num_groups=4, sample_size=32, scaling_factor=0.13025, force_upcast=True,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, cross_attention_dim=40, block_out_channels=(8, 16, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2), attention_head_dim=(1, 2, 2),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        timestep_spacing="leading",
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        vae=vae, text_encoder=text, text_encoder_2=text_2, tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1], unet=unet, scheduler=scheduler, add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+# Qwen3's template for one message of the user, an answer asked for, without thinking.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def make_qwen_tokenizer():
+    """A byte-level Qwen2TokenizerFast: a token for each byte, and for each of WORDS after a space."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    symbols, merges = list(bytes_to_unicode().values()), []
+    for word in WORDS:
+        parts = ["\u0120", *word]  # the symbol that stands for a space
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts[:2] = ["".join(parts[:2])]
+            symbols.append(parts[0])
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {symbol: i for i, symbol in enumerate(dict.fromkeys([*symbols, *special]))}
+    tokenizer = Qwen2TokenizerFast(vocab, list(dict.fromkeys(merges)), pad_token="<|endoftext|>",
+                                   eos_token="<|im_end|>", additional_special_tokens=special[1:])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_flux2_miniature(folder, seed=0):
+    """Write FLUX.2 [klein] in miniature: its parts and names, a few channels, random weights.
+
+    Images are 32 x 32, latents 16 x 16 x 4, in patches of 2 x 2 8 x 8 x 16. The text encoder has as
+    many layers as are read (9, 18 and 27), and one more.
+    """
+    torch.manual_seed(seed)
+    tokenizer, width = make_qwen_tokenizer(), 8
+    text = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=28,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=4, max_position_embeddings=512,
+        tie_word_embeddings=True, initializer_range=0.1,
+    ))  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4,
+        norm_num_groups=4, sample_size=32,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_(std=0.1)
+    vae.bn.running_var.uniform_(0.1, 0.3)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=3 * width, timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, time_shift_type="exponential", base_shift=0.5,
+        max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+    )  # fmt: skip
+    Flux2KleinPipeline(scheduler=scheduler, vae=vae, text_encoder=text, tokenizer=tokenizer,
+                       transformer=transformer).save_pretrained(folder)
+    return Path(folder)
 
 
 def add_safety_checker(folder):
