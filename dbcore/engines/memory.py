@@ -147,7 +147,7 @@ def savings(config, device):
                "gradient_accumulation_steps": config.train_batch_size * config.gradient_accumulation_steps}
     if not config.low_vram:
         yield {"low_vram": True}
-    yield {"resolution": config.resolution * 3 // 4 // 64 * 64 or config.resolution // 2}
+    yield {"resolution": config.resolution * 3 // 4 // 64 * 64 or config.resolution // 16 * 8 or 8}
 
 
 # --- a run of shapes ----------------------------------------------------------------------------------

