@@ -22,6 +22,7 @@ from dbcore.config import ConfigError, need
 from dbcore.models.lora import save_lora
 
 STATE, TRAINING = "state.json", "training.safetensors"
+OPTIONS = ("betas", "eps", "weight_decay")  # of an optimizer; the rate is set at each step, the rest is its own
 
 
 class CheckpointError(ConfigError):
@@ -151,15 +152,14 @@ def write_training(path, run):
     """The tensors of weights, mean and optimizer; returns what is left, numbers for state.json."""
     tensors = {f"weight.{i}": p.detach() for i, p in enumerate(run.parameters)}
     tensors |= {f"mean.{i}": m for i, m in enumerate(run.mean or [])}
-    state = run.optimizer.state_dict()
     kept = {}
-    for index, entry in state["state"].items():
-        for name, value in entry.items():
+    for index, parameter in enumerate(run.parameters):
+        for name, value in run.optimizer.state.get(parameter, {}).items():  # bitsandbytes' state_dict wraps its tensors
             if torch.is_tensor(value):
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
                 kept[f"{index}.{name}"] = value
-    groups = [{k: v for k, v in group.items() if plain(v)} for group in state["param_groups"]]
+    groups = [{k: v for k, v in group.items() if plain(v)} for group in run.optimizer.state_dict()["param_groups"]]
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_synced(path, save(whole))
     return {"optimizer": {"state": kept, "param_groups": groups}, "scaler": run.scaler.state_dict(),
@@ -192,9 +192,18 @@ def load_checkpoint(folder, run):
         need("mean.0" in tensors, f"{folder.name} was saved without --use_ema: resume it without, or start anew")
         for i, mean in enumerate(run.mean):
             mean.copy_(tensors[f"mean.{i}"])
-    run.optimizer.load_state_dict(optimizer_state(state["optimizer"], tensors))
-    run.scaler.load_state_dict(state["scaler"])
+    load_optimizer(run.optimizer, optimizer_state(state["optimizer"], tensors))
+    if state["scaler"]:  # empty unless it was saved in fp16
+        run.scaler.load_state_dict(state["scaler"])
     run.seconds = state["seconds"]
+
+
+def load_optimizer(optimizer, state):
+    """Give it what it had gathered, and leave it the options of this run: those may have been changed."""
+    options = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, options):
+        group.update(own)
 
 
 def optimizer_state(numbers, tensors):

@@ -40,6 +40,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 WRITTEN = ("log.jsonl", "README.md", "validation", "report")  # by a run into its folder, beside LoRA and checkpoints
 STEPS = 150
 VALIDATIONS = 5  # over a run, unless told otherwise
+SKIPS = 10  # steps in a row with gradients that are no numbers; fp16's scale is found after fewer
 SYNC_EVERY = 10  # steps between looks at the loss on a GPU, which waits for it each time
 PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt"}  # optimizers that PyTorch has not
 # What a resumed run must share with its first part; other changes are allowed and named.
@@ -104,7 +105,7 @@ class Run:
         self.data = DreamBoothData(config, photos, self.make_class_photos())
         self.config = self.data.config = with_lengths(config, self.data.steps_per_epoch(self.world))
         self.notes = {"base": Path(self.base.name).name, "trigger_words": config.instance_prompt}
-        self.pending = []  # losses that have not been looked at
+        self.pending, self.skips = [], 0  # losses that have not been looked at; steps in a row that changed nothing
 
     # --- before the loop ------------------------------------------------------------------------------
 
@@ -226,7 +227,7 @@ class Run:
 
     def step(self, step):
         """One optimizer step over all its batches; returns its record for the log, still on the device."""
-        c, device = self.config, self.base.device
+        c = self.config
         rates = self.set_rates(step)
         records = []
         for micro in range(c.gradient_accumulation_steps):
@@ -245,14 +246,36 @@ class Run:
         self.average_gradients()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm)
-        if device.type != "cpu" or math.isfinite(norm):
-            self.scaler.step(self.optimizer)
+        skipped = self.update(~norm.isfinite())
+        self.average_weights(step + 1)
+        loss, t, losses = self.of_all(*(torch.stack(column) for column in zip(*records)))
+        return {"step": step + 1, "loss": loss.mean(), "lr": rates, "timesteps": t.flatten(), "losses": losses.flatten(),
+                "skipped": skipped}
+
+    def update(self, skipped):
+        """The optimizer's step, unless a gradient is no number (`skipped`, a bool on the device); returns `skipped`.
+
+        PyTorch's fused optimizers leave their state alone where `found_inf` is 1, and no one waits for the device;
+        others have to be asked for it.
+        """
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
+            self.optimizer.step()
+        elif not skipped:
+            self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        return skipped
+
+    def average_weights(self, step):
+        """The running mean of the weights after `step` steps: sum_k d^(step-k) w_k / sum_k d^(step-k), k = 1 ... step.
+
+        The share of the newest is 1 / sum_k d^(step-k), as in Adam's bias correction (Kingma & Ba 2015, section 3), so
+        that the weights before the first step have none.
+        """
         if self.mean is not None:
-            torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 - c.ema_decay)
-        loss, t, losses = self.of_all(*(torch.stack(column) for column in zip(*records)))
-        return {"step": step + 1, "loss": loss.mean(), "lr": rates, "timesteps": t.flatten(), "losses": losses.flatten()}
+            d = self.config.ema_decay
+            torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], (1 - d) / (1 - d ** step))
 
     def encode(self, prompts, step):
         """Embeddings of a batch; with gradients while the text encoder is being trained."""
@@ -314,12 +337,25 @@ class Run:
             if not math.isfinite(record["loss"]):
                 self.pending.clear()
                 raise Diverged(self.blame(f"the loss is {record['loss']} at", record["step"], record["lr"]))
+            self.count_skipped(record)
             self.log.write(record)
             if self.config.report_to != "none":
                 self.accelerator.log({"loss": record["loss"], "lr": record["lr"]}, step=record["step"])
             self.tell(step=record["step"], steps=self.config.max_train_steps, loss=record["loss"], lr=record["lr"])
         self.pending.clear()
         return record["loss"]
+
+    def count_skipped(self, record):
+        """Say so where a step changed nothing, mark it in its record, and stop after `SKIPS` in a row."""
+        if not record.pop("skipped"):
+            self.skips = 0
+            return
+        record["skipped"], self.skips = True, self.skips + 1
+        self.accelerator.print(f"Step {record['step']} changed nothing: a gradient was not a number.")
+        if self.skips == SKIPS:
+            self.pending.clear()
+            raise Diverged(self.blame(f"gradients were no numbers {SKIPS} times in a row, up to", record["step"],
+                                      record["lr"]))
 
     def blame(self, what, step, rate):
         # the weights after a step are proved by the next step's loss

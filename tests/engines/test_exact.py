@@ -4,11 +4,13 @@ import math
 import shutil
 
 import pytest
+import torch
 from runs import LORA, files_of, leave_out_report, make_options, read_run
 from safetensors.torch import load_file
 
 from dbcore.config import ConfigError, TrainConfig
-from dbcore.engines.train import PACKAGES, Interrupted, train
+from dbcore.engines.checkpoint import TRAINING
+from dbcore.engines.train import PACKAGES, Interrupted, Run, train
 
 VALIDATED = {"validation_prompt": ["a photo of sks dog"], "num_validation_images": 1, "validation_steps": 2}
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 2}
@@ -24,7 +26,7 @@ KINDS = {
     "uncached": {"cache_latents": False, "pre_compute_text_embeddings": False, "train_batch_size": 2},
     "Adafactor": {"optimizer": "Adafactor"},
     "Prodigy": {"optimizer": "Prodigy", "learning_rate": 1.0},
-    "8-bit AdamW": {"optimizer": "AdamW8bit"},
+    "8-bit AdamW": {"optimizer": "AdamW8bit", "rank": 256},  # smaller matrices keep float32 states
 }  # fmt: skip
 
 
@@ -152,6 +154,56 @@ def test_making_the_class_images_changes_no_weight(options, uninterrupted, tmp_p
     train(TrainConfig(**options, **PRIOR, output_dir=tmp_path / "made again"))
     assert len(list((tmp_path / "empty").rglob("*.png"))) == 2
     assert read_run(tmp_path / "reused") == read_run(tmp_path / "made again") == made
+
+
+# --- resumed with other options -----------------------------------------------------------------------
+
+CHANGED = {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_weight_decay": 0.5, "adam_epsilon": 1e-3}
+
+
+def resumed_with(folder, options, monkeypatch, **changed):
+    """The `Run` that goes on after 2 steps with other options, for 1 step more."""
+    seen, finish = [], Run.finish
+    monkeypatch.setattr(Run, "finish", lambda run: (seen.append(run), finish(run))[1])
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**{**options, "checkpointing_steps": 1}, output_dir=folder), should_stop=stop_after(2))
+    train(TrainConfig(**{**options, **changed, "max_train_steps": 3}, output_dir=folder, resume_from_checkpoint="latest"))
+    return seen[0]
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Prodigy"])
+def test_what_is_announced_as_changed_is_in_force(optimizer, options, tmp_path, monkeypatch, capsys):
+    if optimizer in PACKAGES:
+        pytest.importorskip(PACKAGES[optimizer])
+    run = resumed_with(tmp_path, {**options, "optimizer": optimizer}, monkeypatch, **CHANGED)
+    said = capsys.readouterr().out
+    assert all(f"--{name} was " in said and f"is {value} now" in said for name, value in CHANGED.items())
+    wanted = {"betas": (0.5, 0.9), "weight_decay": 0.5, "eps": 1e-3}
+    assert all(wanted.items() <= group.items() for group in run.optimizer.param_groups)
+
+
+def test_adamws_step_after_resuming_is_that_of_the_options_now(options, tmp_path, monkeypatch):
+    """m, v and w after the step from those before it, by the paper (Loshchilov & Hutter 2019)."""
+    resumed_with(tmp_path, options, monkeypatch, **CHANGED)
+    before, after = (load_file(tmp_path / f"checkpoint-{step}" / TRAINING) for step in (2, 3))
+    rate, step = options["learning_rate"], 3
+    for name in [name.removeprefix("weight.") for name in after if name.startswith("weight.")]:
+        m0, v0, w0 = (before[key] for key in (f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq", f"weight.{name}"))
+        m, v, w = (after[key] for key in (f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq", f"weight.{name}"))
+        g = (m - 0.5 * m0) / 0.5
+        assert torch.allclose(v, 0.9 * v0 + 0.1 * g ** 2, rtol=1e-3, atol=1e-12)
+        moved = (m / (1 - 0.5 ** step)) / ((v / (1 - 0.9 ** step)).sqrt() + 1e-3)
+        assert torch.allclose(w, w0 * (1 - rate * 0.5) - rate * moved, rtol=1e-4, atol=1e-7)
+
+
+def test_a_run_in_another_precision_goes_on_in_fp16(options, tmp_path, monkeypatch):
+    """Its gradient scaler is begun anew: a run without one has saved nothing for it."""
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**options, output_dir=tmp_path), should_stop=stop_after(2))
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr("torch.amp.GradScaler", lambda device, enabled: scaler(device, enabled=True))
+    train(TrainConfig(**options, output_dir=tmp_path, resume_from_checkpoint="latest"))
+    assert len(read_run(tmp_path)["log"]) == 4
 
 
 # --- learning rates -----------------------------------------------------------------------------------

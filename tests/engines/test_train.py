@@ -15,11 +15,14 @@ from PIL import Image
 from runs import leave_out_report, make_options, make_photos, read_run
 from safetensors.torch import load_file
 
-from dbcore.config import ConfigError, TrainConfig
+from dbcore.config import OPTIMIZERS, ConfigError, TrainConfig
+from dbcore.engines.checkpoint import TRAINING
 from dbcore.engines.finetune import finetune
-from dbcore.engines.train import train
+from dbcore.engines.losses import dreambooth_loss
+from dbcore.engines.train import PACKAGES, Run, train
 from dbcore.models.base import StableDiffusion
 from dbcore.models.export import HEADER_KEY, read_safetensors
+from dbcore.utils.errors import Diverged
 
 PROMPTS = ["a photo of sks dog", "a red car"]
 VALIDATED = {"validation_prompt": PROMPTS, "num_validation_images": 2, "validation_steps": 2}
@@ -94,6 +97,57 @@ def test_full_finetuning_has_whole_weights_whatever_low_vram_says(options, tmp_p
     assert {p.dtype for p in StableDiffusion(folder).unet.parameters()} == {torch.float32}
 
 
+# --- gradients that are no numbers --------------------------------------------------------------------
+
+
+def poison(monkeypatch, steps):
+    """In these steps the loss is as ever and every gradient is NaN: sqrt has an infinite slope at 0."""
+    counted, loss_of = [], dreambooth_loss
+
+    def poisoned(prediction, *args):
+        counted.append(1)
+        loss, losses = loss_of(prediction, *args)
+        return loss + (prediction.sum() * 0).sqrt() if len(counted) in steps else loss, losses
+
+    monkeypatch.setattr("dbcore.engines.train.dreambooth_loss", poisoned)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_without_a_number_changes_nothing_and_is_counted_and_said(optimizer, options, tmp_path, monkeypatch, capsys):
+    """Whatever the device: neither the weights nor the optimizer's own numbers."""
+    if optimizer in PACKAGES:
+        pytest.importorskip(PACKAGES[optimizer])
+    poison(monkeypatch, {2})
+    train(TrainConfig(**{**options, "max_train_steps": 3}, optimizer=optimizer, checkpointing_steps=1, output_dir=tmp_path))
+    first, second, third = ((tmp_path / f"checkpoint-{k}" / TRAINING).read_bytes() for k in (1, 2, 3))
+    assert first == second != third
+    assert [record.get("skipped") for record in read_run(tmp_path)["log"]] == [None, True, None]
+    assert capsys.readouterr().out.count("Step 2 changed nothing: a gradient was not a number") == 1
+
+
+def test_many_such_steps_in_a_row_end_the_run_and_as_many_apart_do_not(options, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Diverged, match="no numbers 10 times in a row, up to step 12"):
+        poison(patch, range(3, 20))
+        train(TrainConfig(**{**options, "max_train_steps": 20}, output_dir=tmp_path / "in a row"))
+    poison(monkeypatch, set(range(20)) - {9})
+    train(TrainConfig(**{**options, "max_train_steps": 15}, output_dir=tmp_path / "apart"))
+
+
+# --- the running mean of the weights ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
+def test_the_running_mean_is_of_the_weights_of_every_step_and_not_of_those_before(decay, options, tmp_path):
+    more = {**options, "max_train_steps": 4}
+    train(TrainConfig(**more, checkpointing_steps=1, output_dir=tmp_path / "each"))
+    path = train(TrainConfig(**more, use_ema=True, ema_decay=decay, output_dir=tmp_path / "mean"))
+    each = [load_file(tmp_path / "each" / f"checkpoint-{k}" / path.name) for k in (1, 2, 3, 4)]
+    shares = torch.tensor([decay ** (4 - k) for k in (1, 2, 3, 4)])
+    for name, mean in load_file(path).items():
+        wanted = sum(share * weights[name] for share, weights in zip(shares / shares.sum(), each))
+        assert torch.allclose(mean, wanted, rtol=1e-4, atol=1e-8), name
+
+
 # --- packages that may be missing ---------------------------------------------------------------------
 
 
@@ -118,26 +172,17 @@ def test_without_tensorboard_which_nobody_named_the_run_goes_on(options, tmp_pat
     assert "pip install tensorboard" in capsys.readouterr().out and len(read_run(path.parent)["log"]) == 2
 
 
-OPTIMIZERS = {
-    "AdamW8bit": ("bitsandbytes", lambda cls: SimpleNamespace(optim=SimpleNamespace(AdamW8bit=cls))),
-    "Prodigy": ("prodigyopt", lambda cls: SimpleNamespace(Prodigy=cls)),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_options_reach_the_optimizer_of_another_package(name, options, tmp_path, monkeypatch):
-    """A stand-in that takes the packages' arguments; test_exact.py runs those that are installed."""
-    given, (package, stand_in) = {}, OPTIMIZERS[name]
-
-    class Optimizer(torch.optim.SGD):
-        def __init__(self, params, lr=None, **more):
-            given.update(more)
-            super().__init__(params, lr=lr or 0.0)
-
-    monkeypatch.setitem(sys.modules, package, stand_in(Optimizer))
+@pytest.mark.parametrize("name", ["AdamW", *PACKAGES])
+def test_the_options_reach_the_optimizer(name, options, tmp_path, monkeypatch):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
+    seen, finish = [], Run.finish
+    monkeypatch.setattr(Run, "finish", lambda run: (seen.append(run), finish(run))[1])
     path = train(TrainConfig(**{**options, "learning_rate": 0.5}, optimizer=name, adam_beta1=0.8, adam_beta2=0.99,
                              adam_weight_decay=0.2, adam_epsilon=1e-5, output_dir=tmp_path / "run"))
-    assert {"betas": (0.8, 0.99), "weight_decay": 0.2, "eps": 1e-5}.items() <= given.items()
+    (group,) = seen[0].optimizer.param_groups
+    assert {"betas": (0.8, 0.99), "weight_decay": 0.2, "eps": 1e-5}.items() <= group.items()
+    assert type(seen[0].optimizer).__name__ == name
     assert [record["lr"] for record in read_run(path.parent)["log"]] == [0.5, 0.5]
 
 
