@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dbcore.utils.errors import InputError
+from dbcore.utils.files import write_whole
 
 AUTO = "auto"
 OPTIMIZERS = ("AdamW", "AdamW8bit", "Prodigy", "Adafactor")
@@ -389,4 +390,4 @@ def write_yaml(config, path):
     import yaml
 
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in SECRETS}
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

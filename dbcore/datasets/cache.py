@@ -5,6 +5,13 @@ import tempfile
 import numpy as np
 import torch
 
+from dbcore.utils.files import writing
+
+
+def scratch():
+    """The words for the folder of temporary files, which few people know the place of."""
+    return f"the folder for temporary files ({tempfile.tempdir or 'none found'}; TMPDIR names another)"
+
 
 class TensorStore:
     """Dicts of float tensors by key, in one nameless temporary file that goes when the store goes.
@@ -14,7 +21,8 @@ class TensorStore:
     """
 
     def __init__(self):
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the store
+        with writing(scratch()):
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the store
         self.where = {}  # key -> [(name, offset, shape), ...]
 
     def __contains__(self, key):
@@ -24,9 +32,11 @@ class TensorStore:
         """Keep {name: tensor} under `key`, as float32."""
         entry = []
         self.file.seek(0, 2)
-        for name, tensor in tensors.items():
-            entry.append((name, self.file.tell(), tuple(tensor.shape)))
-            self.file.write(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        with writing(scratch()):
+            for name, tensor in tensors.items():
+                entry.append((name, self.file.tell(), tuple(tensor.shape)))
+                self.file.write(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self.file.flush()
         self.where[key] = entry
 
     def get(self, key, device="cpu"):

@@ -9,7 +9,6 @@ No pickle anywhere: safetensors and JSON cannot run a program.
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load, save
 
 from dbcore.config import ConfigError, need
 from dbcore.models.lora import save_lora
+from dbcore.utils.files import FileError, whole_folder
 
 STATE, TRAINING = "state.json", "training.safetensors"
 OPTIONS = ("betas", "eps", "weight_decay")  # of an optimizer; the rate is set at each step, the rest is its own
@@ -92,21 +92,16 @@ def save_checkpoint(output_dir, step, run, limit=None):
     Raises CheckpointError if the disk is full or read-only; the checkpoints before it stand untouched.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
-    partial = final.with_name(final.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        numbers = write_training(partial / TRAINING, run)
-        with run.averaged():
-            save_lora(run.trained_modules, partial / "pytorch_lora_weights.safetensors", run.notes)
-        digests = {path.name: digest_of(path) for path in sorted(partial.iterdir())}
-        write_synced(partial / STATE, json.dumps({"step": step, **numbers, "sha256": digests}, indent=1).encode())
-        for path in partial.iterdir():
-            sync(path)
-        put_in_place(partial, final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint-{step} could not be written to {output_dir}: {error.strerror or error}. "
+        with whole_folder(final, final.with_name(final.name + ".old")) as partial:
+            numbers = write_training(partial / TRAINING, run)
+            with run.averaged():
+                save_lora(run.trained_modules, partial / "pytorch_lora_weights.safetensors", run.notes)
+            digests = {path.name: digest_of(path) for path in sorted(partial.iterdir())}
+            state = {"step": step, **numbers, "sha256": digests}
+            (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    except FileError as error:
+        raise CheckpointError(f"checkpoint-{step} could not be written to {output_dir}: {error.reason}. "
                               f"{last_good(output_dir)}; free some space or check the folder's permissions, then "
                               "--resume_from_checkpoint latest") from error
     for _, old in checkpoints(output_dir)[: -limit if limit else 0]:
@@ -117,35 +112,6 @@ def remove(folder):
     """Take a checkpoint away; killed half-way, what is left is none."""
     (folder / STATE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def put_in_place(partial, final):
-    """Rename; a checkpoint of this name (an earlier try at the same step) gives way in one more rename."""
-    old = final.with_name(final.name + ".old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    partial.rename(final)
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_synced(path, data):
-    """Write bytes and have them on the disk when this returns."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path):
-    """Flush a file, or a folder's list of names, to the disk."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_training(path, run):
@@ -161,7 +127,7 @@ def write_training(path, run):
                 kept[f"{index}.{name}"] = value
     groups = [{k: v for k, v in group.items() if plain(v)} for group in run.optimizer.state_dict()["param_groups"]]
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_synced(path, save(whole))
+    path.write_bytes(save(whole))
     return {"optimizer": {"state": kept, "param_groups": groups}, "scaler": run.scaler.state_dict(),
             "seconds": run.seconds}
 

@@ -15,6 +15,7 @@ from dbcore.datasets.photos import gather_photos
 from dbcore.engines.train import Run, prepare_folder
 from dbcore.models.base import SETTINGS_FILE, settle
 from dbcore.utils.errors import Interrupted
+from dbcore.utils.files import whole_folder
 
 PIPELINE = "pipeline"  # in the run's folder
 
@@ -58,12 +59,9 @@ class FullRun(Run):
     def finish(self):
         """The whole pipeline, with the base's recommendations; the folder appears whole."""
         folder, recommendations = self.folder / PIPELINE, Path(self.base.name) / SETTINGS_FILE
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         self.base.text_encoder  # noqa: B018 - was let go once the prompts were encoded
-        with self.averaged():
+        with self.averaged(), whole_folder(folder) as partial:
             self.base.pipeline().save_pretrained(partial)
-        if recommendations.is_file():
-            shutil.copy(recommendations, partial)
-        partial.rename(folder)
+            if recommendations.is_file():
+                shutil.copy(recommendations, partial)
         return folder

@@ -14,11 +14,13 @@ import numpy as np
 
 from dbcore.config import ConfigError
 from dbcore.datasets.photos import find_photos, gather_photos
+from dbcore.utils.files import save_png, sweep, write_whole
 from dbcore.utils.seeding import key
 
 MANIFEST = "manifest.json"
 BLANK = 2.0  # standard deviation in grey levels below which a picture shows nothing
 TRIES = 3
+DAY = 86_400.0  # seconds after which no job can still be writing a picture
 
 
 def cache_dir():
@@ -50,8 +52,8 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.class_data_dir) if config.class_data_dir else cache_dir() / name
     refuse_others(folder, about)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / MANIFEST, json.dumps(about, indent=1).encode(), rank)
+    sweep(folder, age=DAY)
+    write_whole(folder / MANIFEST, json.dumps(about, indent=1))
     if base.low_vram:
         base.remember([config.class_prompt, ""])
         base.release("text_encoder")
@@ -62,7 +64,7 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     missing = [batch for batch in mine if not all(picture(folder, k).is_file() for k in batch)]
     for batch in (progress or (lambda x: x))(missing):
         for index, image in zip(batch, draw_class(base, config, list(batch))):
-            save_png(image, picture(folder, index), rank)
+            save_png(image, picture(folder, index))
     wait()
     return folder
 
@@ -102,23 +104,6 @@ def draw_class(base, config, indices):
             return [images[k] for k in range(len(indices))]
     raise ConfigError(f"{config.class_prompt!r} was drawn blank {TRIES} times: try --prior_generation_precision no, "
                       "or give your own photos with --class_data_dir")
-
-
-def beside(path, rank):
-    """Where a process writes before it renames; the leading dot hides what a kill left from find_photos."""
-    return path.with_name(f".{path.name}.{rank}.partial")
-
-
-def save_png(image, path, rank):
-    partial = beside(path, rank)
-    image.save(partial, format="PNG")
-    os.replace(partial, path)
-
-
-def write_whole(path, data, rank):
-    partial = beside(path, rank)
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def class_photos(folder, config):

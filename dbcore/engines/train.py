@@ -34,6 +34,7 @@ from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import add_lora, lora_parameters, save_lora, set_dropout
 from dbcore.models.replay import Replay, can_replay, replayed
 from dbcore.utils.errors import Diverged, Interrupted
+from dbcore.utils.files import is_of_files, sweep, whole_folder, write_whole
 from dbcore.utils.seeding import key
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -85,8 +86,11 @@ def train(config, callback=None, should_stop=None):
     try:
         return Run(config, accelerator, photos, callback).go(resume, should_stop or bool)
     except OSError as error:
-        raise checkpoint.CheckpointError(f"the run has stopped: {error}. {checkpoint.last_good(config.output_dir)}; put "
-                                         "this right, then --resume_from_checkpoint latest") from error
+        if not is_of_files(error):
+            raise
+        raise checkpoint.CheckpointError(f"the run has stopped: {getattr(error, 'fault', error)}. "
+                                         f"{checkpoint.last_good(config.output_dir)}; put this right, then "
+                                         "--resume_from_checkpoint latest") from error
 
 
 class Run:
@@ -531,23 +535,21 @@ def prepare_folder(config, accelerator, resume):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             clear(folder, resume)
-            partial = folder / "config.yaml.partial"
-            write_yaml(config, partial)
-            os.replace(partial, folder / "config.yaml")
+            write_yaml(config, folder / "config.yaml")
         except OSError as error:
-            raise ConfigError(f"--output_dir {folder} cannot be written to: {error.strerror or error}") from None
+            reason = getattr(error, "reason", error.strerror)
+            raise ConfigError(f"--output_dir {folder} cannot be written to: {reason}") from None
     accelerator.wait_for_everyone()
 
 
 def clear(folder, resume):
     """Take away what a kill left half-written and, in a new run, the earlier one; never what no run wrote."""
-    going_on = resume is not None and resume.parent.resolve() == folder.resolve()
-    ending = r"\.partial" if going_on else r"(\.(partial|old))?"
-    for path in folder.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+" + ending, path.name):
-            shutil.rmtree(path)
-    if going_on:
+    sweep(folder)
+    if resume is not None and resume.parent.resolve() == folder.resolve():
         return
+    for path in folder.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+(\.old)?", path.name):
+            shutil.rmtree(path)
     for name in (LORA_FILE, *WRITTEN):
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
@@ -582,9 +584,7 @@ class Log:
         self.path, self.rank = folder / "log.jsonl", rank
         self.records = [r for r in self.read(source / "log.jsonl") if r["step"] <= start] if start else []
         if rank == 0:
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-            os.replace(partial, self.path)
+            write_whole(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
 
     def read(self, path):
         if path.is_file():
@@ -625,15 +625,11 @@ def save_validation(folder, prompts, rows, step):
     """Each picture, and the grid of all; the folder appears whole."""
     from dbcore.utils.grids import save_grid  # matplotlib, which the first step need not wait for
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            image.save(partial / f"{y}-{x}.png")
-    save_grid(partial / "grid.png", rows, prompts, title=f"step {step}")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        for y, row in enumerate(rows):
+            for x, image in enumerate(row):
+                image.save(partial / f"{y}-{x}.png")
+        save_grid(partial / "grid.png", rows, prompts, title=f"step {step}")
 
 
 def push(config):

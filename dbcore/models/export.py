@@ -13,7 +13,6 @@ Tools differ in how they name the layers and where they keep the number; here it
 
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dbcore.utils.errors import InputError
+from dbcore.utils.files import write_whole
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps the LoraConfigs in a file's header
@@ -362,12 +362,9 @@ def _clip_has_text_model():
 def _save(tensors, path, header):
     """Written beside its name, then renamed: a file of this name is always whole."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
     whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     notes = {"format": "pt", **{key: str(value) for key, value in header.items()}}
-    beside.write_bytes(_in_order(save(whole, notes)))
-    os.replace(beside, path)
+    write_whole(path, _in_order(save(whole, notes)))
     return path
 
 

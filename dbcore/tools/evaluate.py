@@ -7,16 +7,17 @@ Pictures that are there are not drawn again, so an evaluation that was stopped g
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import dbcore
 from dbcore.config import ConfigError, TrainConfig, need, read_yaml
+from dbcore.utils.files import save_png, sweep, write_whole
 
 HELP = "measure runs as the DreamBooth paper does: subject and prompt fidelity, PRES, DIV, with floor and ceiling"
 LISTS = dbcore.DATA / "prompts"
 STREAM = "evaluation"
+DAY = 86_400.0
 
 
 def add_arguments(parser):
@@ -162,9 +163,7 @@ def draw_all(subject, which, asked, output_dir, num_images, seed, batch_size):
         pictures = base.draw([texts[p] for p, _ in places], [seed + k for _, k in places], stream=STREAM,
                              batch_size=batch_size)
         for place, picture in zip(places, pictures):
-            partial = paths[place].with_suffix(".partial")
-            picture.save(partial, format="PNG")
-            os.replace(partial, paths[place])
+            save_png(picture, paths[place])
     return [Image.open(path).convert("RGB") for path in paths.values()]
 
 
@@ -187,7 +186,7 @@ def refuse_others(folder, what):
         changed = [name for name, value in what.items() if before.get(name) != value]
         need(not changed, f"{folder} holds pictures of another {' and '.join(changed)}: remove it, or give another "
              "--output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, age=DAY)
     write_whole(path, json.dumps(what, indent=1))
 
 
@@ -199,12 +198,6 @@ def load_subject(subject, which):
     loras = [str(subject.lora)] if which == "adapter" else []
     return base_with_loras(settle(GenerateConfig(pretrained_model_name_or_path=subject.base, checkpoint_dir=loras,
                                                  revision=subject.revision)))
-
-
-def write_whole(path, text):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 # --- the measures -------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 from dbcore.datasets.photos import (
@@ -15,6 +14,7 @@ from dbcore.datasets.photos import (
     shown,
     square_box,
 )
+from dbcore.utils.files import whole_folder
 
 HELP = "check photos, turn them upright, crop them square and write a folder ready to train on"
 SHEET_PHOTOS, SHEET_COLUMNS, CELL = 60, 4, 150  # the contact sheet: at most 60 photos, 150 pixels each
@@ -67,31 +67,28 @@ def prepare(
     photos, problems = gather_photos(source, resolution=resolution)
     _refuse_target(source, target)
     boxes = _boxes_by_photo(boxes, photos, source)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     rows = []
-    for number, photo in enumerate(photos):
-        at = random.Random(f"{seed} crop {number}").random() if crop == "random" else 0.5
-        box = boxes.get(photo.path) or square_box(photo.size, at)
-        rows.append(_write_square(photo, partial / f"{number:04d}.png", box, resolution, interpolation))
-        rows[-1]["from"] = shown(photo.path.relative_to(source))
-        rows[-1]["problems"] = [problem.message for problem in problems if problem.path == photo.path]
-    report = {
-        "resolution": resolution,
-        "crop": "boxes" if boxes else crop,
-        "seed": seed,
-        "photos": rows,
-        "skipped": [
-            {"from": shown(p.path.relative_to(source)), "why": p.message} for p in problems if p.skipped
-        ],
-    }
-    contact_sheet(photos, rows, partial).save(partial / CONTACT_SHEET)
-    (partial / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-    (partial / "report.md").write_text(describe(report) + "\n", encoding="utf-8")
-    if target.exists():
-        target.rmdir()  # it is empty: _refuse_target has looked
-    partial.rename(target)
+    with whole_folder(target) as partial:
+        for number, photo in enumerate(photos):
+            at = random.Random(f"{seed} crop {number}").random() if crop == "random" else 0.5
+            box = boxes.get(photo.path) or square_box(photo.size, at)
+            rows.append(_write_square(photo, partial / f"{number:04d}.png", box, resolution, interpolation))
+            rows[-1]["from"] = shown(photo.path.relative_to(source))
+            rows[-1]["problems"] = [problem.message for problem in problems if problem.path == photo.path]
+        report = {
+            "resolution": resolution,
+            "crop": "boxes" if boxes else crop,
+            "seed": seed,
+            "photos": rows,
+            "skipped": [
+                {"from": shown(p.path.relative_to(source)), "why": p.message} for p in problems if p.skipped
+            ],
+        }
+        contact_sheet(photos, rows, partial).save(partial / CONTACT_SHEET)
+        (partial / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        (partial / "report.md").write_text(describe(report) + "\n", encoding="utf-8")
+        if target.exists():
+            target.rmdir()  # it is empty: _refuse_target has looked
     return report
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dbcore.utils.errors import InputError
+from dbcore.utils.files import whole_file
 
 # Okabe and Ito's palette (2008): told apart with every common kind of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -84,8 +85,8 @@ def save_grid(path, rows, row_labels=None, column_labels=None, title=None, cell=
 def save_figure(path, figure):
     """Write a figure as PNG, without the date and version stamps that make equal pictures differ."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", bbox_inches="tight", metadata={"Software": None})
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", bbox_inches="tight", metadata={"Software": None})
     return path
 
 
