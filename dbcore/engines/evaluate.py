@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from dbcore.config import ConfigError
 from dbcore.datasets.dreambooth import to_pixels
 from dbcore.models.base import recommended
+from dbcore.models.reading import first_line, hub_answer, reading
 from dbcore.utils.errors import InputError
 from dbcore.utils.seeding import key
 
@@ -105,13 +106,13 @@ def load_hub_encoder(name):
     try:
         kind = AutoConfig.from_pretrained(name).model_type
         make = {"clip": hub_clip, "vit": hub_vit, "dinov2": hub_vit}.get(kind)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ConfigError(f"metric encoder {name}: neither a base's folder nor a model of transformers ({reason})"
-                          ) from None
+    except (OSError, ValueError) as error:  # transformers' ValueError: a kind it does not know
+        raise ConfigError(f"metric encoder {name}: neither a base's folder nor a model of transformers "
+                          f"({first_line(error)}): {hub_answer(error) or 'check the name'}") from error
     if make is None:
         raise ConfigError(f"metric encoder {name} is a {kind}: give a CLIP or a ViT, such as {' or '.join(ENCODERS)}")
-    return make(name, "cuda" if torch.cuda.is_available() else "cpu")
+    with reading(f"metric encoder {name} cannot be loaded"):
+        return make(name, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def hub_clip(name, device):

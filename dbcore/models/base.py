@@ -21,6 +21,7 @@ from dbcore.config import AUTO, ConfigError, need
 from dbcore.datasets.cache import TensorStore
 from dbcore.models.fingerprint import fingerprint
 from dbcore.models.quantize import quantize
+from dbcore.models.reading import first_line, hub_answer, other_variant, reading
 from dbcore.utils.seeding import generator, normal
 
 MOVED = {
@@ -56,11 +57,11 @@ def read_index(name_or_path, revision=None):
     name = str(name_or_path)
     try:
         index = read_json(name, "model_index.json", revision=revision)
-    except (OSError, ValueError) as error:
-        hint = (f"it has moved to {MOVED[name]}" if name in MOVED else
-                "give the folder of a diffusers pipeline (with a model_index.json), or a name on the hub and a network")
-        reason = str(error).splitlines()[0][:200]
-        raise ConfigError(f"--pretrained_model_name_or_path {name}: no base found there; {hint} ({reason})") from None
+    except ConfigError as error:
+        hint = f"it has moved to {MOVED[name]}" if name in MOVED else hub_answer(error) or (
+            "give the folder of a diffusers pipeline (with a model_index.json), or a name on the hub and a network")
+        raise ConfigError(f"--pretrained_model_name_or_path {name}: no base found there; {hint} "
+                          f"({first_line(error.__cause__)})") from error
     kind = index.get("_class_name", "")
     need("Inpaint" not in kind, f"--pretrained_model_name_or_path {name} {INPAINTING}")
     need(kind == "StableDiffusionPipeline",
@@ -75,7 +76,8 @@ def read_json(name_or_path, file, **where):
     class Config(ConfigMixin):
         config_name = file
 
-    return Config.load_config(str(name_or_path), **where)
+    with reading(f"--pretrained_model_name_or_path {name_or_path}: its {where.get('subfolder', '')} {file} cannot be read"):
+        return Config.load_config(str(name_or_path), **where)
 
 
 def network_configs(name_or_path, revision=None):
@@ -209,8 +211,10 @@ class StableDiffusion:
         from transformers import AutoTokenizer, CLIPTokenizer
 
         if self.tokenizer_name:
-            return AutoTokenizer.from_pretrained(self.tokenizer_name, revision=self.revision)
-        return CLIPTokenizer.from_pretrained(self.name, subfolder="tokenizer", revision=self.revision)
+            with reading(f"--tokenizer_name {self.tokenizer_name} cannot be loaded"):
+                return AutoTokenizer.from_pretrained(self.tokenizer_name, revision=self.revision)
+        with self.reading("tokenizer"):
+            return CLIPTokenizer.from_pretrained(self.name, subfolder="tokenizer", revision=self.revision)
 
     @cached_property
     def text_encoder(self):
@@ -235,18 +239,20 @@ class StableDiffusion:
     def noise_scheduler(self):
         from diffusers import DDPMScheduler
 
-        return DDPMScheduler.from_pretrained(self.name, subfolder="scheduler", revision=self.revision)
+        with self.reading("scheduler"):
+            return DDPMScheduler.from_pretrained(self.name, subfolder="scheduler", revision=self.revision)
+
+    def reading(self, part, how=""):
+        """Within it, what cannot be read of the base is a ConfigError."""
+        return reading(f"--pretrained_model_name_or_path {self.name}: its {part} cannot be loaded{how}",
+                       lambda: other_variant(self.name, part, self.revision, self.variant))
 
     def _load(self, cls, part, dtype):
         """One network: frozen, in eval mode, on the device, its convolutions in channels_last."""
         kind = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
-        try:
+        with self.reading(part, " from safetensors files"):
             module = cls.from_pretrained(self.name, subfolder=part, revision=self.revision, variant=self.variant,
                                          use_safetensors=True, **{kind: dtype})
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise ConfigError(f"--pretrained_model_name_or_path {self.name}: its {part} cannot be loaded from "
-                              f"safetensors files ({reason})") from None
         module = leave_file(self.lighten(part, module.requires_grad_(False).eval()).to(self.device))
         give_back()
         return module
@@ -380,7 +386,8 @@ class StableDiffusion:
         kind = self.sampler(scheduler)
         own = self.noise_scheduler.config
         # a base made for DDIM with `trailing` steps keeps them under every sampler
-        steps = getattr(diffusers, kind).from_pretrained(self.name, subfolder="scheduler", revision=self.revision)
+        with self.reading("scheduler"):
+            steps = getattr(diffusers, kind).from_pretrained(self.name, subfolder="scheduler", revision=self.revision)
         pipeline = make(
             vae=self.vae, text_encoder=self.__dict__.get("text_encoder"), tokenizer=self.tokenizer, unet=self.unet,
             scheduler=steps, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
