@@ -17,8 +17,9 @@ from dbcore.__main__ import main
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines import checkpoint
 from dbcore.engines.train import Interrupted, train
+from dbcore.models.adapter import LoraFileError
 from dbcore.models.base import load_base, recommended
-from dbcore.models.export import LoraFileError, read_adapter
+from dbcore.models.lora_files import read_adapter
 
 TOKEN, SECRET = "hf_sentinel_of_the_token", "sentinel-of-the-environment"
 SOURCES = sorted(Path(dbcore.__file__).parent.rglob("*.py"))

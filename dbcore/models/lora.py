@@ -10,7 +10,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from dbcore.config import need
-from dbcore.models.export import Adapter, Layer, lora_config, plain_name, read_adapter, save_diffusers
+from dbcore.models.adapter import Adapter, Layer, LoraFileError, plain_name
+from dbcore.models.lora_files import fits, lora_config, modules_by_name, read_adapter, save_diffusers
 from dbcore.utils.seeding import key
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -126,12 +127,11 @@ def save_lora(modules, path, notes=None, name="default"):
 def load_lora(base, path, scale=1.0, name="default"):
     """Put a saved LoRA (a run's folder, or a file of diffusers, kohya or peft) on a base, beside others there.
 
-    It is then used alone; `set_scale` mixes several. Raises LoraFileError for a bad file, ConfigError if it was
-    trained on a base of another shape, in which case nothing has changed.
+    It is then used alone; `set_scale` mixes several. Raises LoraFileError for a file that cannot be used, or was
+    trained on a base of another shape; then nothing has changed.
     """
     adapter = read_adapter(path, base.name)
-    for component, layers in adapter.layers.items():
-        fit_or_refuse(base.modules, component, layers, path)
+    check_fit(adapter, base.modules, path)
     for component, layers in adapter.layers.items():
         module = base.modules[component]
         with warnings.catch_warnings():  # a second LoRA beside the first is meant
@@ -139,25 +139,23 @@ def load_lora(base, path, scale=1.0, name="default"):
             module.add_adapter(lora_config(layers), adapter_name=name)
         for plain, layer in ((plain_name(component, n), found) for n, found in lora_layers(module)):
             if plain in layers:
-                fill(layer, layers[plain], name)
+                copy_weights(layer, layers[plain], name)
         module.requires_grad_(False)
     set_scale(base, {name: scale})
     return base
 
 
-def fit_or_refuse(modules, component, layers, path):
-    need(component in modules, f"{path} does not fit this base, which has no {component}; "
-         "give the base that it was trained on")
-    own = {plain_name(component, name): m for name, m in modules[component].named_modules()}
-    for name, layer in layers.items():
-        weight = getattr(getattr(own.get(name), "base_layer", own.get(name)), "weight", None)
-        same = weight is not None and (weight.shape[0], weight.shape[1:]) == (len(layer.up), layer.down.shape[1:])
-        need(same, f"{path} does not fit this base: its {component} has no {name} of size "
-             f"{tuple(layer.down.shape[1:])} to {len(layer.up)}; give the base that it was trained on")
+def check_fit(adapter, modules, path):
+    """Raises LoraFileError unless each layer is of the size of a layer of {component: network}."""
+    own = modules_by_name(modules)
+    for component, name, layer in adapter.every():
+        if not fits(own.get((component, name)), layer):
+            raise LoraFileError(f"{path} does not fit this base, which has no {component}.{name} of size "
+                                f"{tuple(layer.down.shape[1:])} to {len(layer.up)}; give the base that it was trained on")
 
 
 @torch.no_grad()
-def fill(peft_layer, layer, name):
+def copy_weights(peft_layer, layer, name):
     """Give one peft layer a saved layer's numbers."""
     like = peft_layer.get_base_layer().weight
     for linear, values in ((peft_layer.lora_A[name], layer.down), (peft_layer.lora_B[name], layer.up)):

@@ -40,7 +40,9 @@ def add_overwrite(parser):
 
 
 def main(args):
-    from dbcore.models.export import Adapter, read_adapter, save_diffusers, save_kohya, save_peft
+    from dbcore.models.adapter import Adapter
+    from dbcore.models.kohya import save_kohya
+    from dbcore.models.lora_files import read_adapter, save_diffusers, save_peft
 
     output = free_path(args.output, args.overwrite)
     adapter = read_adapter(args.lora, args.pretrained_model_name_or_path)
@@ -70,7 +72,7 @@ def save_merged(adapter, base, folder, lora_scale=1.0):
     """
     from diffusers import DiffusionPipeline
 
-    from dbcore.models.export import save_diffusers
+    from dbcore.models.lora_files import save_diffusers
 
     if base is None:
         raise InputError("--format merged: give the base with --pretrained_model_name_or_path")

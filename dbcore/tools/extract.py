@@ -19,7 +19,8 @@ def add_arguments(parser):
 
 
 def main(args):
-    from dbcore.models.export import Adapter, extract_adapter, save_diffusers
+    from dbcore.models.adapter import Adapter, extract_adapter
+    from dbcore.models.lora_files import save_diffusers
 
     if args.rank < 1:
         raise InputError(f"--rank {args.rank}: give 1 or more")

@@ -20,7 +20,8 @@ def add_arguments(parser):
 
 
 def main(args):
-    from dbcore.models.export import merge_adapters, read_adapter, save_diffusers
+    from dbcore.models.adapter import merge_adapters
+    from dbcore.models.lora_files import read_adapter, save_diffusers
 
     if args.rank is not None and args.rank < 1:
         raise InputError(f"--rank {args.rank}: give 1 or more, or leave it out to add the ranks up")

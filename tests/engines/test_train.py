@@ -21,7 +21,7 @@ from dbcore.engines.finetune import finetune
 from dbcore.engines.losses import dreambooth_loss
 from dbcore.engines.train import PACKAGES, Run, train
 from dbcore.models.base import StableDiffusion
-from dbcore.models.export import HEADER_KEY, read_safetensors
+from dbcore.models.lora_files import HEADER_KEY, read_safetensors
 from dbcore.utils.errors import Diverged
 
 PROMPTS = ["a photo of sks dog", "a red car"]

@@ -6,8 +6,8 @@ from diffusers import StableDiffusionPipeline
 from pipelines import make_tiny_pipeline
 
 from dbcore.config import ConfigError
+from dbcore.models.adapter import Adapter, Layer, LoraFileError, merge_adapters
 from dbcore.models.base import load_base
-from dbcore.models.export import Adapter, Layer, LoraFileError, merge_adapters, read_adapter, save_diffusers
 from dbcore.models.lora import (
     SampleDropout,
     add_lora,
@@ -24,6 +24,7 @@ from dbcore.models.lora import (
     target_modules,
     unmerge_lora,
 )
+from dbcore.models.lora_files import read_adapter, save_diffusers
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +292,7 @@ def test_a_lora_of_another_base_is_refused_and_changes_nothing(base, tmp_path):
     }
     for word, layers in wrong.items():
         bad = save_diffusers(Adapter(layers), tmp_path / f"{word}.safetensors")
-        with pytest.raises(ConfigError, match=f"{word}.safetensors does not fit this base"):
+        with pytest.raises(LoraFileError, match=f"{word}.safetensors does not fit this base"):
             load_lora(base, bad)
         assert close(said(base), plain) and not lora_layers(base.unet), word
 

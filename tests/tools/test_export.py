@@ -10,7 +10,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from pipelines import make_tiny_pipeline
 
-from dbcore.models.export import Adapter, Layer, read_adapter, read_safetensors, save_diffusers, save_kohya
+from dbcore.models.adapter import Adapter, Layer
+from dbcore.models.kohya import save_kohya
+from dbcore.models.lora_files import read_adapter, read_safetensors, save_diffusers
 from dbcore.tools import export, extract, merge
 
 

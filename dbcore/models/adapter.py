@@ -1,0 +1,171 @@
+"""A LoRA in its plain form, and the arithmetic of it: sums, lower ranks, the difference of two models.
+
+For each layer two thin matrices and a number,
+    W' = W + scale * up @ down                      (Hu et al. 2021, equation 3; scale = alpha / rank)
+and with DoRA one magnitude for each output row,
+    W' = magnitude * (W + scale * up @ down) / norm of its rows         (Liu et al. 2024, equation 5)
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from dbcore.utils.errors import InputError
+
+
+class LoraFileError(InputError):
+    """A LoRA that cannot be read, does not fit its base, or holds what the wanted format cannot."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's update: down [rank, in], up [out, rank]; of a convolution [rank, in, k, k], [out, rank, 1, 1]."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None  # [out], DoRA only
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def delta(self) -> torch.Tensor:
+        """scale * up @ down in float32, in the shape of the layer's weight (before DoRA's magnitude)."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return self.scale * product.reshape(len(self.up), *self.down.shape[1:])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A whole LoRA: layers["unet"]["down_blocks.0...to_q"] is a `Layer`. `notes`: texts that travel in its file."""
+
+    layers: dict[str, dict[str, Layer]]
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def every(self) -> list[tuple[str, str, Layer]]:
+        return [(component, name, layer) for component, named in self.layers.items() for name, layer in named.items()]
+
+    @property
+    def has_dora(self) -> bool:
+        return any(layer.magnitude is not None for _, _, layer in self.every())
+
+
+# --- sums and lower ranks -----------------------------------------------------------------------------
+
+
+def merge_adapters(adapters: list[Adapter], weights: list[float], rank: int | None = None) -> tuple[Adapter, float]:
+    """The LoRA whose update is sum_i weights[i] * adapters[i], and the relative Frobenius error of truncating it.
+
+    Exact without `rank`: the factors are laid side by side, [up_1 up_2] @ [down_1; down_2], so that ranks add
+    up. With `rank` each layer is its best approximation of that rank (Eckart and Young 1936). Raises
+    `LoraFileError` for weights that are not finite numbers, one for each LoRA, and for DoRA, whose update
+    depends on the base.
+    """
+    if len(adapters) != len(weights):
+        raise LoraFileError(f"{len(weights)} weights for {len(adapters)} LoRAs: give one each")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise LoraFileError(f"weights {' '.join(map(str, weights))}: give finite numbers")
+    if any(adapter.has_dora for adapter in adapters):
+        raise LoraFileError("a DoRA does not add up with others: export it with --format merged, then extract")
+    layers, lost, kept = {}, 0.0, 0.0
+    for component, module in sorted({(c, m) for adapter in adapters for c, m, _ in adapter.every()}):
+        pairs = [(a.layers.get(component, {}).get(module), weight) for a, weight in zip(adapters, weights)]
+        layer = _side_by_side([(layer, weight) for layer, weight in pairs if layer is not None], module)
+        if rank is not None and layer.rank > rank:
+            layer, dropped = truncate_rank(layer, rank)
+            lost += dropped
+        kept += float(layer.delta().square().sum())
+        layers.setdefault(component, {})[module] = layer
+    return Adapter(layers, _common_notes(adapters)), math.sqrt(lost / (lost + kept)) if lost else 0.0
+
+
+def _common_notes(adapters):
+    words = [adapter.notes["trigger_words"] for adapter in adapters if adapter.notes.get("trigger_words")]
+    bases = {adapter.notes["base"] for adapter in adapters if adapter.notes.get("base")}
+    notes = {"trigger_words": ", ".join(dict.fromkeys(words))} if words else {}
+    return {**notes, "base": bases.pop()} if len(bases) == 1 else notes
+
+
+def _side_by_side(pairs, module):
+    shapes = {(layer.down.shape[1:], layer.up.shape[0]) for layer, _ in pairs}
+    if len(shapes) > 1:
+        raise LoraFileError(f"{module} has another size in one of the LoRAs: they belong to different bases")
+    ups = [layer.up.float() * (weight * layer.scale) for layer, weight in pairs]
+    return Layer(torch.cat([layer.down.float() for layer, _ in pairs]), torch.cat(ups, dim=1), 1.0)
+
+
+def truncate_rank(layer: Layer, rank: int) -> tuple[Layer, float]:
+    """(`layer` at `rank`, squared Frobenius norm of what fell away); the weight itself is never formed.
+
+    With up = Q1 R1 and down^T = Q2 R2, the singular values of up @ down are those of the small R1 R2^T.
+    """
+    down, up = layer.down.float().flatten(1), layer.up.float().flatten(1) * layer.scale
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    root = s[:rank].sqrt()  # a layer of few channels has fewer singular values than `rank`
+    new_up = ((q_up @ u[:, :rank]) * root).reshape(len(up), -1, *layer.up.shape[2:])
+    new_down = (root[:, None] * (vh[:rank] @ q_down.T)).reshape(-1, *layer.down.shape[1:])
+    return Layer(new_down, new_up, 1.0), float(s[rank:].square().sum())
+
+
+# --- the difference of two models ---------------------------------------------------------------------
+
+
+def extract_layer(difference: torch.Tensor, rank: int) -> Layer:
+    """The `Layer` of `rank` nearest to a weight difference [out, in] or [out, in, k, k]."""
+    flat = difference.float().flatten(1)
+    rank = min(rank, *flat.shape)
+    if min(flat.shape) <= 512:
+        u, s, vh = torch.linalg.svd(flat, full_matrices=False)
+    else:  # a full decomposition of a large layer takes seconds; the leading part is enough
+        u, s, v = torch.svd_lowrank(flat, q=min(rank + 16, *flat.shape), niter=4)
+        vh = v.T
+    root = s[:rank].sqrt()
+    up, down = u[:, :rank] * root, root[:, None] * vh[:rank]
+    if difference.dim() == 4:
+        return Layer(down.reshape(-1, *difference.shape[1:]), up[:, :, None, None], 1.0)
+    return Layer(down, up, 1.0)
+
+
+def extract_adapter(base: dict, tuned: dict, rank: int) -> tuple[Adapter, dict[str, float]]:
+    """A LoRA of `rank` out of two models of the same shape, {component: torch module} each, and its figures.
+
+    Figures: `error`, the relative Frobenius error over all layers that a LoRA can hold, and `outside`, the
+    share of the change (by squared norm) in biases, norms and embeddings, which it cannot. Raises
+    `LoraFileError` if the shapes differ or nothing changed.
+    """
+    layers, change, lost, outside = {}, 0.0, 0.0, 0.0
+    for component, module, difference in _differences(base, tuned):
+        norm = float(difference.square().sum())
+        if module is None:
+            outside += norm
+            continue
+        layer = extract_layer(difference, rank)
+        lost += float((difference - layer.delta()).square().sum())
+        change += norm
+        layers.setdefault(component, {})[plain_name(component, module)] = layer
+    if not layers:
+        raise LoraFileError("the fine-tuned model's layers equal the base's: there is nothing to extract")
+    return Adapter(layers), {"error": math.sqrt(lost / change), "outside": outside / (outside + change)}
+
+
+def _differences(base, tuned):
+    """(component, module, change of its weight); the module is None where a LoRA cannot hold the change."""
+    for component, network in base.items():
+        before, after = network.state_dict(), tuned[component].state_dict()
+        if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in after.items()}:
+            raise LoraFileError(f"the two {component}s differ in shape: the second is no fine-tune of the first")
+        fitting = {name for name, m in network.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+        for key, weight in before.items():
+            module, _, kind = key.rpartition(".")
+            if not torch.equal(weight, after[key]):
+                inside = kind == "weight" and module in fitting
+                yield component, module if inside else None, after[key].float() - weight.float()
+
+
+def plain_name(component: str, module: str) -> str:
+    """A CLIP module's name without the `text_model.` that transformers had until version 5."""
+    return module.removeprefix("text_model.") if component.startswith("text_encoder") else module
