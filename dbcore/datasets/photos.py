@@ -1,62 +1,48 @@
-"""Photos as people have them: find, check, turn upright, crop, caption.
+"""Photos as people have them: find, check, crop.
 
 A `Photo` holds a path, never pixels, so 5,000 photos cost what five do. A photo that cannot be used
 becomes a `Problem` with `skipped=True`; one that can, but should be looked at, a `Problem` without it.
-
-Beside a photo `dog.jpg` there may be
-  a caption   `dog.txt`, or a line {"file_name": "dog.jpg", "text": "..."} in `metadata.jsonl`
-  a mask      `dog.mask.png`, or `masks/dog.png`: white is learnt, black is left out of the loss
+`images.py` reads one file; `sidecars.py` finds the caption and the mask that belong to it.
 """
 
 import hashlib
-import json
 import os
-import stat
-import warnings
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
 
-from dbcore.utils.errors import InputError
+from dbcore.datasets.images import (
+    PhotoError,
+    Problem,
+    decoded,
+    grey_depth,
+    load_rgb,
+    looks_like_image,
+    orientation,
+    reason,
+    shown,
+    to_rgb,
+    upright,
+)
+from dbcore.datasets.sidecars import MASK_FOLDERS, Captions, Masks, load_mask, mask_owners, stems_and_names
 
-# Only what a camera, a phone or a browser writes. Pillow knows more formats, but some of them start
-# other programs (EPS starts Ghostscript), and a folder from the internet should not choose one.
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF"]
 PHOTO_SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
-    ".avif", ".heic", ".heif",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
+    ".avif",
 }  # fmt: skip
-HEIC_SUFFIXES = {".heic", ".heif"}
 # Anything with one of these never was a photo, so it is passed over without a look inside.
 OTHER_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".yaml", ".md", ".csv", ".db", ".ini", ".html"}
 JUNK_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r"}
 CONTACT_SHEET = "contact_sheet.png"  # `dbcore prepare` leaves one beside the photos
-MASK_FOLDER = "masks"
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # 270 MB as RGB; every phone's usual mode is below it
 MAX_ASPECT = 2.5  # beyond this a centred square keeps less than 40 % of the photo
-MAX_CAPTION = 4_000  # characters; a caption beyond this is some other file by mistake
-NEAR_BITS = 11  # of 128: two copies of one photo differ in 0 to 10, two photos of one animal in 29 or more
+DARK = 16  # of 255: an image without a brighter pixel shows nothing
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-
-
-class PhotoError(InputError):
-    """No photo of a folder can be used, or a crop was asked for that cannot be made."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with one file, in words for its owner; `skipped` where it cannot be used at all."""
-
-    path: Path
-    kind: str
-    message: str
-    skipped: bool = False
-
-    def __str__(self):
-        return f"{shown(self.path.name)}: {self.message}" + (" [skipped]" if self.skipped else "")
+# Of all copies of a photo (smaller, compressed, in other colours) 98 % are more alike than this, and two thirds of those
+# made brighter until white is cut off; different photos of one animal, on a white ground too, reach 0.971.
+THUMBNAIL, ALIKE = 16, 0.975
+BLOCK = 128  # photos compared at a time
 
 
 @dataclass(frozen=True)
@@ -70,19 +56,13 @@ class Photo:
 
     def load(self):
         """The photo as an upright `PIL.Image` in RGB, its size `self.size`."""
-        return _open_upright(self.path)
+        return load_rgb(self.path)
 
     def load_mask(self):
         """The mask as an upright `PIL.Image` in mode L at the photo's size, or None if there is none."""
         if self.mask_path is None:
             return None
-        return _open_upright(self.mask_path).convert("L").resize(self.size, Image.Resampling.NEAREST)
-
-
-def shown(name):
-    """A file name safe to print: control characters and stray bytes are written as escapes."""
-    text = str(name).encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return load_mask(self.mask_path).resize(self.size, Image.Resampling.NEAREST)
 
 
 # --- find ---------------------------------------------------------------------------------------------
@@ -107,9 +87,11 @@ def find_photos(folder):
             folders.clear()
             continue
         seen.add((identity.st_dev, identity.st_ino))
-        folders[:] = sorted(name for name in folders if not _is_junk(name) and name != MASK_FOLDER)
-        found += [Path(here, name) for name in files if not _is_junk(name) and ".mask." not in name.lower()]
-    return sorted(path for path in found if _may_be_photo(path))
+        folders[:] = sorted(name for name in folders if not _is_junk(name) and name.lower() not in MASK_FOLDERS)
+        images = [name for name in files if not _is_junk(name) and _may_be_photo(Path(here, name))]
+        masks = mask_owners(images, stems_and_names(images))
+        found += [Path(here, name) for name in images if name not in masks]
+    return sorted(found)
 
 
 def _is_junk(name):
@@ -119,37 +101,19 @@ def _is_junk(name):
 def _may_be_photo(path):
     """By its ending, or, where the ending says nothing, by the first bytes of its content."""
     suffix = path.suffix.lower()
-    if suffix in PHOTO_SUFFIXES:
-        return True
-    if suffix in OTHER_SUFFIXES or not _is_regular(path):
-        return False
-    try:
-        with _open(path):
-            return True
-    except Image.DecompressionBombError:
-        return True  # a picture all right; check_photos says why it is refused
-    except Exception:  # noqa: BLE001 - not a photo, whatever its decoder stumbled over
-        return False
-
-
-def _is_regular(path):
-    """Not a folder, a dangling or circular link, nor a pipe, whose opening would wait for ever."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:
-        return False
+    return suffix in PHOTO_SUFFIXES or (suffix not in OTHER_SUFFIXES and looks_like_image(path))
 
 
 # --- check --------------------------------------------------------------------------------------------
 
 
-def gather_photos(folder, resolution=None):
+def gather_photos(folder, resolution=None, use_masks=True):
     """`find_photos` and `check_photos` at once: (photos, problems), with at least one photo.
 
     Raises `PhotoError`, which names the folder and each file's reason, if none can be used.
     """
     paths = find_photos(folder)
-    photos, problems = check_photos(paths, resolution=resolution, folder=folder)
+    photos, problems = check_photos(paths, resolution=resolution, folder=folder, use_masks=use_masks)
     if photos:
         return photos, problems
     if not paths:
@@ -159,22 +123,23 @@ def gather_photos(folder, resolution=None):
     raise PhotoError(f"none of the {len(paths)} pictures in {shown(folder)} can be used:{reasons}{more}")
 
 
-def check_photos(paths, resolution=None, folder=None):
+def check_photos(paths, resolution=None, folder=None, use_masks=True):
     """Open every file once, one after another, and say what is wrong: (photos, problems).
 
-    `resolution` (pixels) adds the warning for photos smaller than that. `folder` is how far up a
-    `metadata.jsonl` is looked for; without it, only in each photo's own folder. Raises nothing on
-    account of a picture: whatever is in the file becomes a `Problem`.
+    `resolution` (pixels) adds the warning for photos smaller than that. `folder` is how far up a table of
+    captions is looked for; without it, only in each photo's own folder. Whatever is in a picture becomes a
+    `Problem`. Raises PhotoError where a table of captions names none of the photos, or every mask is black.
     """
-    photos, problems, prints, digests = [], [], [], {}
-    captions = _Captions(folder, problems)
-    for path in map(Path, paths):
+    paths, photos, problems, prints, digests = list(map(Path, paths)), [], [], [], {}
+    captions = Captions(paths, Path(folder) if folder is not None else None, problems)
+    masks = Masks(paths if use_masks else [], problems)
+    for path in paths:
         try:
             size, notes, print_ = _examine(path)
         except Exception as error:  # noqa: BLE001 - decoders raise anything at all on a damaged file
-            problems.append(Problem(path, *_reason(path, error), skipped=True))
+            problems.append(Problem(path, *reason(path, error), skipped=True))
             continue
-        photos.append(Photo(path, size, captions.of(path), _mask_for(path, size, problems)))
+        photos.append(Photo(path, size, captions.of(path), masks.of(path, size)))
         notes += _shape_notes(size, resolution)
         twin = digests.setdefault(_digest(path), path)
         if twin is not path:
@@ -182,77 +147,21 @@ def check_photos(paths, resolution=None, folder=None):
             print_ = None
         prints.append(print_)
         problems += [Problem(path, *note) for note in notes]
-    problems += _near_duplicates(photos, prints)
-    problems += captions.gaps(photos)
-    return photos, problems
+    masks.check_black()
+    return photos, problems + _near_duplicates(photos, prints) + captions.gaps(photos)
 
 
 def _examine(path):
     """Decode one file, at an eighth of the size where the format allows: (size, notes, print)."""
-    with _open(path) as image:
+    with decoded(path, draft=64) as (image, size):
         notes = _format_notes(path, image)
-        size = _upright_size(image)
-        image.draft(None, (64, 64))  # a JPEG is then read, to its last byte, at 1/8 scale
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        return size, notes, _fingerprint(_to_rgb(upright))
-
-
-def _open(path):
-    """Open `path` by its content, not its name; the size is checked before any pixel is decoded."""
-    if not _is_regular(path):
-        raise PhotoError("not an ordinary file (a broken link, a circle of links or a device)")
-    if os.path.getsize(path) == 0:
-        raise PhotoError("the file is empty (0 bytes): copy it again")
-    formats = _known_formats()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the test below is stricter
-        image = Image.open(path, formats=formats)
-    if image.width * image.height > MAX_PIXELS:
-        size = f"{image.width} x {image.height}"
-        image.close()
-        raise Image.DecompressionBombError(size)
-    return image
-
-
-def _open_upright(path):
-    with _open(path) as image:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def _known_formats():
-    """Those of FORMATS that this Pillow reads, with HEIF where its package is installed."""
-    Image.init()
-    if "HEIF" not in Image.OPEN:
-        try:
-            from pillow_heif import register_heif_opener
-
-            register_heif_opener()
-        except ImportError:
-            pass
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
-def _reason(path, error):
-    """(kind, message) for an exception raised while a picture was read."""
-    if isinstance(error, PhotoError):
-        return "unreadable", str(error)
-    if isinstance(error, Image.DecompressionBombError):
-        limit = MAX_PIXELS // 10**6
-        return "too large", f"more than {limit} megapixels ({error}): save a smaller copy"
-    if path.suffix.lower() in HEIC_SUFFIXES and "HEIF" not in Image.OPEN:
-        return "heic", "a HEIC photo needs one more package: pip install pillow-heif (or save it as JPEG)"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture", "its content is no picture format known here: save it as JPEG or PNG"
-    if isinstance(error, PermissionError):
-        return "unreadable", "may not be read: check its permissions"
-    return "damaged", f"damaged or cut short ({shown(error)[:100]}): copy it again from where it came"
-
-
-def _upright_size(image):
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
-    return (image.height, image.width) if turned else image.size
+        if orientation(image) >= 5:
+            size = size[::-1]
+        picture = to_rgb(upright(image))
+    brightest = max(high for _, high in picture.getextrema())
+    if brightest < DARK:
+        notes.append(("dark", f"all but black (its brightest value is {brightest} of 255): save it with 8 bits a colour"))
+    return size, notes, _thumbnail(picture)
 
 
 def _format_notes(path, image):
@@ -266,6 +175,9 @@ def _format_notes(path, image):
         )
     if image.has_transparency_data:
         notes.append(("transparent", "has transparent parts: they are laid on white"))
+    depth = grey_depth(image)
+    if depth and depth < 16:
+        notes.append(("depth", f"its grey values need only {depth} of 16 bits: read as {depth} bits"))
     return notes
 
 
@@ -292,146 +204,49 @@ def _digest(path):
     return digest.digest()
 
 
-def _fingerprint(image):
-    """128 signs (+1, -1): is a pixel of a 9 x 9 grey thumbnail darker than the next, across and down?
-
-    The difference hash survives another size, quality or exposure, which is how copies differ.
-    """
+def _thumbnail(picture):
+    """(16, 16, 3) bytes, brightness and two of colour: what copies of a photo share, whatever their size and quality."""
     import numpy as np  # takes longer to load than all of `--help`
 
-    grey = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BOX), dtype=np.int16)
-    across, down = np.diff(grey, axis=1)[:8], np.diff(grey, axis=0)[:, :8]
-    return np.where(np.concatenate([across.ravel(), down.ravel()]) > 0, 1, -1).astype(np.int8)
+    return np.asarray(picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).convert("YCbCr"))
 
 
-def _near_duplicates(photos, prints):
-    known = [(photo, print_) for photo, print_ in zip(photos, prints) if print_ is not None]
-    if len(known) < 2:
-        return []
-    import numpy as np
-
-    signs = np.stack([print_ for _, print_ in known]).astype(np.float32)  # [photos, 128]
+def _near_duplicates(photos, thumbnails):
+    known = [(photo, thumbnail) for photo, thumbnail in zip(photos, thumbnails) if thumbnail is not None]
     problems = []
-    for i in range(1, len(known)):
-        differing = (128 - signs[:i] @ signs[i]) / 2
-        nearest = int(differing.argmin())
-        if differing[nearest] < NEAR_BITS:
+    for (photo, _), (nearest, cosine) in zip(known, _nearest_before([thumbnail for _, thumbnail in known])):
+        if cosine > ALIKE:
             twin = shown(known[nearest][0].path.name)
             message = f"looks nearly the same as {twin}: it counts twice, and adds little"
-            problems.append(Problem(known[i][0].path, "near-duplicate", message))
+            problems.append(Problem(photo.path, "near-duplicate", message))
     return problems
 
 
-# --- captions and masks -------------------------------------------------------------------------------
+def _nearest_before(thumbnails):
+    """(index, cosine) of the earlier one that each thumbnail is most like; (0, -1) for the first."""
+    import numpy as np
+
+    nearest = []
+    for first in range(0, len(thumbnails), BLOCK):
+        block = _differences(thumbnails[first:first + BLOCK])
+        likeness = [block @ _differences(thumbnails[k:k + BLOCK]).T for k in range(0, first + 1, BLOCK)]
+        likeness = np.concatenate(likeness, axis=1)  # (block, earlier ones and the block itself)
+        likeness[np.arange(likeness.shape[1]) >= first + np.arange(len(block))[:, None]] = -1
+        nearest += [(int(row.argmax()), float(row.max())) for row in likeness]
+    return nearest
 
 
-class _Captions:
-    """Captions of a set of photos; each `metadata.jsonl` is read once. A `.txt` beside the photo wins."""
+def _differences(thumbnails):
+    """(n, 1350) unit vectors: from each pixel to the next, across and down. A flat ground counts for nothing."""
+    import numpy as np
 
-    def __init__(self, folder, problems):
-        self.root = Path(folder) if folder is not None else None
-        self.problems = problems
-        self.tables = {}
-
-    def of(self, path):
-        beside = path.with_suffix(".txt")
-        if _is_regular(beside):
-            with open(beside, encoding="utf-8-sig", errors="replace") as file:
-                text = file.read(MAX_CAPTION + 1)
-            return self._clean(text, beside)
-        for folder in self._upwards(path.parent):
-            text = self._table(folder).get(path.relative_to(folder).as_posix())
-            if text is not None:
-                return self._clean(text, folder / "metadata.jsonl")
-        return None
-
-    def _upwards(self, folder):
-        yield folder
-        while self.root is not None and folder != self.root and self.root in folder.parents:
-            folder = folder.parent
-            yield folder
-
-    def _table(self, folder):
-        if folder not in self.tables:
-            self.tables[folder] = table = {}
-            path = folder / "metadata.jsonl"
-            if _is_regular(path):
-                with open(path, encoding="utf-8-sig", errors="replace") as file:
-                    for number, line in enumerate(file, 1):
-                        self._read_line(line, number, path, table)
-        return self.tables[folder]
-
-    def _read_line(self, line, number, path, table):
-        if not line.strip():
-            return
-        try:
-            row = json.loads(line)
-            table[str(row["file_name"])] = str(row["text"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            wanted = '{"file_name": "dog.jpg", "text": "a caption"}'
-            self.problems.append(Problem(path, "caption", f"line {number} is not like {wanted}: passed over"))
-
-    def _clean(self, text, source):
-        if len(text) > MAX_CAPTION:
-            message = f"longer than {MAX_CAPTION} characters: not taken as a caption"
-            self.problems.append(Problem(source, "caption", message))
-            return None
-        return " ".join(text.split()) or None
-
-    def gaps(self, photos):
-        """One warning if some photos have captions and others do not."""
-        without = [photo for photo in photos if photo.caption is None]
-        if not without or len(without) == len(photos):
-            return []
-        message = f"no caption, like {len(without)} of {len(photos)} photos: the instance prompt stands in"
-        return [Problem(without[0].path, "caption", message)]
+    pixels = np.stack(thumbnails) * np.float32([1, 0.5, 0.5])  # editors change colours more than brightness
+    across, down = np.diff(pixels, axis=2)[:, :-1], np.diff(pixels, axis=1)[:, :, :-1]
+    rows = np.concatenate([across, down], axis=3).reshape(len(pixels), -1)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 
-def _mask_for(path, size, problems):
-    """The mask's path, or None; a mask that cannot be used is reported and left out."""
-    beside = [path.with_name(f"{path.stem}.mask.png"), path.parent / MASK_FOLDER / f"{path.stem}.png"]
-    for mask in filter(_is_regular, beside):
-        try:
-            with _open(mask) as image:
-                wide, high = _upright_size(image)
-                image.load()
-        except Exception as error:  # noqa: BLE001 - as above
-            problems.append(Problem(mask, "mask", f"{_reason(mask, error)[1]}; trained without it"))
-            continue
-        if abs(wide / high - size[0] / size[1]) < 0.02 * size[0] / size[1]:
-            return mask
-        message = f"{wide} x {high} has not the shape of its photo, {size[0]} x {size[1]}; trained without it"
-        problems.append(Problem(mask, "mask", message))
-    return None
-
-
-# --- upright RGB, and square --------------------------------------------------------------------------
-
-
-def _to_rgb(image):
-    """Any Pillow mode as 8-bit sRGB: 16 bits scaled, transparency on white, CMYK and profiles converted."""
-    if image.mode.startswith("I"):  # Pillow keeps a 16-bit grey picture's values, and its convert clips them
-        import numpy as np
-
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise PhotoError("holds floating-point values without a range: save it with 8 or 16 bits")
-    profile = image.info.get("icc_profile")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode not in ("RGB", "CMYK"):
-        image = image.convert("RGB")
-    return _to_srgb(image, profile) if profile else image.convert("RGB")
-
-
-def _to_srgb(image, profile):
-    """Phones save in Display P3 and printers in CMYK; read as sRGB their colours would be off."""
-    try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged profile, or one of another mode
-        return image.convert("RGB")
+# --- square -------------------------------------------------------------------------------------------
 
 
 def square_box(size, at=0.5):

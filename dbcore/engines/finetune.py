@@ -34,7 +34,7 @@ def finetune(config):
     need(config.report_to == "none", f"--report_to {config.report_to}: full fine-tuning logs to log.jsonl alone")
     config = dataclasses.replace(settle(config), mixed_precision="no", low_vram=False)
     accelerator = Accelerator(mixed_precision="no")
-    photos, _ = gather_photos(config.instance_data_dir, resolution=config.resolution)
+    photos, _ = gather_photos(config.instance_data_dir, config.resolution, config.use_masks)
     prepare_folder(config, accelerator, None)
     try:
         return FullRun(config, accelerator, photos).go(None, bool)

@@ -72,7 +72,7 @@ def train(config, callback=None, should_stop=None):
     say("Chosen for this base and machine: " + ", ".join(
         f"{name} {getattr(config, name)}" for name in ("resolution", "rank", "learning_rate", "lora_layers",
                                                        "train_batch_size", "mixed_precision")) + ".")
-    photos, problems = gather_photos(config.instance_data_dir, resolution=config.resolution)
+    photos, problems = gather_photos(config.instance_data_dir, config.resolution, config.use_masks)
     for problem in problems:
         say(f"  {problem}")
     resume = find_resume(config, say)

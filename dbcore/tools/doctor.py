@@ -93,7 +93,7 @@ def photos(config):
 
     resolution = settle(config).resolution if config.pretrained_model_name_or_path else None
     try:
-        found, problems = gather_photos(config.instance_data_dir, resolution=resolution)
+        found, problems = gather_photos(config.instance_data_dir, resolution, config.use_masks)
     except PhotoError as error:
         return [f"No run is possible: {error}"]
     skipped = sum(problem.skipped for problem in problems)

@@ -14,7 +14,9 @@ from dbcore.datasets.photos import (
     shown,
     square_box,
 )
+from dbcore.utils.errors import InputError
 from dbcore.utils.files import whole_folder
+from dbcore.utils.text import read_text
 
 HELP = "check photos, turn them upright, crop them square and write a folder ready to train on"
 SHEET_PHOTOS, SHEET_COLUMNS, CELL = 60, 4, 150  # the contact sheet: at most 60 photos, 150 pixels each
@@ -74,7 +76,8 @@ def prepare(
             box = boxes.get(photo.path) or square_box(photo.size, at)
             rows.append(_write_square(photo, partial / f"{number:04d}.png", box, resolution, interpolation))
             rows[-1]["from"] = shown(photo.path.relative_to(source))
-            rows[-1]["problems"] = [problem.message for problem in problems if problem.path == photo.path]
+            rows[-1]["problems"] = [note.message if note.path == photo.path else str(note)
+                                    for note in problems if photo.path in (note.path, note.photo)]
         report = {
             "resolution": resolution,
             "crop": "boxes" if boxes else crop,
@@ -83,6 +86,7 @@ def prepare(
             "skipped": [
                 {"from": shown(p.path.relative_to(source)), "why": p.message} for p in problems if p.skipped
             ],
+            "notes": _other_notes(problems, photos, source),
         }
         contact_sheet(photos, rows, partial).save(partial / CONTACT_SHEET)
         (partial / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -98,7 +102,9 @@ def read_boxes(text):
     if not path.is_file():
         return tuple(text.split(","))  # check_box says what is wrong with them
     try:
-        boxes = json.loads(path.read_text(encoding="utf-8"))
+        boxes = json.loads(read_text(path))
+    except InputError as error:
+        raise PhotoError(f"--crop_box {shown(text)} {error}") from None
     except ValueError as error:
         raise PhotoError(f"--crop_box {shown(text)} is not JSON: {error}") from None
     if not isinstance(boxes, dict):
@@ -149,6 +155,13 @@ def _write_square(photo, path, box, resolution, interpolation):
     return row
 
 
+def _other_notes(problems, photos, source):
+    """What was found about files that are no photo and belong to none, such as a table of captions."""
+    of_photos = {photo.path for photo in photos}
+    return [{"from": shown(p.path.relative_to(source)), "why": p.message}
+            for p in problems if not p.skipped and not of_photos & {p.path, p.photo}]
+
+
 def contact_sheet(photos, rows, folder):
     """One picture of the whole folder: each photo with its square drawn on it, beside what was made of it."""
     from PIL import Image, ImageDraw
@@ -184,8 +197,9 @@ def describe(report):
         remarks = "; ".join(row["problems"] + extras) or "good"
         size, box = "{} x {}".format(*row["size"]), "{}, {} to {}, {}".format(*row["box"])
         lines.append(f"| {row['file']} | {_cell(row['from'])} | {size} | {box} | {_cell(remarks)} |")
-    if skipped:
-        lines += ["", "Skipped:"] + [f"- {row['from']}: {row['why']}" for row in skipped]
+    for title, notes in (("Skipped:", skipped), ("Other files:", report["notes"])):
+        if notes:
+            lines += ["", title] + [f"- {row['from']}: {row['why']}" for row in notes]
     return "\n".join(lines)
 
 

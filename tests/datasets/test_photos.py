@@ -8,7 +8,8 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from dbcore.datasets import photos as P
 
@@ -263,6 +264,134 @@ def test_a_bomb_without_an_ending_is_found_and_refused(tmp_path):
         P.gather_photos(tmp_path)
 
 
+KINDS = ["jxl", "jp2", "tga", "psd", "cr3", "nef", "dng", "svg", "xcf", "exr", "hif"]
+
+
+@pytest.mark.parametrize("name", [f"photo.{ending}" for ending in KINDS] + ["PHOTO.CR2"])
+def test_images_of_unread_kinds_are_named_with_what_to_do(tmp_path, name):
+    picture().save(tmp_path / "good.png")
+    (tmp_path / name).write_bytes(bytes(64))
+    photos, problems = P.gather_photos(tmp_path)
+    assert [photo.path.name for photo in photos] == ["good.png"]
+    assert [problem.path.name for problem in problems] == [name]
+    assert problems[0].skipped and "JPEG" in problems[0].message
+
+
+def test_a_raw_file_is_not_read_by_its_preview(tmp_path):
+    picture().save(tmp_path / "a.nef", format="TIFF")  # as Pillow sees one
+    photo, problems = check(tmp_path, "a.nef")
+    assert photo is None and problems[0].message == ".nef images are not read here: save it as JPEG or PNG"
+
+
+@pytest.mark.parametrize("start", [b"\xff\x0a", b"\0\0\0\x0cJXL \r\n", b"8BPS\0\x01", b"\0\0\0\x18ftypheic"])
+def test_an_unread_kind_without_an_ending_is_known_by_its_first_bytes(tmp_path, start, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
+    (tmp_path / "IMG_0001").write_bytes(start + bytes(64))
+    with pytest.raises(P.PhotoError, match="IMG_0001: "):
+        P.gather_photos(tmp_path)
+
+
+# --- odd metadata -------------------------------------------------------------------------------------
+
+
+def exif_block(orientation, resolution):
+    """EXIF with an orientation and an XResolution: (type, count, value or offset, bytes at offset 38)."""
+    kind, count, value, data = resolution
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0) + struct.pack("<HHII", 0x011A, kind, count, value)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4) + data
+
+
+ODD = {
+    "minus one over nothing": (10, 1, 38, struct.pack("<ii", -1, 0)),
+    "nothing over nothing": (5, 1, 38, bytes(8)),
+    "text": (2, 4, 0x41424344, b""),
+    "beyond the file": (5, 1, 10**6, b""),
+    "no known type": (99, 1, 0, b""),
+}
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_exif_costs_a_sound_photo_nothing(tmp_path, form, odd):
+    sideways = picture(size=(64, 32)).transpose(Image.Transpose.ROTATE_90)
+    sideways.save(tmp_path / "a.png", format=form, exif=exif_block(6, ODD[odd]))
+    photo, problems = check(tmp_path, "a.png")
+    assert photo.size == photo.load().size == (64, 32) and kinds(problems) <= {"extension"}
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_an_orientation_that_is_none_leaves_a_photo_as_it_is(tmp_path, orientation):
+    picture(size=(64, 32)).save(tmp_path / "a.png", exif=exif_block(orientation, ODD["text"]))
+    assert check(tmp_path, "a.png")[0].load().size == (64, 32)
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+def test_a_tiff_is_as_wide_as_it_is_loaded(tmp_path, orientation):
+    """Pillow turns a TIFF itself, so that its sides must not be swapped twice."""
+    picture(size=(32, 64)).save(tmp_path / "a.tiff", tiffinfo={0x0112: orientation})
+    photo, _ = check(tmp_path, "a.tiff")
+    assert photo.size == photo.load().size == (64, 32)
+
+
+def long_texts():
+    text, compressed, many = (PngInfo() for _ in range(3))
+    text.add_text("workflow", "x" * 70_000_000)
+    compressed.add_itxt("workflow", "x" * 3_000_000, zip=True)
+    for k in range(70):
+        many.add_text(f"step {k}", "x" * 1_000_000, zip=True)
+    return {"text": text, "compressed": compressed, "many": many}
+
+
+@pytest.mark.parametrize("which", ["text", "compressed", "many"])
+def test_the_history_that_an_editor_writes_into_a_png_may_be_long(tmp_path, which):
+    image = picture()
+    image.save(tmp_path / "a.png", pnginfo=long_texts()[which], icc_profile=display_p3())
+    image.save(tmp_path / "short.png", icc_profile=display_p3())
+    photo, problems = check(tmp_path, "a.png")
+    assert problems == [] and photo.load().tobytes() == check(tmp_path, "short.png")[0].load().tobytes()
+
+
+def test_a_text_behind_the_pixels_or_a_huge_profile_costs_nothing(tmp_path):
+    picture().save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    data = b"key\0\0" + zlib.compress(bytes(3_000_000))
+    chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
+    (tmp_path / "behind.png").write_bytes(whole[:-12] + chunk + whole[-12:])
+    picture().save(tmp_path / "profile.png", icc_profile=bytes(3_000_000))
+    for name in ["behind.png", "profile.png"]:
+        photo, problems = check(tmp_path, name)
+        assert problems == [] and photo.load().tobytes() == picture().tobytes(), name
+
+
+# --- depth --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["png", "tiff"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_grey_of_fewer_bits_in_sixteen_is_as_bright_as_it_was(tmp_path, bits, form):
+    grey = np.asarray(picture().convert("L"), dtype=np.uint16)
+    Image.fromarray(grey << (bits - 8)).save(tmp_path / f"a.{form}")
+    photo, problems = check(tmp_path, f"a.{form}")
+    assert np.array_equal(np.asarray(photo.load())[..., 0], grey)
+    assert kinds(problems) == {"depth"} and f"read as {bits} bits" in problems[0].message
+
+
+def test_twelve_bits_a_colour_in_sixteen_are_named(tmp_path):
+    """Pillow reads such a PNG's upper eight bits alone, in which a twelve-bit image is all but black."""
+    Image.new("RGB", (32, 32), (15, 9, 3)).save(tmp_path / "a.png")
+    _, problems = check(tmp_path, "a.png")
+    assert kinds(problems) == {"dark"} and "its brightest value is 15 of 255" in problems[0].message
+
+
+def test_grey_beyond_sixteen_bits_is_refused_by_its_values(tmp_path):
+    Image.fromarray(np.full((8, 8), 70_000, dtype=np.int32)).save(tmp_path / "a.tiff")
+    photo, problems = check(tmp_path, "a.tiff")
+    assert photo is None and "grey values from 70000 to 70000" in problems[0].message
+
+
+# --- hostile ------------------------------------------------------------------------------------------
+
+
 def test_a_format_that_starts_other_programs_is_not_opened(tmp_path):
     (tmp_path / "a.png").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(%pipe%id) (r) file\n"
@@ -303,8 +432,27 @@ def test_duplicates_and_near_duplicates(tmp_path):
     assert "a.png" in problems[0].message and "a.png" in problems[1].message
 
 
+def product(seed, ground="white"):
+    """An object with a pattern of its own on a plain ground, always at the same place: a shop's photo."""
+    outline = Image.new("L", (256, 256), 0)
+    ImageDraw.Draw(outline).ellipse((80, 80, 176, 176), fill=255)
+    image = Image.new("RGB", (256, 256), ground)
+    image.paste(picture(seed, (256, 256)), (0, 0), outline)
+    return image
+
+
+@pytest.mark.parametrize("ground", ["white", "black", (240, 240, 240)])
+def test_objects_on_a_plain_ground_are_told_apart_and_copies_of_one_are_not(tmp_path, ground):
+    for seed in range(8):
+        product(seed, ground).save(tmp_path / f"{seed}.png")
+    product(3, ground).resize((150, 150)).save(tmp_path / "copy.jpg", quality=60)
+    _, problems = P.check_photos(P.find_photos(tmp_path))
+    assert [(problem.path.name, problem.message.split(":")[0]) for problem in problems] == [
+        ("copy.jpg", "looks nearly the same as 3.png")]
+
+
 def test_5000_photos_cost_little_memory(tmp_path):
-    """What stays of each is a path, a digest and 128 signs."""
+    """What stays of each is a path, a digest and a thumbnail of 768 bytes."""
     picture().save(tmp_path / "0000.png")
     content = (tmp_path / "0000.png").read_bytes()
     for i in range(1, 5000):

@@ -136,3 +136,22 @@ def test_the_sheet_shows_square_and_result(folder, tmp_path):
     sheet = Image.open(tmp_path / "out/contact_sheet.png").convert("RGB")
     colours = {c for _, c in sheet.getcolors(1 << 20)}
     assert {(0xD5, 0x5E, 0x00), (0, 255, 0), (255, 0, 0), (0, 0, 255)} <= colours
+
+
+def test_a_bad_mask_does_not_show_as_good_and_other_files_are_named(folder, tmp_path):
+    Image.new("L", (90, 40), 255).save(folder / "собака b.mask.png")
+    (folder / "O.txt").write_text("nobody's")
+    report = prepare(folder, tmp_path / "out", resolution=32)
+    assert "has not the shape of its photo" in "".join(report["photos"][1]["problems"])
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if "собака b.png" in line)
+    assert "собака b.mask.png: 90 x 40 has not the shape" in row and "good" not in row
+    assert "Other files:\n- O.txt: no photo has this name" in text
+
+
+def test_boxes_saved_by_windows_are_read(folder, tmp_path):
+    (tmp_path / "boxes.json").write_text('{"a.png": [82, 2, 118, 38]}', encoding="utf-16")
+    assert tool.read_boxes(str(tmp_path / "boxes.json")) == {"a.png": [82, 2, 118, 38]}
+    (tmp_path / "boxes.json").write_bytes('{"é.png": [82, 2, 118, 38]}'.encode("cp1252"))
+    with pytest.raises(PhotoError, match="--crop_box .* is not UTF-8 text"):
+        tool.read_boxes(str(tmp_path / "boxes.json"))
