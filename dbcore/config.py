@@ -385,6 +385,15 @@ def read_yaml(path, cls):
     return found
 
 
+def read_run_config(folder):
+    """The options of the run whose folder this is; None where its config.yaml is missing, empty or another tool's."""
+    try:
+        found = read_yaml(Path(folder) / "config.yaml", TrainConfig)
+    except ConfigError:
+        return None
+    return found if found.get("pretrained_model_name_or_path") else None
+
+
 def write_yaml(config, path):
     """Every option but the secret ones, so that `--config` repeats the run."""
     import yaml

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from dbcore.config import ConfigError, TrainConfig, read_yaml
+from dbcore.config import ConfigError, read_run_config
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import load_lora, set_scale
 from dbcore.utils.grids import save_grid
@@ -34,12 +34,11 @@ def with_base(config):
         return config
     first = Path(config.checkpoint_dir[0])
     for folder in (first, first.parent, first.parent.parent):
-        if (folder / "config.yaml").is_file():
-            run = read_yaml(folder / "config.yaml", TrainConfig)
+        if run := read_run_config(folder):
             return dataclasses.replace(config, revision=config.revision or run.get("revision"),
                                        pretrained_model_name_or_path=run["pretrained_model_name_or_path"])
-    raise ConfigError(f"--checkpoint_dir {first} does not say which base it belongs to: "
-                      "give --pretrained_model_name_or_path as well")
+    raise ConfigError(f"--checkpoint_dir {first} does not say which base it belongs to, by a config.yaml that a run "
+                      "has written: give --pretrained_model_name_or_path as well")
 
 
 def base_with_loras(config):

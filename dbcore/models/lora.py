@@ -3,11 +3,13 @@
     y = W x + (alpha / r) B A x        Hu et al. 2021, equation 3; B starts at 0, so at first nothing changes
 """
 
+import math
 import warnings
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from torch.nn.utils.parametrize import is_parametrized
 
 from dbcore.config import need
 from dbcore.models.adapter import Adapter, Layer, LoraFileError, plain_name
@@ -175,6 +177,7 @@ def set_scale(base, scales):
     known = sorted({name for layer in layers for name in layer.lora_A})
     for name in scales:
         need(name in known, f"there is no LoRA named {name!r}; there is {', '.join(known) or 'none'}")
+    need(all(map(math.isfinite, scales.values())), f"the scales of LoRAs are to be finite numbers: {scales}")
     need(not any(layer.merged for layer in layers), "a LoRA is merged into the weights: unmerge_lora it first")
     for layer in layers:
         # a DoRA at scale 0 would still rescale the weights' rows, so 0 takes the LoRA out
@@ -188,8 +191,14 @@ def set_scale(base, scales):
 
 
 def merge_lora(module):
-    """W <- W + (alpha / r) B A in every layer: the same pictures, no extra work."""
-    for _, layer in lora_layers(module):
+    """W <- W + (alpha / r) B A in every layer: the same images, no extra work.
+
+    Raises ConfigError for weights in 8 bits, in which most of a LoRA would be rounded away.
+    """
+    layers = [layer for _, layer in lora_layers(module)]
+    need(not any(is_parametrized(layer.get_base_layer()) for layer in layers),
+         "a LoRA cannot be merged into weights in 8 bits: load the base without low_vram")
+    for layer in layers:
         layer.merge()
 
 
@@ -201,13 +210,11 @@ def unmerge_lora(module):
 
 def remove_lora(base):
     """The base as it was: every LoRA is dropped (a merged one is taken out first)."""
-    for component in ("unet", "text_encoder"):
-        module = base.__dict__.get(component)
-        for path, layer in lora_layers(module) if module is not None else []:
+    for module in [part for part in vars(base).values() if isinstance(part, torch.nn.Module)]:  # those in memory
+        for path, layer in lora_layers(module):
             if layer.merged:
                 layer.unmerge()
             parent, _, child = path.rpartition(".")
             setattr(module.get_submodule(parent), child, layer.get_base_layer())
-        if module is not None:
-            module._hf_peft_config_loaded = False
-            vars(module).pop("peft_config", None)
+        module._hf_peft_config_loaded = False
+        vars(module).pop("peft_config", None)

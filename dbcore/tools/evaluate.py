@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dbcore
-from dbcore.config import ConfigError, TrainConfig, need, read_yaml
+from dbcore.config import ConfigError, need, read_run_config
 from dbcore.utils.files import save_png, sweep, write_whole
 
 HELP = "measure runs as the DreamBooth paper does: subject and prompt fidelity, PRES, DIV, with floor and ceiling"
@@ -65,7 +65,9 @@ def read_run(folder):
     path, lora = folder / "config.yaml", folder / "pytorch_lora_weights.safetensors"
     for needed in (path, lora):
         need(needed.is_file(), f"--checkpoint_dir {folder} has no {needed.name}: give the folder of a finished run")
-    run = read_yaml(path, TrainConfig)
+    run = read_run_config(folder) or {}
+    need({"instance_data_dir", "instance_prompt"} <= run.keys(),
+         f"--checkpoint_dir {folder}: its {path.name} is not a run's; give the folder of a finished run")
     return Subject(folder.resolve().name, lora, run["pretrained_model_name_or_path"], run["instance_data_dir"],
                    run["instance_prompt"], run.get("class_prompt") or bare_class(run["instance_prompt"]),
                    run.get("revision"))

@@ -1,5 +1,7 @@
 """`dbcore export`: a LoRA for other programs, or merged into a whole pipeline."""
 
+import argparse
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -30,7 +32,7 @@ def add_arguments(parser):
     )
     parser.add_argument("--trigger_words", help="words that call the subject, shown by A1111 and ComfyUI")
     parser.add_argument(
-        "--lora_scale", type=float, default=1.0, help="merged only: how much of the LoRA, 1 is all"
+        "--lora_scale", type=finite, default=1.0, help="merged only: how much of the LoRA, 1 is all"
     )
     add_overwrite(parser)
 
@@ -39,12 +41,20 @@ def add_overwrite(parser):
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
 
 
+def finite(text):
+    """A number from the command line that is neither infinite nor nan."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text}: give a finite number")
+    return number
+
+
 def main(args):
     from dbcore.models.adapter import Adapter
-    from dbcore.models.kohya import save_kohya
+    from dbcore.models.kohya import kohya_leaves_out, save_kohya
     from dbcore.models.lora_files import read_adapter, save_diffusers, save_peft
 
-    output = free_path(args.output, args.overwrite)
+    output = free_path(args.output, args.overwrite, is_file=args.format in ("kohya", "diffusers"))
     adapter = read_adapter(args.lora, args.pretrained_model_name_or_path)
     if args.trigger_words:
         adapter = Adapter(adapter.layers, {**adapter.notes, "trigger_words": args.trigger_words})
@@ -54,11 +64,15 @@ def main(args):
         {"kohya": save_kohya, "diffusers": save_diffusers, "peft": save_peft}[args.format](adapter, output)
     counts = ", ".join(f"{len(named)} layers of the {name}" for name, named in adapter.layers.items())
     print(f"{args.format}: {counts} -> {output}")
+    if args.format == "kohya" and (left_out := kohya_leaves_out(adapter)):
+        print(f"A1111, ComfyUI and diffusers use all of them; kohya's own scripts leave out {', '.join(left_out)}")
 
 
-def free_path(text, overwrite=False):
-    """The path, if nothing is there or it may be replaced; raises InputError otherwise."""
+def free_path(text, overwrite=False, is_file=True):
+    """The path, if nothing is there or it may be replaced, and a LoRA file can be called so; else InputError."""
     path = Path(text)
+    if is_file and path.suffix.lower() != ".safetensors":
+        raise InputError(f"--output {path}: give a name that ends in .safetensors, as every tool wants it")
     if path.exists() and not overwrite:
         raise InputError(f"--output {path} exists: choose another name, or add --overwrite")
     return path
@@ -77,7 +91,7 @@ def save_merged(adapter, base, folder, lora_scale=1.0):
     if base is None:
         raise InputError("--format merged: give the base with --pretrained_model_name_or_path")
     pipeline = DiffusionPipeline.from_pretrained(base)
-    stored = stored_precision(base)
+    stored = stored_precision(base, next(iter(adapter.layers)))
     with tempfile.TemporaryDirectory() as scratch:
         path = save_diffusers(adapter, Path(scratch) / "lora.safetensors")
         pipeline.load_lora_weights(scratch, weight_name=path.name)
@@ -93,12 +107,12 @@ def save_merged(adapter, base, folder, lora_scale=1.0):
     partial.rename(folder)
 
 
-def stored_precision(base):
-    """The dtype of the UNet's file in a pipeline folder, float32 where there is none to look at."""
+def stored_precision(base, component):
+    """The dtype of a network's file in a pipeline folder, float32 where there is none to look at."""
     import torch
     from safetensors import safe_open
 
-    files = sorted((Path(base) / "unet").glob("*.safetensors"))
+    files = sorted((Path(base) / component).glob("*.safetensors"))
     if not files:
         return torch.float32
     with safe_open(files[0], "pt") as file:

@@ -36,10 +36,10 @@ def main(args):
 
 
 def load_networks(folder):
-    """{"unet": ..., "text_encoder": ...}: the networks of a pipeline folder that a LoRA can hold, in float32."""
+    """{component: network} of a pipeline folder, all that a LoRA can be put on, in float32."""
     import torch
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    networks = {name: getattr(pipeline, name, None) for name in ("unet", "text_encoder", "text_encoder_2")}
+    networks = {name: getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules}
     return {name: network for name, network in networks.items() if network is not None}

@@ -1,6 +1,6 @@
 """`dbcore merge`: several LoRAs of one base -> one LoRA that is their weighted sum."""
 
-from dbcore.tools.export import add_overwrite, free_path
+from dbcore.tools.export import add_overwrite, finite, free_path
 from dbcore.utils.errors import InputError
 
 HELP = "add several LoRAs, each with a weight, into one"
@@ -9,7 +9,7 @@ HELP = "add several LoRAs, each with a weight, into one"
 def add_arguments(parser):
     parser.add_argument("--lora", required=True, nargs="+", help="two or more run folders or LoRA files")
     parser.add_argument(
-        "--weights", type=float, nargs="+", help="one number for each LoRA; 1 each if left out"
+        "--weights", type=finite, nargs="+", help="one number for each LoRA; 1 each if left out"
     )
     parser.add_argument("--output", required=True, help="the new .safetensors file, in diffusers' format")
     parser.add_argument(

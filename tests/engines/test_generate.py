@@ -152,6 +152,18 @@ def test_a_lora_that_names_no_base_is_refused(world):
         generate(GenerateConfig(checkpoint_dir=str(world / "dog.safetensors"), prompt="a red dog"))
 
 
+OTHERS_CONFIGS = {"empty": "", "another tool's": "job: extension\nconfig: {}\n", "no yaml": "{[", "a list": "- 1\n",
+                  "no base": "rank: 4\n"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS_CONFIGS)
+def test_a_lora_beside_a_config_that_no_run_wrote(kind, world, tmp_path):
+    path = make_lora(world / "base", tmp_path / "lora.safetensors")
+    (tmp_path / "config.yaml").write_text(OTHERS_CONFIGS[kind])
+    with pytest.raises(ConfigError, match="lora.safetensors does not say which base it belongs to"):
+        generate(GenerateConfig(checkpoint_dir=str(path), prompt="a red dog"))
+
+
 def test_each_lora_has_its_own_scale(world, tmp_path):
     paths = [str(world / "dog.safetensors"), str(make_lora(world / "base", tmp_path / "b.safetensors", seed=1))]
     wish = {"pretrained_model_name_or_path": str(world / "base"), "prompt": "a red dog", "num_images": 1}

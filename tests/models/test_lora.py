@@ -356,6 +356,12 @@ def test_a_scale_for_a_lora_that_is_not_there_is_refused(base, tmp_path):
         set_scale(base, {"cat": 0.5})
 
 
+def test_a_scale_is_a_finite_number(base, tmp_path):
+    load_lora(base, a_file(base, tmp_path / "a.safetensors"))
+    with pytest.raises(ConfigError, match="finite"):
+        set_scale(base, {"default": float("nan")})
+
+
 def test_a_merged_lora_has_no_scale(base, tmp_path):
     load_lora(base, a_file(base, tmp_path / "a.safetensors"))
     merge_lora(base.unet)

@@ -5,11 +5,11 @@ import torch
 from pipelines import MAX_TOKENS, make_tiny_pipeline
 from torch.nn.utils import parametrize
 
-from dbcore.config import TrainConfig
+from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines.memory import size
 from dbcore.engines.prior import describe
 from dbcore.models.base import load_base
-from dbcore.models.lora import add_lora, lora_parameters
+from dbcore.models.lora import add_lora, lora_layers, lora_parameters, merge_lora
 from dbcore.models.quantize import quantize
 
 
@@ -81,6 +81,14 @@ def test_a_lora_has_the_gradients_that_it_has_on_the_same_weights_unquantized(fo
         found.append([p.grad for p in lora_parameters(base.unet)])
     assert any(g.abs().max() > 0 for g in found[0])
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_a_lora_is_not_merged_into_weights_in_8_bits(folder):
+    base = load_base(folder, low_vram=True)
+    add_lora(base.unet, 2, 2)
+    with pytest.raises(ConfigError, match="without low_vram"):
+        merge_lora(base.unet)
+    assert not any(layer.merged for _, layer in lora_layers(base.unet))
 
 
 def test_pictures_are_drawn_one_at_a_time(folder):

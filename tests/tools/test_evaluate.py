@@ -115,6 +115,10 @@ def test_a_run_without_a_class_prompt_is_read_from_its_instance_prompt(tmp_path,
     write_yaml(TrainConfig(pretrained_model_name_or_path=str(base_folder), instance_data_dir="photos",
                            instance_prompt="a photo of sks dog"), folder / "config.yaml")
     assert tool.read_run(folder).class_prompt == "a photo of a dog"
+    for other in ("", "job: extension\n", f"pretrained_model_name_or_path: {base_folder}\n"):
+        (folder / "config.yaml").write_text(other)
+        with pytest.raises(ConfigError, match="its config.yaml is not a run's"):
+            tool.read_run(folder)
     (folder / "pytorch_lora_weights.safetensors").unlink()
     with pytest.raises(ConfigError, match="has no pytorch_lora_weights.safetensors: give the folder of a finished run"):
         tool.read_run(folder)

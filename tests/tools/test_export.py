@@ -14,6 +14,7 @@ from dbcore.models.adapter import Adapter, Layer
 from dbcore.models.kohya import save_kohya
 from dbcore.models.lora_files import read_adapter, read_safetensors, save_diffusers
 from dbcore.tools import export, extract, merge
+from dbcore.utils.errors import InputError
 
 
 def run(tool, *words):
@@ -130,6 +131,35 @@ def test_nothing_is_overwritten_unasked(tmp_path, base):
     assert path.read_bytes() != before
     with pytest.raises(ValueError, match="pretrained_model_name_or_path"):
         run(export, "--lora", path, "--format", "merged", "--output", tmp_path / "x")
+
+
+def test_an_output_is_called_as_a_lora_file_is(lora, tmp_path):
+    for name in ("lora", "lora.bin", "lora.safetensor"):
+        for tool, words in ((export, ["--format", "kohya"]), (merge, [lora[0]])):
+            with pytest.raises(InputError, match="ends in .safetensors"):
+                run(tool, "--lora", lora[0], *words, "--output", tmp_path / name)
+    run(export, "--lora", lora[0], "--format", "diffusers", "--output", tmp_path / "LORA.SAFETENSORS")
+    assert read_adapter(tmp_path / "LORA.SAFETENSORS").layers.keys() == {"unet", "text_encoder"}
+    run(export, "--lora", lora[0], "--format", "peft", "--output", tmp_path / "folder")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_scales_and_weights_are_finite_numbers(lora, base, tmp_path, number, capsys):
+    scale = ["--format", "merged", "--pretrained_model_name_or_path", base, f"--lora_scale={number}"]
+    for tool, words in ((export, scale), (merge, [f"--weights={number}"])):
+        with pytest.raises(SystemExit):
+            run(tool, "--lora", lora[0], *words, "--output", tmp_path / "x.safetensors")
+        assert f"{number}: give a finite number" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_kohyas_scripts_leave_out_is_said(tmp_path, capsys):
+    layer = Layer(torch.zeros(1, 16), torch.zeros(16, 1), 1.0)
+    inside = "mid_block.attentions.0.proj_in"
+    for name, said in ((inside, False), ("conv_in", True)):
+        path = save_diffusers(Adapter({"unet": {name: layer}}), tmp_path / "a.safetensors")
+        run(export, "--lora", path, "--format", "kohya", "--output", tmp_path / f"{name}.safetensors")
+        assert ("leave out conv_in" in capsys.readouterr().out) == said
 
 
 def test_merge(tmp_path, base, capsys):
