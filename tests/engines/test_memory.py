@@ -129,7 +129,7 @@ def test_low_vram_quantizes_the_unet_and_draws_one_picture_at_a_time(folder):
 
 
 def test_nothing_of_the_base_is_loaded(folder, monkeypatch):
-    monkeypatch.setattr("dbcore.models.base.StableDiffusion._load", lambda *a: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("dbcore.models.base.Family.read_network", lambda *a: pytest.fail("weights were loaded"))
     memory.forecast(config(folder))
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from dbcore.config import TrainConfig
 from dbcore.engines.report import write_report
 from dbcore.engines.train import Run, train
-from dbcore.models.base import StableDiffusion
+from dbcore.models.stable_diffusion import StableDiffusion
 
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 3}
 TEXT = {"train_text_encoder": True}

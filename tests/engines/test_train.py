@@ -20,8 +20,8 @@ from dbcore.engines.checkpoint import TRAINING
 from dbcore.engines.finetune import finetune
 from dbcore.engines.losses import dreambooth_loss
 from dbcore.engines.train import PACKAGES, Run, train
-from dbcore.models.base import StableDiffusion
 from dbcore.models.lora_files import HEADER_KEY, read_safetensors
+from dbcore.models.stable_diffusion import StableDiffusion
 from dbcore.utils.errors import Diverged
 
 PROMPTS = ["a photo of sks dog", "a red car"]
@@ -65,8 +65,8 @@ def test_a_run_starts_without_what_it_needs_only_at_its_end():
 def loads_and_lets_go(config, monkeypatch):
     """What a run did, in order: "unet", "vae" or "text_encoder" loaded, "-unet" let go, "photos" encoded, "drawn" pictures."""
     order, draw = [], StableDiffusion.draw
-    load, release, encode = StableDiffusion._load, StableDiffusion.release, StableDiffusion.encode_images
-    monkeypatch.setattr(StableDiffusion, "_load", lambda base, cls, part, *a: (order.append(part), load(base, cls, part, *a))[1])
+    load, release, encode = StableDiffusion.load_network, StableDiffusion.release, StableDiffusion.encode_images
+    monkeypatch.setattr(StableDiffusion, "load_network", lambda base, part: (order.append(part), load(base, part))[1])
     monkeypatch.setattr(StableDiffusion, "release", lambda base, *parts: (
         order.extend("-" + part for part in parts if part in vars(base)), release(base, *parts)))
     monkeypatch.setattr(StableDiffusion, "encode_images", lambda *a: (encode(*a), order.append("photos"))[0])

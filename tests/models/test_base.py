@@ -11,7 +11,7 @@ from runs import add_variant, make_base, make_hub
 from safetensors.torch import load_file, save_file
 
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig
-from dbcore.models.base import StableDiffusion, best_precision, load_base, settle
+from dbcore.models.base import Family, best_precision, load_base, settle
 from dbcore.models.lora import add_lora, load_lora, remove_lora, save_lora, set_scale
 
 
@@ -203,7 +203,7 @@ def test_a_fingerprint_is_that_of_the_variant_and_the_revision(base, tmp_path, m
 
 
 def test_a_fingerprint_loads_no_network(folder, monkeypatch):
-    monkeypatch.setattr(StableDiffusion, "_load", lambda *_: pytest.fail("a network was loaded"))
+    monkeypatch.setattr(Family, "load_network", lambda *_: pytest.fail("a network was loaded"))
     assert load_base(folder).fingerprint()
 
 
@@ -303,7 +303,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
 
 def test_another_family_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ConfigError, match="FluxPipeline: Stable Diffusion 1.x and 2.x"):
+    with pytest.raises(ConfigError, match="FluxPipeline: supported are StableDiffusionPipeline"):
         load_base(tmp_path)
 
 

@@ -12,8 +12,9 @@ from dbcore import TOY_BASE
 from dbcore.__main__ import main
 from dbcore.config import ConfigError, TrainConfig, write_yaml
 from dbcore.engines import evaluate as engine
-from dbcore.models.base import StableDiffusion, load_base
+from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora, save_lora
+from dbcore.models.stable_diffusion import StableDiffusion
 from dbcore.tools import evaluate as tool
 
 PROMPTS = {"scenes": ["in the snow", "on the beach"], "looks": ["red"]}
