@@ -12,7 +12,8 @@ from accelerate import Accelerator
 
 from dbcore.config import need
 from dbcore.datasets.photos import gather_photos
-from dbcore.engines.train import Run, prepare_folder
+from dbcore.engines.run_folder import held, holds_run, prepare_folder
+from dbcore.engines.train import Run, tf32
 from dbcore.models.base import SETTINGS_FILE, settle
 from dbcore.utils.errors import Interrupted
 from dbcore.utils.files import whole_folder
@@ -35,9 +36,11 @@ def finetune(config):
     config = dataclasses.replace(settle(config), mixed_precision="no", low_vram=False)
     accelerator = Accelerator(mixed_precision="no")
     photos, _ = gather_photos(config.instance_data_dir, config.resolution, config.use_masks)
-    prepare_folder(config, accelerator, None)
     try:
-        return FullRun(config, accelerator, photos).go(None, bool)
+        with held(config.output_dir), tf32(config.allow_tf32):
+            need(not holds_run(folder.parent), f"--output_dir {folder.parent} holds the run of a LoRA: choose another folder")
+            prepare_folder(config, accelerator, None, folder.parent)
+            return FullRun(config, accelerator, photos).go(None, bool)
     except Interrupted:
         raise Interrupted(f"Stopped; nothing of {config.output_dir} is kept, and it begins anew the next time.") from None
 

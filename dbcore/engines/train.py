@@ -10,8 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import re
-import shutil
 import signal
 import threading
 import time
@@ -23,22 +21,32 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
-from dbcore.config import AUTO, ConfigError, TrainConfig, need, read_yaml, write_yaml
+from dbcore.config import AUTO, ConfigError, TrainConfig, need, read_yaml
 from dbcore.datasets.dreambooth import DreamBoothData
 from dbcore.datasets.photos import gather_photos
 from dbcore.engines import checkpoint
 from dbcore.engines.losses import dreambooth_loss, min_snr_weight
 from dbcore.engines.prior import class_images, class_photos
 from dbcore.engines.report import report_prompts, write_report
+from dbcore.engines.run_folder import (
+    LORA_FILE,
+    WRITTEN,
+    complete,
+    goes_on,
+    held,
+    holds_run,
+    home,
+    place,
+    prepare_folder,
+    replace_run,
+)
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import add_lora, lora_parameters, save_lora, set_dropout
 from dbcore.models.replay import Replay, can_replay, replayed
 from dbcore.utils.errors import Diverged, Interrupted
-from dbcore.utils.files import is_of_files, sweep, whole_folder, write_whole
+from dbcore.utils.files import is_of_files, whole_folder, write_whole
 from dbcore.utils.seeding import key
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-WRITTEN = ("log.jsonl", "README.md", "validation", "report")  # by a run into its folder, beside LoRA and checkpoints
 STEPS = 150
 VALIDATIONS = 5  # over a run, unless told otherwise
 SKIPS = 10  # steps in a row with gradients that are no numbers; fp16's scale is found after fewer
@@ -75,33 +83,57 @@ def train(config, callback=None, should_stop=None):
     photos, problems = gather_photos(config.instance_data_dir, config.resolution, config.use_masks)
     for problem in problems:
         say(f"  {problem}")
-    resume = find_resume(config, say)
+    with held(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+        return train_in_folder(config, accelerator, photos, callback, should_stop or bool)
+
+
+def train_in_folder(config, accelerator, photos, callback, should_stop):
+    """`train`, once the options and photos are good and no other run has the folder."""
+    if accelerator.is_main_process:
+        complete(config.output_dir)
+    accelerator.wait_for_everyone()
+    resume = find_resume(config, accelerator.print)
     if resume is not None and is_finished(config, resume, photos, accelerator.num_processes):
-        say(f"{config.output_dir} is finished ({resume.name}); nothing was changed. "
-            "Give more --max_train_steps to go on.")
+        accelerator.print(f"{config.output_dir} is finished ({resume.name}); nothing was changed. "
+                          "Give more --max_train_steps to go on.")
         if config.push_to_hub and accelerator.is_main_process:
             push(config)
         return Path(config.output_dir) / LORA_FILE
-    prepare_folder(config, accelerator, resume)
+    folder = place(config.output_dir, resume)
+    prepare_folder(config, accelerator, resume, folder)
     try:
-        return Run(config, accelerator, photos, callback).go(resume, should_stop or bool)
+        with tf32(config.allow_tf32):
+            return Run(config, accelerator, photos, callback, folder).go(resume, should_stop)
     except OSError as error:
         if not is_of_files(error):
             raise
         raise checkpoint.CheckpointError(f"the run has stopped: {getattr(error, 'fault', error)}. "
-                                         f"{checkpoint.last_good(config.output_dir)}; put this right, then "
+                                         f"{checkpoint.last_good(folder)}; put this right, then "
                                          "--resume_from_checkpoint latest") from error
+
+
+@contextlib.contextmanager
+def tf32(allowed):
+    """TensorFloat-32 products within the block, if they are asked for; then the process has its own choice again."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn) if allowed else ()
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        yield
+    finally:
+        for switch, was in zip(switches, before):
+            switch.allow_tf32 = was
 
 
 class Run:
     """One run: what is trained, with what, and where it is written."""
 
-    def __init__(self, config, accelerator, photos, callback=None):
+    def __init__(self, config, accelerator, photos, callback=None, folder=None):
         self.accelerator, self.callback, self.seconds = accelerator, callback, 0.0
         self.began = time.monotonic()
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.folder = Path(config.output_dir)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        self.folder = Path(folder or config.output_dir)
         self.config = config
         self.base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant,
                               config.tokenizer_name, accelerator.device, torch_dtype(config.mixed_precision),
@@ -227,7 +259,7 @@ class Run:
                 self.save(done)
             if stop and not last:
                 raise Interrupted(f"Stopped after step {done} of {c.max_train_steps}; checkpoint-{done} is saved in "
-                                  f"{c.output_dir}. Go on with --resume_from_checkpoint latest.")
+                                  f"{self.folder}. Go on with --resume_from_checkpoint latest.")
 
     def step(self, step):
         """One optimizer step over all its batches; returns its record for the log, still on the device."""
@@ -343,7 +375,7 @@ class Run:
                 raise Diverged(self.blame(f"the loss is {record['loss']} at", record["step"], record["lr"]))
             self.count_skipped(record)
             self.log.write(record)
-            if self.config.report_to != "none":
+            if self.accelerator.trackers:
                 self.accelerator.log({"loss": record["loss"], "lr": record["lr"]}, step=record["step"])
             self.tell(step=record["step"], steps=self.config.max_train_steps, loss=record["loss"], lr=record["lr"])
         self.pending.clear()
@@ -424,26 +456,26 @@ class Run:
 
     def finish(self):
         """The LoRA under its final name, then the report; the first process writes."""
-        path = self.folder / LORA_FILE
+        output_dir = Path(self.config.output_dir)
         if self.rank == 0:
             with self.averaged():
-                save_lora(self.trained_modules, path, self.notes)
+                save_lora(self.trained_modules, self.folder / LORA_FILE, self.notes)
                 evidence = write_report(self.trained_modules, self.draw_for_report, self.config, self.folder,
                                         self.log.records, self.seconds)
+            if self.folder != output_dir:
+                replace_run(output_dir)
             print(evidence.verdict())
             if self.config.push_to_hub:
                 push(self.config)
-        if self.config.report_to != "none":
+        if self.accelerator.trackers:
             self.accelerator.end_training()
         self.accelerator.wait_for_everyone()
-        return path
+        return output_dir / LORA_FILE
 
     def draw_for_report(self, prompts, seeds):
         return self.base.draw(prompts, list(seeds), resolution=self.config.resolution)
 
     def start_trackers(self):
-        if self.config.report_to == "none":
-            return
         values = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config) if f.name != "hub_token"}
         self.accelerator.init_trackers("dbcore", config={
             name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in values.items()})
@@ -497,7 +529,7 @@ def make_schedule(config, optimizer):
 
 
 def tracker(config):
-    """accelerate's name of the tracker; TensorBoard, which nobody asked for by name, may be missing."""
+    """accelerate's name of the tracker, or None; TensorBoard, which nobody asked for by name, may be missing."""
     import importlib.util
 
     if config.report_to == "wandb":
@@ -505,7 +537,7 @@ def tracker(config):
         return "wandb"
     if config.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
         print("TensorBoard is not installed (pip install tensorboard); the run is logged in log.jsonl alone.")
-        config.report_to = "none"
+        return None
     return None if config.report_to == "none" else config.report_to
 
 
@@ -513,11 +545,11 @@ def find_resume(config, say):
     """The checkpoint to go on from, or None. Refuses one of another shape, and a folder with another run in it."""
     folder, resume = Path(config.output_dir), None
     if config.resume_from_checkpoint:
-        resume = checkpoint.find_checkpoint(folder, config.resume_from_checkpoint)
+        resume = checkpoint.find_checkpoint(home(folder), config.resume_from_checkpoint)
     if resume is not None:
         compare(config, resume.parent / "config.yaml", say)
-    if resume is None or resume.parent.resolve() != folder.resolve():
-        need(config.overwrite_output_dir or not ((folder / LORA_FILE).exists() or checkpoint.checkpoints(folder)),
+    if not goes_on(place(folder, resume), resume):
+        need(config.overwrite_output_dir or not holds_run(folder),
              f"--output_dir {folder} holds a run already: choose another folder, give --resume_from_checkpoint latest "
              "to go on with it, or --overwrite_output_dir to replace it")
         theirs = [name for name in WRITTEN if (folder / name).exists()]
@@ -525,36 +557,6 @@ def find_resume(config, say):
              f"--output_dir {folder} is not the folder of a run, and its {', '.join(theirs)} would be overwritten: "
              "choose another folder")
     return resume
-
-
-def prepare_folder(config, accelerator, resume):
-    """The run's folder with its config.yaml, and nothing of an earlier run unless it is gone on with."""
-    folder = Path(config.output_dir)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            clear(folder, resume)
-            write_yaml(config, folder / "config.yaml")
-        except OSError as error:
-            reason = getattr(error, "reason", error.strerror)
-            raise ConfigError(f"--output_dir {folder} cannot be written to: {reason}") from None
-    accelerator.wait_for_everyone()
-
-
-def clear(folder, resume):
-    """Take away what a kill left half-written and, in a new run, the earlier one; never what no run wrote."""
-    sweep(folder)
-    if resume is not None and resume.parent.resolve() == folder.resolve():
-        return
-    for path in folder.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+(\.old)?", path.name):
-            shutil.rmtree(path)
-    for name in (LORA_FILE, *WRITTEN):
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
 
 
 def compare(config, path, say):
@@ -573,8 +575,8 @@ def compare(config, path, say):
 def is_finished(config, resume, photos, world):
     """Whether the checkpoint to go on from has all the steps that are asked for, and their LoRA and report stand."""
     folder, data = Path(config.output_dir), DreamBoothData(config, photos)
-    there = (folder / LORA_FILE).is_file() and (folder / "README.md").is_file()
-    return there and checkpoint.steps_done(resume) >= with_lengths(config, data.steps_per_epoch(world)).max_train_steps
+    there = goes_on(folder, resume) and (folder / LORA_FILE).is_file()
+    return there and (folder / "README.md").is_file() and checkpoint.steps_done(resume) >= with_lengths(config, data.steps_per_epoch(world)).max_train_steps
 
 
 class Log:

@@ -332,7 +332,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(options, tmp
     if not os.access(tmp_path / "locked", os.W_OK):  # root may write anywhere
         with pytest.raises(ConfigError, match="--output_dir .* cannot be written to: Permission denied"):
             train(TrainConfig(**options, output_dir=tmp_path / "locked" / "run"))
-    monkeypatch.setattr("dbcore.engines.train.write_yaml", lambda *_: fail())
+    monkeypatch.setattr("dbcore.engines.run_folder.write_yaml", lambda *_: fail())
     with pytest.raises(ConfigError, match="cannot be written to: No space left"):
         train(TrainConfig(**options, output_dir=tmp_path / "run"))
 

@@ -182,7 +182,6 @@ def watch(world, here, more, patch):
     for run in seen:
         facts.latents, facts.prompts = len(run.data.latents.where), len(run.base.known.where)
         facts.checkpointing = run.base.unet.is_gradient_checkpointing
-        facts.tf32 = torch.backends.cuda.matmul.allow_tf32
     return facts
 
 
@@ -201,8 +200,13 @@ def spies(facts, seen):
         facts.compiled += 1
         return function
 
+    def finishing(run):
+        seen.append(run)
+        facts.tf32 = torch.backends.cuda.matmul.allow_tf32
+        return finish(run)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "finish", lambda run: (seen.append(run), finish(run))[1])
+        patch.setattr(Run, "finish", finishing)
         patch.setattr(StableDiffusion, "draw", drawing)
         patch.setattr(torch, "compile", compiling)
         yield

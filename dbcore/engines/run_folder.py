@@ -1,0 +1,134 @@
+"""A run's folder: one run at a time writes to it, and a run in it goes only when its successor's LoRA stands.
+
+A run that replaces another is written to `replacement/` within the folder. Once its LoRA and report are there, that is
+renamed to `.finished` and takes the other's place; cut short on the way, the next run in the folder completes it.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout  # comes with torch
+
+from dbcore.config import ConfigError, write_yaml
+from dbcore.engines.checkpoint import checkpoints
+from dbcore.utils.files import sweep, write_whole
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+WRITTEN = ("log.jsonl", "README.md", "validation", "report")  # by a run, beside its LoRA and checkpoints
+REPLACEMENT, FINISHED = "replacement", ".finished"
+LOCK, HOLDER = ".lock", ".running"
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Keep other runs out of a folder, which is made if need be. Raises ConfigError that says which run has it."""
+    folder = Path(folder)
+    lock, is_new = FileLock(folder / LOCK), not folder.exists()
+    try:
+        with writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            write_whole(folder / HOLDER, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
+    except Timeout:
+        raise ConfigError(f"--output_dir {folder} is being written to by another run ({holder(folder)}): wait for it, or "
+                          "choose another folder") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / HOLDER).unlink()
+            (folder / LOCK).unlink()  # while it is held, so that nobody waits at a name that is gone
+        lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # nothing was written
+
+
+def holder(folder):
+    with contextlib.suppress(OSError):
+        return (folder / HOLDER).read_text(encoding="utf-8").strip()
+    return "it does not say which"
+
+
+@contextlib.contextmanager
+def writable(folder):
+    """Within it, what the file system refuses is a ConfigError that names the option."""
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        reason = getattr(error, "reason", error.strerror)
+        raise ConfigError(f"--output_dir {folder} cannot be written to: {reason}") from None
+
+
+def holds_run(folder):
+    return (folder / LORA_FILE).exists() or bool(checkpoints(folder))
+
+
+def home(output_dir):
+    """Where the run to go on with is: in `replacement`, once that has a checkpoint, else in the folder itself."""
+    replacement = Path(output_dir) / REPLACEMENT
+    return replacement if checkpoints(replacement) else Path(output_dir)
+
+
+def goes_on(folder, resume):
+    """Whether `resume` (a checkpoint's folder, or None) is of the very run in a folder."""
+    return resume is not None and resume.parent.resolve() == Path(folder).resolve()
+
+
+def place(output_dir, resume):
+    """Where a run writes, given the checkpoint that it goes on from, or None."""
+    folder = Path(output_dir)
+    if goes_on(folder, resume) or not holds_run(folder):
+        return folder
+    return folder / REPLACEMENT
+
+
+def prepare_folder(config, accelerator, resume, folder):
+    """The run's folder with its config.yaml, and nothing of an earlier run unless it is gone on with."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
+            if not goes_on(folder, resume):
+                clear(folder)
+            write_yaml(config, folder / "config.yaml")
+    accelerator.wait_for_everyone()
+
+
+def clear(folder):
+    """Take an earlier run away; never what no run wrote."""
+    for path in folder.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+(\.old)?", path.name):
+            shutil.rmtree(path)
+    for name in (LORA_FILE, *WRITTEN):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def replace_run(output_dir):
+    """Let a finished replacement take the earlier run's place; returns the folder."""
+    folder = Path(output_dir)
+    (folder / REPLACEMENT).rename(folder / FINISHED)
+    complete(folder)
+    return folder
+
+
+def complete(folder):
+    """Move what a finished replacement wrote into the folder, the earlier run's files away before."""
+    finished = Path(folder) / FINISHED
+    if (finished / LORA_FILE).is_file():
+        clear(Path(folder))
+    if finished.is_dir():
+        for path in sorted(finished.iterdir(), key=lambda path: path.name != LORA_FILE):  # after it, nothing is cleared
+            os.replace(path, Path(folder) / path.name)
+        finished.rmdir()
