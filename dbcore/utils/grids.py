@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from dbcore.utils.errors import InputError
@@ -29,6 +30,14 @@ class Picture(Figure):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, dpi=DPI, facecolor=PAPER, layout="compressed", **kwargs)
         FigureCanvasAgg(self)
+
+    def draw(self, renderer):
+        """Labels are prompts and file names: a $ in them begins no formula."""
+        for axis in self.axes:
+            axis.get_xticklabels(), axis.get_yticklabels()  # which are made when first asked for
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        super().draw(renderer)
 
     def _repr_png_(self):
         """A PNG of 256 colours: the eye sees the same, and a notebook that stores it is a third of the size."""

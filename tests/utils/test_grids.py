@@ -102,3 +102,12 @@ def test_a_running_mean_has_fewer_values_at_first_and_looks_back_only():
     assert grids.running_mean([4.0, 2.0, 9.0, 1.0], 2) == [4.0, 3.0, 5.5, 5.0]
     assert grids.running_mean([4.0, 2.0, 9.0], 10) == [4.0, 3.0, 5.0]
     assert grids.running_mean([], 3) == []
+
+
+@pytest.mark.parametrize("text", [r"$\foo$", r"a photo of $sks$ dog", "$", r"\frac{", "100 $ or 200 $", "a_b^{c", "$^$"])
+def test_a_users_words_are_no_formula_wherever_they_stand(tmp_path, text):
+    figures = [grids.image_grid([[swatch(RED)]], [text], [text], text), grids.bar_plot({text: 1.0, "b": 2.0}, text, text),
+               grids.line_plot({text: ([0, 1], [0, 1]), "b": ([0, 1], [1, 0])}, text, text, text)]
+    for k, figure in enumerate(figures):
+        grids.save_figure(tmp_path / f"{k}.png", figure)
+        assert figure._repr_png_()
