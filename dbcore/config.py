@@ -171,6 +171,9 @@ class TrainConfig:
             need(not is_within(getattr(self, given), self.instance_data_dir),
                  f"--{given} {getattr(self, given)} lies in --instance_data_dir, so its pictures would be learnt as "
                  "photos of the subject: choose a folder outside")
+        need(self.class_data_dir is None or not is_within(self.instance_data_dir, self.class_data_dir),
+             f"--class_data_dir {self.class_data_dir} has --instance_data_dir {self.instance_data_dir} in it, so the subject "
+             "would be learnt as its class: choose a folder of class images alone")
         need(not (self.use_dora and self.use_rslora and self.lora_layers == "all"),
              "--use_dora with --use_rslora on convolutions is not supported by peft: leave one out")
         need(not self.hub_model_id or self.push_to_hub, "--hub_model_id does nothing without --push_to_hub")

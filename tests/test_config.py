@@ -346,3 +346,13 @@ def test_help_lists_every_tool_with_its_line(capsys):
     assert set(TOOLS) == set(lines)
     for name, line in lines.items():
         assert f"{name} {' '.join(line.split())}" in words
+
+
+@pytest.mark.parametrize("around", ["photos", "."])
+def test_class_images_from_around_the_photos_are_refused(tmp_path, around):
+    (tmp_path / "photos" / "sks").mkdir(parents=True)
+    config = TrainConfig(pretrained_model_name_or_path="base", instance_data_dir=str(tmp_path / "photos" / "sks"),
+                         instance_prompt="a photo of sks dog", class_prompt="a photo of a dog",
+                         with_prior_preservation=True, class_data_dir=str(tmp_path / around), output_dir=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="--class_data_dir .* has --instance_data_dir .* in it"):
+        config.check()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dbcore.datasets.cache import TensorStore
-from dbcore.datasets.photos import Photo, crop_to_square
+from dbcore.datasets.photos import Photo, PhotoError, crop_to_square, shown
 from dbcore.utils.seeding import integer, normal, permutation
 
 CROPS = 4  # places along the longer side that a random crop chooses from, so that each is encoded once
@@ -113,6 +113,15 @@ class DreamBoothData:
             shift = normal((shape[0], 1, 1), seed, kind + "noise offset", step, [sample.number])[0]
             noise = noise + self.config.noise_offset * shift
         return epsilon, noise, integer(num_timesteps, seed, kind + "timestep", step, sample.number)
+
+
+def refuse_shared(photos, class_photos):
+    """Raises PhotoError for a photo that is an image of the class too, as where one folder links to the other."""
+    own = {photo.path.resolve(): photo for photo in photos}
+    shared = next((photo for photo in class_photos if photo.path.resolve() in own), None)
+    if shared is not None:
+        raise PhotoError(f"--class_data_dir leads to {shown(shared.path)}, which is a photo of the subject: it would be "
+                         "learnt as its class; choose a folder of class images alone")
 
 
 def encode_views(base, samples, config):

@@ -7,6 +7,7 @@ becomes a `Problem` with `skipped=True`; one that can, but should be looked at, 
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ PHOTO_SUFFIXES = {
 OTHER_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".yaml", ".md", ".csv", ".db", ".ini", ".html"}
 JUNK_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r"}
 CONTACT_SHEET = "contact_sheet.png"  # `dbcore prepare` leaves one beside the photos
+
+KOHYA_NAME = re.compile(r"(?P<repeats>\d{1,3})_(?P<words>[^\W\d_].*)")
 
 MAX_ASPECT = 2.5  # beyond this a centred square keeps less than 40 % of the photo
 DARK = 16  # of 255: an image without a brighter pixel shows nothing
@@ -110,9 +113,11 @@ def _may_be_photo(path):
 def gather_photos(folder, resolution=None, use_masks=True):
     """`find_photos` and `check_photos` at once: (photos, problems), with at least one photo.
 
-    Raises `PhotoError`, which names the folder and each file's reason, if none can be used.
+    Raises `PhotoError`, which names the folder and each file's reason, if none can be used; also for a
+    folder in kohya's layout, which holds subject and class side by side.
     """
     paths = find_photos(folder)
+    _refuse_layout(Path(folder), paths)
     photos, problems = check_photos(paths, resolution=resolution, folder=folder, use_masks=use_masks)
     if photos:
         return photos, problems
@@ -121,6 +126,21 @@ def gather_photos(folder, resolution=None, use_masks=True):
     reasons = "".join(f"\n  {problem}" for problem in problems[:10] if problem.skipped)
     more = f"\n  and {len(paths) - 10} more" if len(paths) > 10 else ""
     raise PhotoError(f"none of the {len(paths)} pictures in {shown(folder)} can be used:{reasons}{more}")
+
+
+def _refuse_layout(folder, paths):
+    """`10_sks dog` beside `1_dog` are a subject and its class; `1_front` beside `2_side` only are in order."""
+    inner = {up for path in paths for up in path.parents if folder in up.parents}
+    found = {up: match for up in sorted(inner) if (match := KOHYA_NAME.fullmatch(up.name))}
+    numbers = sorted(int(match["repeats"]) for match in found.values())
+    words = [set(match["words"].lower().split()) for match in found.values()]
+    in_order = numbers == list(range(numbers[0], numbers[0] + len(numbers))) if numbers else True
+    class_beside = any(one < other for one in words for other in words)
+    if class_beside or not (in_order or all(one == words[0] for one in words)):
+        names = [shown(up) for up in sorted(found, key=lambda up: -int(found[up]["repeats"]))]
+        raise PhotoError(f"{shown(folder)} is in kohya's layout, with several subjects or a class in it. Give each its "
+                         f"own option: --instance_data_dir {names[0]!r} --class_data_dir {names[-1]!r}; numbers of "
+                         "repeats are not read. If all show one subject, rename these folders")
 
 
 def check_photos(paths, resolution=None, folder=None, use_masks=True):

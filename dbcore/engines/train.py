@@ -22,7 +22,7 @@ from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
 from dbcore.config import AUTO, ConfigError, TrainConfig, need, read_yaml
-from dbcore.datasets.dreambooth import DreamBoothData
+from dbcore.datasets.dreambooth import DreamBoothData, refuse_shared
 from dbcore.datasets.photos import gather_photos
 from dbcore.engines import checkpoint
 from dbcore.engines.losses import dreambooth_loss, min_snr_weight
@@ -139,6 +139,7 @@ class Run:
                               config.tokenizer_name, accelerator.device, torch_dtype(config.mixed_precision),
                               config.tokenizer_max_length, config.low_vram)
         self.data = DreamBoothData(config, photos, self.make_class_photos())
+        refuse_shared(self.data.photos, self.data.class_photos)
         self.config = self.data.config = with_lengths(config, self.data.steps_per_epoch(self.world))
         self.notes = {"base": Path(self.base.name).name, "trigger_words": config.instance_prompt}
         self.pending, self.skips = [], 0  # losses that have not been looked at; steps in a row that changed nothing

@@ -12,8 +12,8 @@ from PIL import Image
 from pipelines import make_tiny_pipeline
 
 from dbcore.config import TrainConfig
-from dbcore.datasets.dreambooth import CROPS, DreamBoothData
-from dbcore.datasets.photos import Photo, gather_photos
+from dbcore.datasets.dreambooth import CROPS, DreamBoothData, refuse_shared
+from dbcore.datasets.photos import Photo, PhotoError, gather_photos
 from dbcore.models.base import load_base
 
 OPTIONS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog", "resolution": 32,
@@ -46,6 +46,14 @@ def photos(tmp_path_factory):
     Image.fromarray(np.tri(40, dtype=np.uint8) * 255).save(folder / "0.mask.png")
     (folder / "1.txt").write_text("a photo of sks dog on the beach")
     return gather_photos(folder)[0]
+
+
+def test_a_photo_of_the_subject_is_refused_as_one_of_the_class(photos, tmp_path):
+    """The folders are two, and one links to the other."""
+    (tmp_path / "class").symlink_to(photos[0].path.parent, target_is_directory=True)
+    with pytest.raises(PhotoError, match="--class_data_dir leads to .*, which is a photo of the subject"):
+        refuse_shared(photos, gather_photos(tmp_path)[0])
+    refuse_shared(photos[:2], photos[2:])
 
 
 # --- order -----------------------------------------------------------------------------------------------

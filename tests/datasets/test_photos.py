@@ -92,6 +92,28 @@ def test_an_empty_folder_and_one_of_bad_photos_say_why(tmp_path):
     assert "words.png: its content is no picture" in str(error.value)
 
 
+def grouped(tmp_path, *folders):
+    for k, name in enumerate(folders):
+        (tmp_path / name).mkdir(parents=True)
+        picture(k).save(tmp_path / name / "a.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("folders", [
+    ["10_sks dog", "1_dog"], ["1_Dog", "2_sks dog"], ["img/20_ohwx man", "reg/1_man"], ["5_zwx", "1_teapot"],
+    ["10_sks dog", "10_sks2 cat"]])
+def test_kohyas_layout_is_refused_with_what_to_give(tmp_path, folders):
+    with pytest.raises(P.PhotoError, match="kohya's layout.*--instance_data_dir '.*' --class_data_dir '.*'"):
+        P.gather_photos(grouped(tmp_path, *folders))
+
+
+@pytest.mark.parametrize("folders", [
+    ["1_front", "2_side", "3_back"], ["10_sks dog"], ["12_may", "14_may"], ["12_05_2023", "14_05_2023"], ["beach", "1_x"],
+    ["2023_summer", "2025_winter"]])
+def test_numbered_folders_of_one_subject_are_read(tmp_path, folders):
+    assert len(P.gather_photos(grouped(tmp_path, *folders))[0]) == len(folders)
+
+
 # --- formats ------------------------------------------------------------------------------------------
 
 
