@@ -30,6 +30,8 @@ from dbcore.utils.seeding import generator, normal
 
 FAMILIES = {  # class in model_index.json: the family, as a class or as "module:class"
     "StableDiffusionPipeline": "dbcore.models.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "dbcore.models.sdxl:StableDiffusionXL",
+    "Flux2KleinPipeline": "dbcore.models.flux2:Flux2Klein",
 }
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",

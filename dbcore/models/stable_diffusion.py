@@ -76,11 +76,12 @@ class StableDiffusion(Family):
     def pooled_text(self, prompts):
         return self.text_encoder(self.tokens(prompts)).pooler_output
 
-    def tokens(self, prompts):
+    def tokens(self, prompts, tokenizer="tokenizer"):
         """(n, length) token numbers, each prompt padded or cut to the same length."""
-        length = self.tokenizer_max_length or self.tokenizer.model_max_length
-        return self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length,
-                              return_tensors="pt").input_ids.to(self.device)
+        tokenize = getattr(self, tokenizer)
+        length = self.tokenizer_max_length or tokenize.model_max_length
+        return tokenize(prompts, padding="max_length", truncation=True, max_length=length,
+                        return_tensors="pt").input_ids.to(self.device)
 
     @torch.no_grad()
     def encode_images(self, pixels):
