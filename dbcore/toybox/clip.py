@@ -105,8 +105,7 @@ def train_clip(tokenizer, pictures: np.ndarray, scenes: list, folder: Path, seed
         rng, _ = step_rng(seed, "clip", step)
         picks = rng.integers(0, len(pictures), batch)
         x = to_tensor(pictures[np.sort(picks)])
-        texts = [caption(*scenes[k], rng, drop=0.1) for k in np.sort(picks)]
-        x = x.flip(-1) if rng.random() < 0.5 else x
+        texts = [caption(*scenes[k], rng, drop=0.1, drop_details=0.3) for k in np.sort(picks)]
         logits = clip(tokenize(tokenizer, texts).to(device), x.to(device))
         truth = torch.arange(batch, device=device)
         loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2

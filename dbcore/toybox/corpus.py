@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from dbcore.toybox.scene import COLORS, PLACES, Character, View, random_character, random_view
+from dbcore.utils.files import whole_file
+
+SIZE, SHARD = 64, 2000  # pixels a side; renders a file
 
 HELD_OUT = {  # (kind, color) pairs never rendered for training; the gates ask the base for them
     ("dog", "purple"), ("cat", "green"), ("duck", "blue"), ("car", "pink"), ("teapot", "orange"), ("robot", "brown"),
@@ -38,27 +40,22 @@ def scenes(seed: int, count: int) -> list[tuple[Character, View]]:
     return [sample(seed, k) for k in range(count)]
 
 
-def render_corpus(path: Path, seed: int, count: int, size: int = 64, chunk: int = 500, draw=sample) -> np.ndarray:
-    """Render (or finish rendering) scenes `draw(seed, k)`, k = 0..count-1, into `path`, a .npy file.
+def render_corpus(folder: Path, seed: int, count: int, draw=sample) -> np.ndarray:
+    """Renders of the scenes `draw(seed, k)`, k = 0..count-1: uint8 (count, 64, 64, 3), kept in shards in `folder`."""
+    shards = -(-count // SHARD)
+    return np.concatenate([render_shard(folder, seed, number, draw) for number in range(shards)])[:count]
 
-    Returns uint8 (count, size, size, 3).
 
-    A progress file beside it counts finished chunks, so a killed run goes on where it was.
+def render_shard(folder: Path, seed: int, number: int, draw=sample) -> np.ndarray:
+    """Renders `number * SHARD` and the following of a world, uint8 (SHARD, 64, 64, 3), read if they are there.
+
+    A shard is written whole or not at all, so a killed run, or a second one beside it, goes on where it was.
     """
-    from tqdm import tqdm
+    path = folder / f"{seed}-{number:05d}.npy"
+    if not path.exists():
+        from dbcore.toybox.tracer import render_array
 
-    from dbcore.toybox.tracer import render_array
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    progress = path.with_suffix(".json")
-    wanted = {"seed": seed, "count": count, "size": size}
-    state = json.loads(progress.read_text()) if progress.exists() else {}
-    start = state["done"] if path.exists() and {**state, **wanted} == state else 0
-    pictures = np.lib.format.open_memmap(path, "r+" if start else "w+", np.uint8, (count, size, size, 3))
-    for first in tqdm(range(start, count, chunk), desc="rendering", unit="chunk"):
-        last = min(first + chunk, count)
-        for k in range(first, last):
-            pictures[k] = (render_array(*draw(seed, k), size) * 255 + 0.5).astype(np.uint8)
-        pictures.flush()
-        progress.write_text(json.dumps({**wanted, "done": last}))
-    return pictures
+        ks = range(number * SHARD, (number + 1) * SHARD)
+        with whole_file(path) as beside, open(beside, "wb") as file:
+            np.save(file, np.stack([(render_array(*draw(seed, k), SIZE) * 255 + 0.5).astype(np.uint8) for k in ks]))
+    return np.load(path)

@@ -1,4 +1,4 @@
-"""The toy base's UNet: v-prediction on 16 x 16 x 4 latents, conditioned on the frozen toy CLIP's text tower."""
+"""The toy base's UNet: v-prediction on 16 x 16 x 8 latents, conditioned on the frozen toy CLIP's text tower."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dbcore.toybox.autoencoder import CHANNELS, latent_shard
 from dbcore.toybox.clip import WIDTH, tokenize
-from dbcore.toybox.fit import fit, half_where_fast, step_rng
-from dbcore.toybox.scene import caption
+from dbcore.toybox.corpus import SHARD, sample
+from dbcore.toybox.fit import fit, half_where_fast, step_rng, trapezoid_rate
+from dbcore.toybox.scene import caption, mirror
 
 
 def make_unet():
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(48, 96, 144), layers_per_block=1,
+        sample_size=16, in_channels=CHANNELS, out_channels=CHANNELS, block_out_channels=(48, 96, 144), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16)
@@ -33,33 +35,80 @@ def make_scheduler():
         timestep_spacing="trailing")
 
 
-def train_unet(tokenizer, text_encoder, latents: np.ndarray, scenes: list, folder: Path, seed: int,
-               steps: int = 5800, batch: int = 32, lr: float = 1e-3, drop: float = 0.15,
-               device: str = "cpu"):
-    """Minimise |v - v_theta(z_t, t, caption)|^2; one caption in ten is empty (Ho & Salimans 2022)."""
+class Latents:
+    """The latents that the UNet learns from: more and more scenes as the run goes on.
+
+    Each scene is used about `REUSE` times. Shards are rendered, encoded and kept when a step first needs them,
+    so that what a step sees depends on its number alone.
+    """
+
+    REUSE, FIRST = 8, 20_000
+
+    def __init__(self, autoencoder, folder: Path, seed: int, batch: int):
+        self.autoencoder, self.folder, self.seed, self.batch = autoencoder, folder, seed, batch
+        self.shards, self.scenes = [], []
+
+    def available(self, step: int) -> int:
+        """How many scenes a step may choose from; whole shards."""
+        return max(self.FIRST, step * self.batch // self.REUSE) // SHARD * SHARD
+
+    def grow(self, count: int) -> None:
+        while len(self.scenes) < count:
+            number = len(self.shards)
+            self.shards.append(latent_shard(self.autoencoder, self.folder, self.seed, number))
+            self.scenes += [sample(self.seed, k) for k in range(number * SHARD, (number + 1) * SHARD)]
+
+    def batch_at(self, step: int, rng: np.random.Generator) -> tuple[torch.Tensor, list]:
+        """(n, 8, 16, 16) latents of scenes chosen at random, every second one mirrored, and the scenes."""
+        count = self.available(step)
+        self.grow(count)
+        picks, mirrored = rng.integers(0, count, self.batch), rng.integers(0, 2, self.batch)
+        z = np.stack([self.shards[k // SHARD][m, k % SHARD] for k, m in zip(picks, mirrored)])
+        return torch.from_numpy(z).float(), [mirror(*self.scenes[k]) if m else self.scenes[k]
+                                             for k, m in zip(picks, mirrored)]
+
+
+def training_caption(scene, rng: np.random.Generator) -> str:
+    """None at all for one in ten (Ho & Salimans 2022), the whole truth for three in ten, else a part of it."""
+    share = rng.random()
+    if share < 0.1:
+        return ""
+    return caption(*scene) if share < 0.4 else caption(*scene, rng, drop=0.15, drop_details=0.6)
+
+
+def near_noise(z: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Noise like `z`, each sample's the one nearest to it in the batch (immiscible diffusion, Li et al. 2024)."""
+    from scipy.optimize import linear_sum_assignment
+
+    noise = torch.randn(z.shape, generator=generator)
+    _, nearest = linear_sum_assignment(torch.cdist(z.flatten(1), noise.flatten(1)).numpy())
+    return noise[nearest]
+
+
+def train_unet(tokenizer, text_encoder, latents: Latents, folder: Path, seed: int, steps: int = 47_000,
+               lr: float = 1e-3, device: str = "cpu"):
+    """Minimise |v - v_theta(z_t, t, caption)|^2."""
     torch.manual_seed(seed + 2)
     net = make_unet().to(memory_format=torch.channels_last)
-    schedule = make_scheduler()
+    schedule, batch = make_scheduler(), latents.batch
     text_encoder.eval().requires_grad_(False).to(device)
 
     def loss_at(step):
         rng, torch_rng = step_rng(seed, "unet", step)
-        picks, mirrored = rng.integers(0, latents.shape[1], batch), rng.integers(0, 2, batch)
-        texts = ["" if rng.random() < 0.1 else caption(*scenes[k], rng, drop=drop) for k in picks]
-        z = torch.from_numpy(np.stack([latents[m, k] for m, k in zip(mirrored, picks)])).float()
+        z, scenes = latents.batch_at(step, rng)
+        ids = tokenize(tokenizer, [training_caption(scene, rng) for scene in scenes]).to(device)
         # one timestep from each of `batch` equal bands: the same mean, less variance
         t = torch.from_numpy(((np.arange(batch) + rng.random(batch)) * (1000 / batch)).astype(np.int64))
-        noise = torch.randn(z.shape, generator=torch_rng)
+        noise = near_noise(z, torch_rng)
         noisy, v = schedule.add_noise(z, noise, t), schedule.get_velocity(z, noise, t)
-        ids = tokenize(tokenizer, texts).to(device)
         noisy, v, t = noisy.to(device, memory_format=torch.channels_last), v.to(device), t.to(device)
-        with torch.no_grad():
-            hidden = text_encoder(ids).last_hidden_state
         with half_where_fast(device):
+            with torch.no_grad():
+                hidden = text_encoder(ids).last_hidden_state
             guess = net(noisy, t, hidden).sample
         return {"loss": F.mse_loss(guess.float(), v)}
 
-    return fit("unet", folder, net, loss_at, steps, lr, muon=True, ema=0.999, device=device)
+    return fit("unet", folder, net, loss_at, steps, lr, muon=True, ema=0.9995, device=device, rate=trapezoid_rate)
 
 
 def make_pipeline(tokenizer, text_encoder, autoencoder, unet):

@@ -34,6 +34,14 @@ def cosine_rate(progress: float, warmup: float = 0.02, floor: float = 0.02) -> f
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
+def trapezoid_rate(progress: float, warmup: float = 0.005, decay: float = 0.25) -> float:
+    """Factor of the learning rate: up, level, then straight down to 0 over the last `decay` of the run.
+
+    For a run of days: while it is level, how long the run will be need not be known.
+    """
+    return max(0.0, min(1.0, progress / warmup, (1 - progress) / decay))
+
+
 def orthogonalised(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Tensor]:
     """Matrices with all singular values brought near 1: roughly U V^T of each U S V^T.
 
@@ -135,7 +143,7 @@ class Average:
 
 def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int], dict], steps: int, lr: float,
         muon: bool = False, ema: float = 0.0, device: str = "cpu", save_every: float = 120.0,
-        log_every: int = 50) -> nn.Module:
+        log_every: int = 50, rate: Callable[[float], float] = cosine_rate) -> nn.Module:
     """Train `module` for `steps` steps and return it (with averaged weights if `ema`), in eval mode, on `device`.
 
     `loss_at(step)` gives a dict of scalars whose "loss" is minimised. Every `save_every`
@@ -151,7 +159,7 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int], di
     began = saved = time.monotonic()
     while step < steps:
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-            group["lr"] = lr * cosine_rate((step + 1) / steps)
+            group["lr"] = lr * rate((step + 1) / steps)
         terms = loss_at(step)
         terms["loss"].backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)

@@ -17,18 +17,21 @@ from torch.nn import functional as F
 
 from dbcore.toybox.autoencoder import to_tensor
 from dbcore.toybox.fit import fit, half_where_fast, step_rng
-from dbcore.toybox.scene import CLASSES, COLORS, PATTERNS, PLACES, Character, View
+from dbcore.toybox.scene import CLASSES, COLORS, PATTERNS, PLACES, PROPORTIONS, Character, View, named_build
 
 ANSWERS = {
     "class": CLASSES, "color": tuple(COLORS), "pattern": PATTERNS,
     "color2": ("none", *COLORS), "hat": ("none", *COLORS), "place": tuple(PLACES),
+    "side": ("left", "right"), "angle": ("side", "", "front"), "size": ("close up", "", "far away"),
+    "light": ("low sun", ""), **{name: ("small", "big") for name in PROPORTIONS},
 }
+UNASKED = -1  # the label of a question that has no answer here, such as the side of a face seen from the front
 
 
 class Reader(nn.Module):
-    """Pictures (n, 3, 64, 64) in [-1, 1] to logits by question, a dict of (n, answers)."""
+    """Images (n, 3, 64, 64) in [-1, 1] to logits by question, a dict of (n, answers)."""
 
-    def __init__(self):
+    def __init__(self, questions=tuple(ANSWERS)):
         super().__init__()
         plan = (3, 32, 64, 128, 192)
         layers = []
@@ -38,7 +41,7 @@ class Reader(nn.Module):
                 layers += [nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.neck = nn.Sequential(nn.Flatten(), nn.Linear(192 * 16, 256), nn.SiLU())
-        self.heads = nn.ModuleDict({q: nn.Linear(256, len(a)) for q, a in ANSWERS.items()})
+        self.heads = nn.ModuleDict({q: nn.Linear(256, len(ANSWERS[q])) for q in questions})
 
     def forward(self, pixels):
         features = self.neck(self.body(pixels))
@@ -50,24 +53,30 @@ class Reader(nn.Module):
         pixels = to_tensor(np.stack([np.asarray(i.convert("RGB").resize((64, 64))) for i in images]))
         pixels = pixels.to(self.neck[1].weight.device)
         picked = {q: logits.argmax(-1).tolist() for q, logits in self.eval()(pixels).items()}
-        return [{q: ANSWERS[q][picked[q][i]] for q in ANSWERS} for i in range(len(images))]
+        return [{q: ANSWERS[q][answers[i]] for q, answers in picked.items()} for i in range(len(images))]
 
 
 def truth(character: Character, view: View) -> dict[str, str]:
-    """The right answers for a scene."""
+    """The right answers for a scene, to the questions that have one."""
+    build = {name: ANSWERS[name][large] for name, large in named_build(character, view).items()}
+    seen = {"side": view.side} if view.side else {}
+    if view.place != "night":
+        seen["light"] = "low sun" if view.sun < 30 else ""
     return {"class": character.kind, "color": character.color, "pattern": character.pattern,
             "color2": character.color2 if character.pattern != "plain" else "none",
-            "hat": character.hat or "none", "place": view.place}
+            "hat": character.hat or "none", "place": view.place, "angle": view.angle, "size": view.size,
+            **seen, **build}
 
 
 def answer_table(scenes: list) -> dict[str, torch.Tensor]:
+    """The answers by number, (n,) for each question; `UNASKED` where a scene has none."""
     truths = [truth(*scene) for scene in scenes]
-    return {q: torch.tensor([a.index(t[q]) for t in truths]) for q, a in ANSWERS.items()}
+    return {q: torch.tensor([a.index(t[q]) if q in t else UNASKED for t in truths]) for q, a in ANSWERS.items()}
 
 
 def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 2000, batch: int = 64,
                  lr: float = 1e-3, device: str = "cpu") -> Reader:
-    """Cross-entropy on every question, on renders mirrored, blurred and slightly recoloured at random."""
+    """Cross-entropy on every question that has an answer, on renders blurred and slightly recoloured at random."""
     torch.manual_seed(seed + 3)
     net, answers = Reader(), answer_table(scenes)
 
@@ -78,17 +87,16 @@ def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, st
         with half_where_fast(device):
             logits = net(x.to(device))
         truths = {q: answers[q][picks].to(device) for q in ANSWERS}
-        loss = sum(F.cross_entropy(logits[q].float(), truths[q]) for q in ANSWERS)
-        right = torch.stack([(logits[q].argmax(-1) == truths[q]).float().mean() for q in ANSWERS])
+        loss = sum(F.cross_entropy(logits[q].float(), truths[q], ignore_index=UNASKED) for q in ANSWERS)
+        right = torch.stack([(logits[q].argmax(-1) == truths[q]).sum() / (truths[q] != UNASKED).sum().clamp(min=1)
+                             for q in ANSWERS])
         return {"loss": loss, "worst": right.min()}
 
     return fit("reader", folder, net, loss_at, steps, lr, muon=True, ema=0.99, device=device)
 
 
 def disturbed(x: torch.Tensor, rng: np.random.Generator, torch_rng: torch.Generator) -> torch.Tensor:
-    """A batch of renders, mirrored or blurred at random, with noise: samples are softer and less sure than renders."""
-    if rng.random() < 0.5:
-        x = x.flip(-1)
+    """A batch of renders, blurred at random, with noise: samples are softer and less sure than renders."""
     if rng.random() < 0.3:
         x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
     return x + 0.03 * torch.randn(x.shape, generator=torch_rng)
@@ -98,13 +106,20 @@ def accuracy(reader: Reader, pictures: np.ndarray, scenes: list) -> dict[str, fl
     """Share of right answers by question on renders, uint8 (n, 64, 64, 3)."""
     read = [answer for first in range(0, len(pictures), 100)
             for answer in reader.read([Image.fromarray(p) for p in pictures[first:first + 100]])]
-    return {q: float(np.mean([r[q] == truth(*scene)[q] for r, scene in zip(read, scenes)])) for q in ANSWERS}
+    return shares_right(read, [truth(*scene) for scene in scenes])
+
+
+def shares_right(read: list[dict], truths: list[dict]) -> dict[str, float]:
+    """By question: the share of right answers among the images to which the question can be put."""
+    asked = {q: [(r[q], t[q]) for r, t in zip(read, truths, strict=True) if q in t] for q in read[0]}
+    return {q: float(np.mean([a == b for a, b in pairs])) for q, pairs in asked.items() if pairs}
 
 
 def load_reader(folder) -> Reader:
     """The reader of a toy base's folder (which has it in `reader/`), in float32 and eval mode."""
     from safetensors.torch import load_file
 
-    reader = Reader()
-    reader.load_state_dict(load_file(Path(folder) / "reader" / "model.safetensors"))
+    held = load_file(Path(folder) / "reader" / "model.safetensors")
+    reader = Reader([q for q in ANSWERS if f"heads.{q}.weight" in held])
+    reader.load_state_dict(held)
     return reader.eval().requires_grad_(False)

@@ -120,7 +120,7 @@ def duck(c: Character):
     rows += [ellipsoid(head + [0.20 + bill * 0.6, -0.05, 0], (bill, 0.055, 0.12), BEAK)]
     rows += _pairs(lambda s: capsule((0.02, lift + 0.1, 0.14 * s), (0.02, 0.06, 0.15 * s), 0.05, material=BEAK))
     rows += _pairs(lambda s: ellipsoid((0.11, 0.045, 0.16 * s), (0.17, 0.045, 0.11), BEAK))
-    if c.ears > 0.5:  # a crest on top of the head: a duck has no ears to make long
+    if c.ears > 2 / 3:  # a crest on top of the head: a duck has no ears to make long
         rows += [capsule(head + [-0.06, 0.15, 0], head + [-0.20, 0.15 + 0.4 * (c.ears - 0.3), 0], 0.07, 0.03,
                          ACCENT, blend=0.03)]
     rows += _eyes(head, 0.165, 0.06, 0.115, 0.055)
@@ -144,7 +144,7 @@ def car(c: Character):
         rows += _pairs(lambda s, x=x: cylinder((x, wheel, 0.40 * s), 0.06, wheel * 0.52, 2, WHITE))
     rows += _pairs(lambda s: ellipsoid((long + 0.005, floor + 0.05, 0.24 * s), (0.05, 0.085, 0.085), GLOW))
     rows += [box((long, floor - 0.15, 0), (0.06, 0.05, 0.36), 0.03, METAL)]
-    if c.ears > 0.5:  # roof bars
+    if c.ears > 2 / 3:  # roof bars
         roof = top + 0.06 + 0.10 * c.neck
         rows += _pairs(lambda s: capsule((-0.12 - hood - cab * 0.8, roof, 0.2 * s),
                                          (-0.12 - hood + cab * 0.8, roof, 0.2 * s), 0.035, material=METAL))

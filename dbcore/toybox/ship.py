@@ -25,7 +25,7 @@ RECOMMENDED = {  # a config's `auto` takes them up; `prompts`, evaluate does
     "num_class_images": 40,
     "prompts": "toy",
 }
-LIMIT_MIB = 25
+LIMIT_MIB = 30
 
 
 def save_base(folder: Path, tokenizer, clip, autoencoder, unet, reader=None, encoder=None) -> Path:

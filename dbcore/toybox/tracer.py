@@ -273,7 +273,9 @@ def _shade_character(prims, x, y, z, material, dx, dy, dz, sun, materials, patte
     bright = ambient * occlusion * (0.72 + 0.28 * ny) + direct * lambert
     if material == 8:  # lamps and cats' eyes shine by themselves
         bright = max(bright, 0.85)
-    return r * bright + gloss, g * bright + gloss, b * bright + gloss
+    warm = direct * lambert * sun[3]  # a low sun's light is short of green and blue
+    return (r * bright + gloss, max(0.0, g * (bright - 0.22 * warm) + gloss * (1 - 0.3 * sun[3])),
+            max(0.0, b * (bright - 0.5 * warm) + gloss * (1 - 0.6 * sun[3])))
 
 
 @njit(fastmath=True)
@@ -308,7 +310,7 @@ def _trace_character(prims, turn, ox, oy, oz, dx, dy, dz, sun, end, materials, p
 
 @njit(fastmath=True)
 def _trace(prims, turn, ox, oy, oz, dx, dy, dz, sun, materials, pattern, place, tint):
-    """Colour seen along one ray, linear RGB; `sun` is given in the character's frame."""
+    """Colour seen along one ray, linear RGB; `sun` is its direction in the character's frame, and its warmth in [0, 1]."""
     level = WATERLINE if place == 3 else 0.0
     t_ground = (level - oy) / dy if dy < -1e-4 else FAR
     hit, r, g, b = _trace_character(prims, turn, ox, oy, oz, dx, dy, dz, sun, t_ground, materials, pattern, place)
@@ -323,6 +325,7 @@ def _trace(prims, turn, ox, oy, oz, dx, dy, dz, sun, materials, pattern, place, 
         light = 0.45 + 0.55 * _shadow(prims, cx, level + 0.01, cz, sun[0], sun[1], sun[2])
         if x * x + z * z < 1.7:
             light *= 0.6 + 0.4 * min(1.0, max(0.0, _distance(prims, cx, level + 0.02, cz)[0] * 5.0))
+        g, b = g * (1 - 0.14 * sun[3] * light), b * (1 - 0.34 * sun[3] * light)
         fade = min(1.0, max(0.0, (t_ground - 9.0) / 5.0))
         if place == 0:  # an endless studio: the floor runs into the wall
             wall = _backdrop(place, azimuth, 0.0, tint)
@@ -370,10 +373,11 @@ def render_array(character: Character, view: View, size: int = 64) -> np.ndarray
     turn = np.array([math.cos(azimuth), math.sin(azimuth)])
     away = CAMERA_DISTANCE * view.distance
     eye = np.array([0.0, TARGET_Y + away * math.sin(tilt), away * math.cos(tilt)])
-    angle = math.radians(50 + view.light)
-    x, z = 0.62 * math.cos(angle), 0.62 * math.sin(angle)
-    sun = np.array([x * turn[0] + z * turn[1], 0.78, z * turn[0] - x * turn[1]])
-    picture = _render(build(character), turn, eye, tilt, sun / np.linalg.norm(sun), _materials(character),
+    angle, height = math.radians(50 + view.light), math.radians(view.sun)
+    x, z = math.cos(height) * math.cos(angle), math.cos(height) * math.sin(angle)
+    warmth = min(1.0, max(0.0, (35 - view.sun) / 15)) * (view.place != "night")
+    sun = np.array([x * turn[0] + z * turn[1], math.sin(height), z * turn[0] - x * turn[1], warmth])
+    picture = _render(build(character), turn, eye, tilt, sun, _materials(character),
                       PATTERNS.index(character.pattern), list(PLACES).index(view.place), view.tint, size)
     return picture[:, ::-1] if view.flip else picture
 

@@ -6,19 +6,21 @@ import itertools
 import json
 from pathlib import Path
 
-from dbcore.toybox.scene import CLASSES, COLORS, PLACES
+from dbcore.toybox.scene import BUILD, CLASSES, COLORS, PLACES
 
-MAX_LENGTH = 24
+MAX_LENGTH = 56
 IDENTIFIERS = ("sks", "ohwx", "zwx")  # one token each, in no caption: rare words to teach
 OTHERS = [
     "a", "an", "the", "photo", "of", "with", "wearing", "and", "hat", "hats", "spots", "stripes", "plain", "big",
     "small", "shiny", "wet", "toy", "picture", "top", "house", "city", "mountain", "tree", "wheat", "field",
-    "street", "jungle", "water", "pink", "scarf", "glasses", "animal",
+    "street", "jungle", "water", "pink", "scarf", "glasses", "animal", "from", "left", "right", "side", "front",
+    "close", "up", "far", "away", "low", "sun",
 ]
 
 
 def words() -> list[str]:
-    phrases = " ".join(PLACES.values()).split()
+    builds = [phrase for names in BUILD.values() for pair in names.values() for phrase in pair]
+    phrases = " ".join([*PLACES.values(), *builds]).split()
     return sorted({*CLASSES, *COLORS, *phrases, *OTHERS, *IDENTIFIERS})
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from dbcore.toybox import gates
 from dbcore.toybox.gates import Gate
@@ -100,22 +100,48 @@ def test_subject_encoder_comes_back_as_it_was(saved):
 def test_reader_truth_leaves_out_what_cannot_be_seen():
     from dbcore.toybox.reader import truth
 
-    plain = truth(Character("dog", "red", "plain", "blue"), View("snow"))
+    plain = truth(Character("dog", "red", "plain", "blue"), View("snow", flip=True))
     assert plain == {"class": "dog", "color": "red", "pattern": "plain", "color2": "none", "hat": "none",
-                     "place": "snow"}
+                     "place": "snow", "side": "left", "angle": "", "size": "", "light": ""}
     assert truth(Character("dog", "red", "striped", "blue", hat="pink"), View())["color2"] == "blue"
+    front = truth(Character("dog", "red", legs=0.9, ears=0.1), View("night", azimuth=80, sun=15))
+    assert (front["angle"], front["legs"], front["ears"]) == ("front", "big", "small")
+    assert not {"side", "light", "tail"} & set(front)
+
+
+def test_only_the_images_that_answer_a_question_count_for_it():
+    from dbcore.toybox.reader import shares_right
+
+    read = [{"class": "dog", "side": "left"}, {"class": "cat", "side": "left"}, {"class": "dog", "side": "left"}]
+    truths = [{"class": "dog", "side": "left"}, {"class": "dog"}, {"class": "dog", "side": "right"}]
+    assert shares_right(read, truths) == {"class": pytest.approx(2 / 3), "side": 0.5}
+
+
+def test_a_reader_of_fewer_questions_is_read(tmp_path):
+    from dbcore.toybox.fit import save_half
+    from dbcore.toybox.reader import Reader, load_reader
+
+    save_half(Reader(["class", "side"]), tmp_path / "reader")
+    answers = load_reader(tmp_path).read([Image.fromarray(p) for p in pictures(1)])
+    assert set(answers[0]) == {"class", "side"}
+
+
+def test_sharpness_is_one_for_the_same_images_and_less_for_blurred_ones():
+    sharp = pictures(4)
+    blurred = np.stack([np.asarray(Image.fromarray(p).filter(ImageFilter.GaussianBlur(1))) for p in sharp])
+    assert gates.sharpness(blurred) < 0.5 * gates.sharpness(sharp)
 
 
 def test_pca_codes_have_unit_variance_and_tell_hue():
-    from dbcore.toybox.autoencoder import PatchPCA, to_tensor
+    from dbcore.toybox.autoencoder import CHANNELS, PatchPCA, to_tensor
 
     rng = np.random.default_rng(0)
     # broad colour and gradients, as pictures have, not white noise
     small = rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
     images = np.stack([np.asarray(Image.fromarray(s).resize((32, 32), Image.Resampling.BICUBIC)) for s in small])
     codes = PatchPCA(images)(to_tensor(images))
-    assert codes.shape == (40, 4, 8, 8)
-    torch.testing.assert_close(codes.var(dim=(0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)
+    assert codes.shape == (40, CHANNELS, 8, 8)
+    torch.testing.assert_close(codes.var(dim=(0, 2, 3)), torch.ones(CHANNELS), atol=0.05, rtol=0)
     red, blue = (np.full((1, 32, 32, 3), colour, np.uint8) for colour in ((200, 40, 40), (40, 40, 200)))
     assert (PatchPCA(images)(to_tensor(red)) - PatchPCA(images)(to_tensor(blue))).abs().max() > 0.5
 
@@ -128,26 +154,59 @@ def test_psnr_of_a_known_error(monkeypatch):
     assert autoencoder.psnr(None, images) == pytest.approx(20 * np.log10(25.5))
 
 
-def test_latents_are_encoded_whole_or_not_at_all(tmp_path):
-    from dbcore.toybox.autoencoder import encode_corpus, make_autoencoder
+def test_latents_are_kept_in_shards_of_images_and_their_mirror_images(tmp_path, monkeypatch):
+    from dbcore.toybox import autoencoder
 
     torch.manual_seed(0)
-    net, images = make_autoencoder().eval(), pictures(3)
-    latents = encode_corpus(net, images, tmp_path / "latents.npy", batch=2)
-    assert latents.shape == (2, 3, 4, 16, 16)
-    with torch.no_grad():
-        x = torch.from_numpy(images[2:].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
-        expected = net.encode(x.flip(-1)).latent_dist.mean
+    net, images = autoencoder.make_autoencoder().eval(), pictures(3)
+    monkeypatch.setattr(autoencoder, "render_shard", lambda folder, seed, number: images)
+    latents = autoencoder.latent_shard(net, tmp_path, 0, 7)
+    assert latents.shape == (2, 3, autoencoder.CHANNELS, 16, 16)
+    with torch.no_grad(), autoencoder.half_where_fast():
+        x = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+        expected = net.encode(x.flip(-1)).latent_dist.mean.float()[2:]
     np.testing.assert_allclose(latents[1, 2:], expected.numpy(), atol=5e-3)
 
     def dies(*args):
         raise KeyboardInterrupt
 
     net.encode = dies
+    np.testing.assert_array_equal(autoencoder.latent_shard(net, tmp_path, 0, 7), latents)
     with pytest.raises(KeyboardInterrupt):
-        encode_corpus(net, images, tmp_path / "other.npy")
-    assert not (tmp_path / "other.npy").exists()
+        autoencoder.latent_shard(net, tmp_path, 0, 8)
+    assert not list(tmp_path.rglob("*8.npy"))
 
+
+def test_more_scenes_come_as_the_training_goes_on(monkeypatch):
+    from dbcore.toybox import denoiser
+
+    asked = []
+    monkeypatch.setattr(denoiser, "SHARD", 4)
+    monkeypatch.setattr(denoiser.Latents, "FIRST", 8)
+    monkeypatch.setattr(denoiser, "latent_shard", lambda net, folder, seed, number: asked.append(number) or
+                        np.full((2, 4, 4, 16, 16), number, np.float16) + np.array([0, 0.5])[:, None, None, None, None])
+    latents = denoiser.Latents(None, None, 0, batch=16)
+    z, scenes = latents.batch_at(0, np.random.default_rng(0))
+    assert asked == [0, 1]
+    assert latents.available(10) == 20
+    latents.batch_at(10, np.random.default_rng(0))
+    assert asked == [0, 1, 2, 3, 4]
+    world = [denoiser.sample(0, k) for k in range(8)]
+    for row, scene in zip(z, scenes, strict=True):
+        value = float(row.flatten()[0])
+        mirrored = value % 1 == 0.5
+        assert (denoiser.mirror(*scene) if mirrored else scene) in world[int(value) * 4:int(value) * 4 + 4]
+
+
+def test_each_sample_gets_the_noise_nearest_to_it():
+    from dbcore.toybox.denoiser import near_noise
+
+    pytest.importorskip("scipy")
+    z = torch.randn(16, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    free = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+    noise = near_noise(z, torch.Generator().manual_seed(2))
+    assert torch.equal(noise.flatten(1).sort(0).values, free.flatten(1).sort(0).values)  # the same ones, in other places
+    assert (noise - z).norm() < 0.95 * (free - z).norm()
 
 def test_gates_pass_miss_and_survive_the_disk():
     found = [Gate("high", 0.9, 0.95), Gate("low", 0.9, 0.85), Gate("quick", 4, 3.2, least=False, note="2 threads"),

@@ -25,15 +25,15 @@ def test_an_unknown_word_falls_into_pieces(tokenizer):
 
 
 def test_captions_fit_and_come_back(tokenizer):
-    texts = [caption(*scene) for scene in scenes(0, 400)]
+    texts = [caption(*scene) for scene in scenes(0, 2000)]
     for text in texts:
         ids = tokenizer(text).input_ids
-        assert len(ids) == len(text.split()) + 2 <= MAX_LENGTH
-        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+        assert len(ids) == len(text.replace(",", " ,").split()) + 2 <= MAX_LENGTH
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip().replace(" ,", ",") == text
 
 
 def test_rare_words_are_in_no_caption():
-    used = {word for scene in scenes(0, 3000) for word in caption(*scene).split()}
+    used = {word for scene in scenes(0, 3000) for word in caption(*scene).replace(",", "").split()}
     assert not used & set(IDENTIFIERS)
     assert "dog" in used
 
