@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, fields
@@ -23,6 +24,7 @@ OPTIMIZERS = ("AdamW", "AdamW8bit", "Prodigy", "Adafactor")
 PRECISIONS = (AUTO, "no", "fp32", "fp16", "bf16")  # no and fp32 are one
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 SECRETS = {"hub_token"}
+PATHS = ("pretrained_model_name_or_path", "tokenizer_name", "instance_data_dir", "class_data_dir", "output_dir")
 
 
 class ConfigError(InputError):
@@ -395,6 +397,15 @@ def read_run_config(folder):
     except ConfigError:
         return None
     return found if found.get("pretrained_model_name_or_path") else None
+
+
+def full_paths(config):
+    """`config` with every path absolute, so that it means the same wherever it is read; a hub's names stay."""
+    local = {name: getattr(config, name) for name in PATHS}
+    for name in ("pretrained_model_name_or_path", "tokenizer_name"):
+        if local[name] and not Path(local[name]).is_dir():
+            local[name] = None
+    return dataclasses.replace(config, **{name: os.path.abspath(path) for name, path in local.items() if path})
 
 
 def write_yaml(config, path):

@@ -73,6 +73,11 @@ def steps_done(folder):
     return json.loads((folder / STATE).read_text(encoding="utf-8"))["step"]
 
 
+def circumstances_of(folder):
+    """What a checkpoint's run depended on beside its options, {} in those from before that was noted."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8")).get("circumstances", {})
+
+
 def is_sound(folder):
     """Whether every file is there and is what was saved."""
     try:
@@ -129,7 +134,7 @@ def write_training(path, run):
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     path.write_bytes(save(whole))
     return {"optimizer": {"state": kept, "param_groups": groups}, "scaler": run.scaler.state_dict(),
-            "seconds": run.seconds}
+            "seconds": run.seconds, "circumstances": run.circumstances}
 
 
 def plain(value):

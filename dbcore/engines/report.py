@@ -232,7 +232,7 @@ def model_card(config, output_dir, evidence, prompts):
 def front_matter(config, name, base, prompts):
     """YAML in the hub's words (https://huggingface.co/docs/hub/model-cards)."""
     return ModelCardData(
-        base_model=name if "/" in name and not name.startswith(("~", ".", "/")) else Path(name).name,
+        base_model=Path(name).name if Path(config.pretrained_model_name_or_path).is_dir() else name,
         instance_prompt=config.instance_prompt,
         library_name="diffusers",
         license=base["license"] if base["license"] != "unknown" else "other",
@@ -289,10 +289,11 @@ def settings_table(config):
 
 
 def shown(value):
-    """A value as text for others to read: paths in the working folder relative, below home from `~`."""
+    """A value as text for others to read: paths in the working folder relative, below home from `~`, others by name."""
     text = str(value)
     if isinstance(value, (str, Path)) and Path(text).is_absolute():
         for parent, stands in ((Path.cwd(), ""), (Path.home(), "~/")):
             if Path(text).is_relative_to(parent):
                 return stands + Path(text).relative_to(parent).as_posix()
+        return Path(text).name
     return text.replace("|", "\\|").replace("\n", " ")

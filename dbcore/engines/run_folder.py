@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout  # comes with torch
 
-from dbcore.config import ConfigError, write_yaml
+from dbcore.config import ConfigError, full_paths, write_yaml
 from dbcore.engines.checkpoint import checkpoints
 from dbcore.utils.files import sweep, write_whole
 
@@ -99,7 +99,7 @@ def prepare_folder(config, accelerator, resume, folder):
             sweep(folder)
             if not goes_on(folder, resume):
                 clear(folder)
-            write_yaml(config, folder / "config.yaml")
+            write_yaml(full_paths(config), folder / "config.yaml")
     accelerator.wait_for_everyone()
 
 

@@ -21,13 +21,14 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 
-from dbcore.config import AUTO, ConfigError, TrainConfig, need, read_yaml
+from dbcore.config import ConfigError, need
 from dbcore.datasets.dreambooth import DreamBoothData, refuse_shared
 from dbcore.datasets.photos import gather_photos
 from dbcore.engines import checkpoint
 from dbcore.engines.losses import dreambooth_loss, min_snr_weight
 from dbcore.engines.prior import class_images, class_photos
-from dbcore.engines.report import report_prompts, write_report
+from dbcore.engines.report import report_prompts, shown, write_report
+from dbcore.engines.resume import circumstances, compare, say_changes
 from dbcore.engines.run_folder import (
     LORA_FILE,
     WRITTEN,
@@ -52,12 +53,6 @@ VALIDATIONS = 5  # over a run, unless told otherwise
 SKIPS = 10  # steps in a row with gradients that are no numbers; fp16's scale is found after fewer
 SYNC_EVERY = 10  # steps between looks at the loss on a GPU, which waits for it each time
 PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt"}  # optimizers that PyTorch has not
-# What a resumed run must share with its first part; other changes are allowed and named.
-SHAPE = ("pretrained_model_name_or_path", "rank", "lora_layers", "use_dora", "use_rslora", "lora_alpha", "optimizer",
-         "train_text_encoder", "text_encoder_rank", "use_ema", "seed")
-FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "max_train_steps", "num_train_epochs",
-        "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "num_report_images",
-        "report_to", "logging_dir", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id", "hub_token"}
 
 
 def train(config, callback=None, should_stop=None):
@@ -141,6 +136,7 @@ class Run:
         self.data = DreamBoothData(config, photos, self.make_class_photos())
         refuse_shared(self.data.photos, self.data.class_photos)
         self.config = self.data.config = with_lengths(config, self.data.steps_per_epoch(self.world))
+        self.circumstances = circumstances(self.config, photos, self.data.class_photos, self.world)
         self.notes = {"base": Path(self.base.name).name, "trigger_words": config.instance_prompt}
         self.pending, self.skips = [], 0  # losses that have not been looked at; steps in a row that changed nothing
 
@@ -235,6 +231,7 @@ class Run:
         self.prepare()
         if resume is not None:
             checkpoint.load_checkpoint(resume, self)
+            say_changes(checkpoint.circumstances_of(resume), self.circumstances, c, self.accelerator.print)
             self.accelerator.print(f"Resuming from {resume.name}: step {start} of {c.max_train_steps}.")
         self.log = Log(self.folder, start, self.rank, resume.parent if resume else self.folder)
         self.start_trackers()
@@ -479,7 +476,7 @@ class Run:
     def start_trackers(self):
         values = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config) if f.name != "hub_token"}
         self.accelerator.init_trackers("dbcore", config={
-            name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in values.items()})
+            name: value if isinstance(value, (int, float, bool)) else shown(value) for name, value in values.items()})
 
 
 # --- setting up ---------------------------------------------------------------------------------------
@@ -548,7 +545,7 @@ def find_resume(config, say):
     if config.resume_from_checkpoint:
         resume = checkpoint.find_checkpoint(home(folder), config.resume_from_checkpoint)
     if resume is not None:
-        compare(config, resume.parent / "config.yaml", say)
+        compare(config, resume, say)
     if not goes_on(place(folder, resume), resume):
         need(config.overwrite_output_dir or not holds_run(folder),
              f"--output_dir {folder} holds a run already: choose another folder, give --resume_from_checkpoint latest "
@@ -560,17 +557,6 @@ def find_resume(config, say):
     return resume
 
 
-def compare(config, path, say):
-    """Refuse to resume a LoRA of another shape; name every other option that has changed."""
-    if not path.is_file():
-        return
-    before = read_yaml(path, TrainConfig)
-    changed = [name for name, value in before.items() if name not in FREE and AUTO not in (value, getattr(config, name))
-               and value != getattr(config, name)]
-    for name in changed:
-        words = f"--{name} was {before[name]!r} in the run to resume and is {getattr(config, name)!r} now"
-        need(name not in SHAPE, f"{words}: give what it was, or another --output_dir")
-        say(f"{words}: the rest of the run differs from an uninterrupted one.")
 
 
 def is_finished(config, resume, photos, world):
@@ -636,7 +622,10 @@ def save_validation(folder, prompts, rows, step):
 
 
 def push(config):
-    """Upload the LoRA and its card. The token comes from the login, or from `hub_token`, and is never shown."""
+    """Upload the LoRA and its card, but not config.yaml, which holds this machine's paths.
+
+    The token comes from the login, or from `hub_token`, and is never shown.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=config.hub_token)
@@ -644,7 +633,7 @@ def push(config):
     try:
         url = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=config.output_dir, commit_message="Trained LoRA",
-                          allow_patterns=[LORA_FILE, "README.md", "config.yaml", "report/*", "validation/*/grid.png"])
+                          allow_patterns=[LORA_FILE, "README.md", "report/*", "validation/*/grid.png"])
     except Exception as error:  # noqa: BLE001 - a network fails in many ways, and the LoRA is safe in all of them
         reason = (str(error).replace(config.hub_token or "\0", "***").splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"--push_to_hub: {name} could not be uploaded ({reason}); the LoRA is safe in "

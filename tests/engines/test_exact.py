@@ -1,15 +1,19 @@
 """A run is a function of its options: repeated, stopped, resumed or watched, it ends in the same bits."""
 
+import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from runs import LORA, files_of, leave_out_report, make_options, read_run
+from PIL import Image
+from runs import LORA, files_of, leave_out_report, make_base, make_options, make_photos, read_run
 from safetensors.torch import load_file
 
-from dbcore.config import ConfigError, TrainConfig
-from dbcore.engines.checkpoint import TRAINING
+from dbcore.config import ConfigError, GenerateConfig, TrainConfig, read_yaml
+from dbcore.engines.checkpoint import STATE, TRAINING
+from dbcore.engines.generate import with_base
 from dbcore.engines.train import PACKAGES, Interrupted, Run, train
 
 VALIDATED = {"validation_prompt": ["a photo of sks dog"], "num_validation_images": 1, "validation_steps": 2}
@@ -204,6 +208,100 @@ def test_a_run_in_another_precision_goes_on_in_fp16(options, tmp_path, monkeypat
     monkeypatch.setattr("torch.amp.GradScaler", lambda device, enabled: scaler(device, enabled=True))
     train(TrainConfig(**options, output_dir=tmp_path, resume_from_checkpoint="latest"))
     assert len(read_run(tmp_path)["log"]) == 4
+
+
+# --- resumed elsewhere, or with other data ------------------------------------------------------------
+
+
+def begun(options, folder):
+    """A run of 4 steps, stopped after 2."""
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**options, output_dir=folder), should_stop=stop_after(2))
+    return folder
+
+
+def resume(options, folder):
+    train(TrainConfig(**options, output_dir=folder, resume_from_checkpoint="latest"))
+    return read_run(folder)
+
+
+def test_base_and_photos_may_lie_elsewhere_and_nothing_is_said(options, uninterrupted, tmp_path, monkeypatch, capsys):
+    """Begun with relative paths, resumed from another folder, and with copies of both."""
+    world = Path(options["instance_data_dir"]).parent
+    monkeypatch.chdir(world)
+    run = begun({**options, "pretrained_model_name_or_path": "base", "instance_data_dir": "./photos/"}, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "photos"):
+        shutil.copytree(world / name, tmp_path / "elsewhere" / name)
+    capsys.readouterr()
+    moved = {"pretrained_model_name_or_path": "elsewhere/base", "instance_data_dir": "elsewhere/photos"}
+    assert resume({**options, **moved}, run) == read_run(uninterrupted())
+    assert "differs" not in capsys.readouterr().out
+
+
+def test_a_run_stores_full_paths_so_that_generate_finds_the_base_from_any_folder(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(options["instance_data_dir"]).parent)
+    here = {"pretrained_model_name_or_path": "base", "instance_data_dir": "photos", "max_train_steps": 1}
+    train(TrainConfig(**{**options, **here}, output_dir=tmp_path / "run"))
+    stored = read_yaml(tmp_path / "run" / "config.yaml", TrainConfig)
+    for name in ("pretrained_model_name_or_path", "instance_data_dir"):
+        assert stored[name] == str(Path(here[name]).absolute())
+    monkeypatch.chdir(tmp_path)
+    config = with_base(GenerateConfig(checkpoint_dir=["run"]))
+    assert Path(config.pretrained_model_name_or_path).is_dir()
+
+
+def test_another_base_in_the_same_place_is_refused(options, tmp_path):
+    world = Path(options["instance_data_dir"]).parent
+    more = {**options, "pretrained_model_name_or_path": str(shutil.copytree(world / "base", tmp_path / "base"))}
+    run = begun(more, tmp_path / "run")
+    make_base(tmp_path / "base", seed=1)
+    before = files_of(run)
+    with pytest.raises(ConfigError, match="--pretrained_model_name_or_path .*/base: its weights are not those"):
+        resume(more, run)
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda folder: Image.new("RGB", (40, 40), "red").save(folder / "new.png"), "1 added (new.png)"),
+    (lambda folder: (folder / "1.png").unlink(), "1 taken away (1.png)"),
+    (lambda folder: Image.new("RGB", (40, 40), "red").save(folder / "1.png"), "1 changed (1.png)"),
+    (lambda folder: (folder / "1.txt").write_text("a dog asleep"), "1 changed (1.png)"),
+    (lambda folder: Image.new("L", (48, 40), 255).save(folder / "1.mask.png"), "1 changed (1.png)"),
+], ids=["added", "taken away", "other pixels", "captioned", "masked"])  # fmt: skip
+def test_other_photos_are_named(change, words, options, tmp_path, capsys):
+    photos = shutil.copytree(options["instance_data_dir"], tmp_path / "photos")
+    more = {**options, "instance_data_dir": str(photos)}
+    run = begun(more, tmp_path / "run")
+    change(photos)
+    resume(more, run)
+    assert f"The photos are not those of the run to resume ({words}): the rest" in capsys.readouterr().out
+
+
+def test_other_class_photos_are_named(options, tmp_path, capsys):
+    more = {**options, **PRIOR, "class_data_dir": str(make_photos(tmp_path / "class", seed=2))}
+    run = begun(more, tmp_path / "run")
+    (tmp_path / "class" / "2.png").unlink()
+    resume(more, run)
+    assert "The class photos are not those of the run to resume (1 taken away (2.png))" in capsys.readouterr().out
+
+
+def test_another_number_of_processes_is_said(options, tmp_path, capsys):
+    run = begun(options, tmp_path / "run")
+    state = json.loads((run / "checkpoint-2" / STATE).read_text())
+    state["circumstances"]["processes"] = 2
+    (run / "checkpoint-2" / STATE).write_text(json.dumps(state))
+    resume(options, run)
+    assert "The number of processes was 2 in the run to resume and is 1 now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, said", [
+    ({}, False), ({"lr_scheduler": "cosine"}, True), ({"train_text_encoder": True, "train_text_encoder_frac": 0.5}, True),
+], ids=str)
+def test_another_length_is_said_where_something_depends_on_it(more, said, options, tmp_path, capsys):
+    run = begun({**options, **more}, tmp_path / "run")
+    resume({**options, **more, "max_train_steps": 3}, run)
+    assert ("was to have 4 steps and has 3 now, on which --" in capsys.readouterr().out) == said
 
 
 # --- learning rates -----------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_the_lora_its_card_and_its_pictures_reach_the_hub_and_no_secret(hub, tmp
                            validation_prompt=["a red car"], num_validation_images=1)  # fmt: skip
     path = train(TrainConfig(**options, output_dir=tmp_path / "run"))
     files = committed(hub)
-    assert set(files) == {LORA, "README.md", "config.yaml", "report/on_off.png", "report/loss_by_timestep.png",
+    assert set(files) == {LORA, "README.md", "report/on_off.png", "report/loss_by_timestep.png",
                           "report/update_by_layer.png", "validation/step-000001/grid.png"}  # fmt: skip
     assert all((path.parent / name).read_bytes() == content for name, content in files.items())
     assert {key for _, key, _ in hub.asked} == {f"Bearer {TOKEN}"}  # where it belongs, and nowhere else:
@@ -97,7 +97,7 @@ def test_a_finished_run_is_uploaded_when_it_is_asked_for_again(hub, tmp_path, mo
     train(TrainConfig(**options))
     before = files_of(tmp_path / "dog")
     train(TrainConfig(**options, push_to_hub=True, hub_token=TOKEN, resume_from_checkpoint="latest"))
-    assert set(committed(hub)) == {LORA, "README.md", "config.yaml"} and files_of(tmp_path / "dog") == before
+    assert set(committed(hub)) == {LORA, "README.md"} and files_of(tmp_path / "dog") == before
 
 
 @pytest.mark.parametrize("refuse", [401, 403, 500])

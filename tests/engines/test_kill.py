@@ -69,7 +69,7 @@ def small_run(options):
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    return SimpleNamespace(parameters=parameters, optimizer=optimizer, mean=None, seconds=1.0, notes={},
+    return SimpleNamespace(parameters=parameters, optimizer=optimizer, mean=None, seconds=1.0, notes={}, circumstances={},
                            trained_modules={"unet": base.unet}, averaged=nullcontext,
                            scaler=torch.amp.GradScaler("cpu", enabled=False))  # fmt: skip
 

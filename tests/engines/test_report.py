@@ -144,6 +144,7 @@ def test_licence_and_provenance_are_the_bases_own_words(tmp_path):
     _, card = run(tmp_path, strength=0.5, config=Config(pretrained_model_name_or_path=str(base)))
     assert "Licence: cc0-1.0. A toy, trained on renders." in card
     assert ModelCard(card).data.license == "cc0-1.0"
+    assert ModelCard(card).data.base_model == "base" and str(tmp_path) not in card
 
 
 def test_the_card_says_where_the_base_is_the_toy(tmp_path):
@@ -160,6 +161,7 @@ def test_every_setting_is_listed_but_no_secret_and_no_home(tmp_path):
 def test_working_folder_paths_are_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert report.shown(str(tmp_path / "data" / "toy")) == "data/toy"
+    assert report.shown("/mnt/anna/photos") == "photos"  # whose folders these are is nobody's business
     assert report.shown("a | b") == "a \\| b" and report.shown(3) == "3"
 
 
