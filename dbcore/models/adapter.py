@@ -1,9 +1,9 @@
-"""A LoRA in its plain form, and the arithmetic of it: sums, lower ranks, the difference of two models.
+"""A LoRA in its plain form, and its arithmetic: sums, lower ranks, the difference of two models.
 
 For each layer two thin matrices and a number,
-    W' = W + scale * up @ down                      (Hu et al. 2021, equation 3; scale = alpha / rank)
+    W' = W + scale * up @ down                   (Hu et al. 2021, equation 3; scale = alpha / rank)
 and with DoRA one magnitude for each output row,
-    W' = magnitude * (W + scale * up @ down) / norm of its rows         (Liu et al. 2024, equation 5)
+    W' = magnitude * (W + scale * up @ down) / norm of its rows      (Liu et al. 2024, equation 5)
 """
 
 import math
@@ -20,7 +20,10 @@ class LoraFileError(InputError):
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's update: down [rank, in], up [out, rank]; of a convolution [rank, in, k, k], [out, rank, 1, 1]."""
+    """One layer's update.
+
+    Linear: down [rank, in], up [out, rank]; convolution: [rank, in, k, k] and [out, rank, 1, 1].
+    """
 
     down: torch.Tensor
     up: torch.Tensor
@@ -32,74 +35,85 @@ class Layer:
         return self.down.shape[0]
 
     def delta(self) -> torch.Tensor:
-        """scale * up @ down in float32, in the shape of the layer's weight (before DoRA's magnitude)."""
+        """scale * up @ down in float32, of the weight's shape (before DoRA's magnitude)."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return self.scale * product.reshape(len(self.up), *self.down.shape[1:])
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A whole LoRA: layers["unet"]["down_blocks.0...to_q"] is a `Layer`. `notes`: texts that travel in its file."""
+    """A whole LoRA: layers["unet"]["down_blocks.0...to_q"] is a `Layer`.
+
+    `notes`: texts that travel in its file.
+    """
 
     layers: dict[str, dict[str, Layer]]
     notes: dict[str, str] = field(default_factory=dict)
 
     def every(self) -> list[tuple[str, str, Layer]]:
-        return [(component, name, layer) for component, named in self.layers.items() for name, layer in named.items()]
+        """[(component, module, layer)] of all networks."""
+        return [(c, name, one) for c, named in self.layers.items() for name, one in named.items()]
 
     @property
     def has_dora(self) -> bool:
         return any(layer.magnitude is not None for _, _, layer in self.every())
 
 
-# --- sums and lower ranks -----------------------------------------------------------------------------
+# --- sums and lower ranks ---------------------------------------------------------------------
 
 
-def merge_adapters(adapters: list[Adapter], weights: list[float], rank: int | None = None) -> tuple[Adapter, float]:
-    """The LoRA whose update is sum_i weights[i] * adapters[i], and the relative Frobenius error of truncating it.
+def merge_adapters(
+    adapters: list[Adapter], weights: list[float], rank: int | None = None
+) -> tuple[Adapter, float]:
+    """The LoRA whose update is sum_i weights[i] * adapters[i], and the relative Frobenius error.
 
-    Exact without `rank`: the factors are laid side by side, [up_1 up_2] @ [down_1; down_2], so that ranks add
-    up. With `rank` each layer is its best approximation of that rank (Eckart and Young 1936). Raises
-    `LoraFileError` for weights that are not finite numbers, one for each LoRA, and for DoRA, whose update
-    depends on the base.
+    Exact without `rank`: the factors are laid side by side, [up_1 up_2] @ [down_1; down_2], so that
+    ranks add up. With `rank` each layer is its best approximation of that rank (Eckart and Young
+    1936). Raises `LoraFileError` unless there is one finite weight for each LoRA, and for DoRA,
+    whose update depends on the base.
     """
     if len(adapters) != len(weights):
         raise LoraFileError(f"{len(weights)} weights for {len(adapters)} LoRAs: give one each")
     if not all(math.isfinite(weight) for weight in weights):
         raise LoraFileError(f"weights {' '.join(map(str, weights))}: give finite numbers")
     if any(adapter.has_dora for adapter in adapters):
-        raise LoraFileError("a DoRA does not add up with others: export it with --format merged, then extract")
+        raise LoraFileError("a DoRA does not add up with others: "
+                            "export it with --format merged, then extract")
     layers, lost, kept = {}, 0.0, 0.0
-    for component, module in sorted({(c, m) for adapter in adapters for c, m, _ in adapter.every()}):
-        pairs = [(a.layers.get(component, {}).get(module), weight) for a, weight in zip(adapters, weights)]
-        layer = _side_by_side([(layer, weight) for layer, weight in pairs if layer is not None], module)
+    for component, module in sorted({(c, m) for a in adapters for c, m, _ in a.every()}):
+        there = [adapter.layers.get(component, {}).get(module) for adapter in adapters]
+        layer = _side_by_side([pair for pair in zip(there, weights) if pair[0] is not None], module)
         if rank is not None and layer.rank > rank:
             layer, dropped = truncate_rank(layer, rank)
             lost += dropped
         kept += float(layer.delta().square().sum())
         layers.setdefault(component, {})[module] = layer
-    return Adapter(layers, _common_notes(adapters)), math.sqrt(lost / (lost + kept)) if lost else 0.0
+    error = math.sqrt(lost / (lost + kept)) if lost else 0.0
+    return Adapter(layers, _common_notes(adapters)), error
 
 
 def _common_notes(adapters):
-    words = [adapter.notes["trigger_words"] for adapter in adapters if adapter.notes.get("trigger_words")]
-    bases = {adapter.notes["base"] for adapter in adapters if adapter.notes.get("base")}
+    words, bases = (
+        [adapter.notes[key] for adapter in adapters if adapter.notes.get(key)]
+        for key in ("trigger_words", "base")
+    )
     notes = {"trigger_words": ", ".join(dict.fromkeys(words))} if words else {}
-    return {**notes, "base": bases.pop()} if len(bases) == 1 else notes
+    return {**notes, "base": bases[0]} if len(set(bases)) == 1 else notes
 
 
 def _side_by_side(pairs, module):
     shapes = {(layer.down.shape[1:], layer.up.shape[0]) for layer, _ in pairs}
     if len(shapes) > 1:
-        raise LoraFileError(f"{module} has another size in one of the LoRAs: they belong to different bases")
+        raise LoraFileError(f"{module} has another size in one of the LoRAs: "
+                            "they belong to different bases")
     ups = [layer.up.float() * (weight * layer.scale) for layer, weight in pairs]
     return Layer(torch.cat([layer.down.float() for layer, _ in pairs]), torch.cat(ups, dim=1), 1.0)
 
 
 def truncate_rank(layer: Layer, rank: int) -> tuple[Layer, float]:
-    """(`layer` at `rank`, squared Frobenius norm of what fell away); the weight itself is never formed.
+    """(`layer` at `rank`, squared Frobenius norm of what fell away), without forming the weight.
 
-    With up = Q1 R1 and down^T = Q2 R2, the singular values of up @ down are those of the small R1 R2^T.
+    With up = Q1 R1 and down^T = Q2 R2, up @ down has the singular values of the small R1 R2^T.
     """
     down, up = layer.down.float().flatten(1), layer.up.float().flatten(1) * layer.scale
     q_up, r_up = torch.linalg.qr(up)
@@ -111,7 +125,7 @@ def truncate_rank(layer: Layer, rank: int) -> tuple[Layer, float]:
     return Layer(new_down, new_up, 1.0), float(s[rank:].square().sum())
 
 
-# --- the difference of two models ---------------------------------------------------------------------
+# --- the difference of two models -------------------------------------------------------------
 
 
 def extract_layer(difference: torch.Tensor, rank: int) -> Layer:
@@ -131,10 +145,10 @@ def extract_layer(difference: torch.Tensor, rank: int) -> Layer:
 
 
 def extract_adapter(base: dict, tuned: dict, rank: int) -> tuple[Adapter, dict[str, float]]:
-    """A LoRA of `rank` out of two models of the same shape, {component: torch module} each, and its figures.
+    """A LoRA of `rank` out of two models of one shape, {component: torch module} each, and figures.
 
-    Figures: `error`, the relative Frobenius error over all layers that a LoRA can hold, and `outside`, the
-    share of the change (by squared norm) in biases, norms and embeddings, which it cannot. Raises
+    `error`: the relative Frobenius error over all layers that a LoRA can hold; `outside`: the share
+    of the change (by squared norm) in biases, norms and embeddings, which it cannot. Raises
     `LoraFileError` if the shapes differ or nothing changed.
     """
     layers, change, lost, outside = {}, 0.0, 0.0, 0.0
@@ -148,17 +162,20 @@ def extract_adapter(base: dict, tuned: dict, rank: int) -> tuple[Adapter, dict[s
         change += norm
         layers.setdefault(component, {})[plain_name(component, module)] = layer
     if not layers:
-        raise LoraFileError("the fine-tuned model's layers equal the base's: there is nothing to extract")
-    return Adapter(layers), {"error": math.sqrt(lost / change), "outside": outside / (outside + change)}
+        raise LoraFileError("the fine-tuned model's layers equal the base's: nothing to extract")
+    figures = {"error": math.sqrt(lost / change), "outside": outside / (outside + change)}
+    return Adapter(layers), figures
 
 
 def _differences(base, tuned):
-    """(component, module, change of its weight); the module is None where a LoRA cannot hold the change."""
+    """(component, module, change of its weight); no module where a LoRA cannot hold the change."""
     for component, network in base.items():
         before, after = network.state_dict(), tuned[component].state_dict()
         if {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in after.items()}:
-            raise LoraFileError(f"the two {component}s differ in shape: the second is no fine-tune of the first")
-        fitting = {name for name, m in network.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+            raise LoraFileError(f"the two {component}s differ in shape: "
+                                "the second is no fine-tune of the first")
+        kinds = (torch.nn.Linear, torch.nn.Conv2d)
+        fitting = {name for name, module in network.named_modules() if isinstance(module, kinds)}
         for key, weight in before.items():
             module, _, kind = key.rpartition(".")
             if not torch.equal(weight, after[key]):

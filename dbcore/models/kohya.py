@@ -1,6 +1,6 @@
 """A LoRA in the names of kohya's scripts, which A1111, ComfyUI, Forge and InvokeAI read as well.
 
-lora_unet_<module with _ for .>.lora_down.weight, .lora_up.weight and .alpha; DoRA's magnitudes in .dora_scale
+    lora_unet_<module with _ for .>.lora_down.weight, .lora_up.weight, .alpha, with DoRA .dora_scale
 """
 
 import json
@@ -13,6 +13,8 @@ import torch
 from dbcore.models.adapter import Adapter, LoraFileError
 from dbcore.models.lora_files import save_safetensors
 
+# where diffusers' converters know a module only by the original SDXL's name
+ORIGINAL = {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2"}
 # the width of the text embedding tells the families apart: what kohya and what modelspec call them
 FAMILIES = {
     768: ("sd_v1", "stable-diffusion-v1/lora"),
@@ -28,48 +30,50 @@ def save_kohya(adapter: Adapter, path: str | Path) -> Path:
     """
     header = kohya_header(adapter)
     alpha, tensors = float(header["ss_network_alpha"]), {}
-    two_encoders = "text_encoder_2" in adapter.layers or "sdxl" in header.get("ss_base_model_version", "")
+    is_xl = "sdxl" in header.get("ss_base_model_version", "") or "text_encoder_2" in adapter.layers
     for component, module, layer in adapter.every():
-        flat = kohya_name(component, module, two_encoders)
+        flat = kohya_name(component, module, is_xl)
         tensors[f"{flat}.lora_down.weight"] = layer.down
-        # kohya divides alpha by the rank. It may differ by layer there, but diffusers misreads that, so one
-        # alpha stands for all, and a layer with another scale has the difference in its factor
+        # kohya divides alpha by the rank. It may differ by layer, but diffusers misreads that:
+        # one alpha stands for all, and a layer with another scale has the difference in its factor
         ratio = layer.scale * layer.rank / alpha
-        tensors[f"{flat}.lora_up.weight"] = layer.up if math.isclose(ratio, 1.0) else layer.up * ratio
+        up = layer.up if math.isclose(ratio, 1.0) else layer.up * ratio
+        tensors[f"{flat}.lora_up.weight"] = up
         tensors[f"{flat}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         if layer.magnitude is not None:
             tensors[f"{flat}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.up.dim() - 1))
     return save_safetensors(tensors, path, header)
 
 
-def kohya_name(component, module, two_encoders):
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if two_encoders else "lora_te_",
+def kohya_name(component: str, module: str, is_xl: bool) -> str:
+    """What kohya calls a module; SDXL's first text encoder has another name than the only one."""
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if is_xl else "lora_te_",
                 "text_encoder_2": "lora_te2_"}  # fmt: skip
     if component not in prefixes:
-        raise LoraFileError(f"kohya has no names for a {component}: --format diffusers is read by ComfyUI too")
+        raise LoraFileError(f"kohya has no names for a {component}: "
+                            "give --format diffusers, which ComfyUI reads too")
     inside = "" if component == "unet" or module == "text_projection" else "text_model_"
-    module = module.replace("add_embedding.linear_1", "label_emb.0.0").replace("add_embedding.linear_2", "label_emb.0.2")
-    return prefixes[component] + inside + module.replace(".", "_")
+    return prefixes[component] + inside + ORIGINAL.get(module, module.replace(".", "_"))
 
 
 def kohya_leaves_out(adapter: Adapter) -> list[str]:
-    """Layers that kohya's own scripts pass over when they load a LoRA: those outside of the networks' blocks.
+    """Layers that kohya's own scripts pass over in a file: those outside of the networks' blocks.
 
-    A1111, ComfyUI and diffusers take all of them.
+    A1111, ComfyUI and diffusers use all of them.
     """
     inside = ("down_blocks.", "mid_block.", "up_blocks.", "encoder.")
     return [module for _, module, _ in adapter.every() if not module.startswith(inside)]
 
 
 def kohya_header(adapter: Adapter) -> dict[str, str]:
-    """`adapter.notes`, and the `ss_` and `modelspec` fields that other tools show: network, base, trigger words."""
+    """`adapter.notes`, with what other tools show: network, base and trigger words."""
     notes = adapter.notes
     every = [layer for _, _, layer in adapter.every()]
     rank, scale = Counter((layer.rank, layer.scale) for layer in every).most_common(1)[0][0]
     header = {"modelspec.sai_model_spec": "1.0.0", "modelspec.implementation": "diffusers"}
-    widths = [layer.down.shape[1] for _, name, layer in adapter.every() if name.endswith("attn2.to_k")]
-    if widths and widths[0] in FAMILIES:
-        header["ss_base_model_version"], header["modelspec.architecture"] = FAMILIES[widths[0]]
+    to_k = next((one for _, name, one in adapter.every() if name.endswith("attn2.to_k")), None)
+    if to_k and (family := FAMILIES.get(to_k.down.shape[1])):
+        header["ss_base_model_version"], header["modelspec.architecture"] = family
     if notes.get("base"):
         header["ss_sd_model_name"] = notes["base"]
     if notes.get("trigger_words"):

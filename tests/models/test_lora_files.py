@@ -48,11 +48,15 @@ def load(base):
 
 def outputs(pipeline):
     """(what the text encoder says, what the UNet predicts of fixed latents given fixed text)."""
-    ids = pipeline.tokenizer("a photo of sks dog", padding="max_length", return_tensors="pt").input_ids
+    ids = pipeline.tokenizer(
+        "a photo of sks dog", padding="max_length", return_tensors="pt"
+    ).input_ids
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     text = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        return pipeline.text_encoder(ids)[0], pipeline.unet(latents, 500, encoder_hidden_states=text).sample
+        return pipeline.text_encoder(ids)[0], pipeline.unet(
+            latents, 500, encoder_hidden_states=text
+        ).sample
 
 
 def same(a, b, tolerance=1e-5):
@@ -81,9 +85,14 @@ def save_as_diffusers_does(pipeline, folder):
     for name in ["unet", "text_encoder"]:
         model = getattr(pipeline, name)
         if hasattr(model, "peft_config"):
-            layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+            layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(
+                get_peft_model_state_dict(model)
+            )
             config = model.peft_config["default"].to_dict()
-            config = {key: list(value) if isinstance(value, set) else value for key, value in config.items()}
+            config = {
+                key: list(value) if isinstance(value, set) else value
+                for key, value in config.items()
+            }
             metadata[f"{name}_lora_adapter_metadata"] = config
     StableDiffusionPipeline.save_lora_weights(folder, **layers, **metadata)
     return folder / X.WEIGHT_NAME
@@ -137,7 +146,9 @@ def test_peft_there_and_back(trained, base, tmp_path):
     folder = X.save_peft(X.read_adapter(path), tmp_path / "peft")
     pipeline = load(base)
     pipeline.unet = PeftModel.from_pretrained(pipeline.unet, folder / "unet")
-    pipeline.text_encoder = PeftModel.from_pretrained(pipeline.text_encoder, folder / "text_encoder")
+    pipeline.text_encoder = PeftModel.from_pretrained(
+        pipeline.text_encoder, folder / "text_encoder"
+    )
     assert same(outputs(pipeline), wanted)
     back = X.save_diffusers(X.read_adapter(folder), tmp_path / "back.safetensors")
     assert same(outputs_with(base, back), wanted)
@@ -154,7 +165,10 @@ def test_ours_and_the_stock_pipeline_make_the_same_image(trained, base, tmp_path
     pipeline = stock.pipeline()
     pipeline.load_lora_weights(tmp_path, weight_name=path.name)
     assert same(outputs(ours.pipeline()), outputs(pipeline))
-    images = [np.asarray(b.draw(["a photo of sks dog"], [0], num_inference_steps=3)[0], int) for b in (ours, stock)]
+    images = [
+        np.asarray(b.draw(["a photo of sks dog"], [0], num_inference_steps=3)[0], int)
+        for b in (ours, stock)
+    ]
     assert abs(images[0] - images[1]).max() <= 1 < np.ptp(images[0])
 
 
@@ -163,12 +177,16 @@ def test_names_of_earlier_diffusers_are_read(base, tmp_path):
     pipeline = load(base)
     train(pipeline, "alpha is rank")
     tensors = load_file(save_as_diffusers_does(pipeline, tmp_path))
-    assert any(".attn1.to_q.lora.down." in key for key in tensors) and any("lora_linear_layer" in key for key in tensors)
+    assert any(".attn1.to_q.lora.down." in key for key in tensors) and any(
+        "lora_linear_layer" in key for key in tensors
+    )
     old = {re.sub(r"(attn\d)\.to_(\w+)(\.0)?\.lora\.", r"\1.processor.to_\2_lora.", key): tensor
            for key, tensor in tensors.items()}  # fmt: skip
     assert any("to_out_lora.up" in key for key in old)
     save_file(old, tmp_path / "old.safetensors")
-    again = X.save_diffusers(X.read_adapter(tmp_path / "old.safetensors"), tmp_path / "again.safetensors")
+    again = X.save_diffusers(
+        X.read_adapter(tmp_path / "old.safetensors"), tmp_path / "again.safetensors"
+    )
     assert same(outputs_with(base, again), outputs(pipeline))
     assert same(outputs_with(base, tmp_path / "old.safetensors"), outputs(pipeline))
 
@@ -176,9 +194,15 @@ def test_names_of_earlier_diffusers_are_read(base, tmp_path):
 def test_each_layer_of_a_kohya_file_has_its_own_alpha(adapter, base, tmp_path):
     tensors = load_file(K.save_kohya(adapter, tmp_path / "k.safetensors"))
     alphas = {key: 1.0 + k % 5 for k, key in enumerate(sorted(tensors)) if key.endswith(".alpha")}
-    save_file({**tensors, **{key: torch.tensor(alpha) for key, alpha in alphas.items()}}, tmp_path / "a.safetensors")
+    save_file(
+        {**tensors, **{key: torch.tensor(alpha) for key, alpha in alphas.items()}},
+        tmp_path / "a.safetensors",
+    )
     read = X.read_adapter(tmp_path / "a.safetensors", base)
-    scales = {K.kohya_name(c, module, False) + ".alpha": layer.scale * layer.rank for c, module, layer in read.every()}
+    scales = {
+        K.kohya_name(c, module, False) + ".alpha": layer.scale * layer.rank
+        for c, module, layer in read.every()
+    }
     assert scales == pytest.approx(alphas)
 
 
@@ -207,9 +231,16 @@ def test_kohya_keys_are_those_other_tools_look_for(adapter, tmp_path):
     for flat in [to_out, q_proj]:
         for part in ["lora_down.weight", "lora_up.weight", "alpha"]:
             assert f"{flat}.{part}" in tensors
-    assert {key.split(".", 1)[1] for key in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    assert {key.split(".", 1)[1] for key in tensors} == {
+        "lora_down.weight",
+        "lora_up.weight",
+        "alpha",
+    }
     assert all(key.split(".")[0].replace("_", "").isalnum() for key in tensors)
-    assert tensors[f"{to_out}.lora_down.weight"].shape == (4, 16) and tensors[f"{to_out}.alpha"].item() == 1.0
+    assert (
+        tensors[f"{to_out}.lora_down.weight"].shape == (4, 16)
+        and tensors[f"{to_out}.alpha"].item() == 1.0
+    )
 
 
 def test_kohya_names_are_looked_up_for_a_base_on_the_hub_too(adapter, base, tmp_path, monkeypatch):
@@ -219,7 +250,11 @@ def test_kohya_names_are_looked_up_for_a_base_on_the_hub_too(adapter, base, tmp_
         assert name == "some/name"
         return real(base, **more)
 
-    for cls, method in ((X, "read_index"), (UNet2DConditionModel, "load_config"), (CLIPTextConfig, "from_pretrained")):
+    for cls, method in (
+        (X, "read_index"),
+        (UNet2DConditionModel, "load_config"),
+        (CLIPTextConfig, "from_pretrained"),
+    ):
         monkeypatch.setattr(cls, method, partial(from_folder, getattr(cls, method)))
     assert X.read_adapter(kohya, "some/name").layers.keys() == adapter.layers.keys()
 
@@ -228,12 +263,17 @@ def test_kohya_header_names_network_base_and_trigger(adapter, tmp_path):
     _, header = X.read_safetensors(K.save_kohya(adapter, tmp_path / "k.safetensors"))
     assert header["ss_network_module"] == "networks.lora"
     assert (header["ss_network_dim"], float(header["ss_network_alpha"])) == ("4", 1.0)
-    assert header["ss_sd_model_name"] == "some/base" and header["modelspec.trigger_phrase"] == "sks dog"
+    assert (
+        header["ss_sd_model_name"] == "some/base"
+        and header["modelspec.trigger_phrase"] == "sks dog"
+    )
     assert json.loads(header["ss_tag_frequency"]) == {"instance": {"sks dog": 1}}
     assert "ss_base_model_version" not in header  # 16 wide: none of the families A1111 knows
 
 
-@pytest.mark.parametrize("width, version", [(768, "sd_v1"), (1024, "sd_v2"), (2048, "sdxl_base_v1-0")])
+@pytest.mark.parametrize(
+    "width, version", [(768, "sd_v1"), (1024, "sd_v2"), (2048, "sdxl_base_v1-0")]
+)
 def test_kohya_header_tells_the_family(width, version):
     layer = A.Layer(torch.zeros(2, width), torch.zeros(8, 2), 1.0)
     header = K.kohya_header(A.Adapter({"unet": {"mid_block.attn2.to_k": layer}}))
@@ -250,17 +290,28 @@ def test_two_text_encoders_become_te1_and_te2(tmp_path):
 
 
 def test_what_a_kohya_file_says_of_itself_is_kept(adapter, base, tmp_path):
-    notes = {"ss_sd_model_name": "v1-5", "ss_epoch": "7", "ss_tag_frequency": "{}", "sshs_model_hash": "of this file"}
+    notes = {
+        "ss_sd_model_name": "v1-5",
+        "ss_epoch": "7",
+        "ss_tag_frequency": "{}",
+        "sshs_model_hash": "of this file",
+    }
     kohya = K.save_kohya(A.Adapter(adapter.layers, notes), tmp_path / "k.safetensors")
     path = X.save_diffusers(X.read_adapter(kohya, base), tmp_path / "d.safetensors")
-    _, header = X.read_safetensors(K.save_kohya(X.read_adapter(path), tmp_path / "again.safetensors"))
+    _, header = X.read_safetensors(
+        K.save_kohya(X.read_adapter(path), tmp_path / "again.safetensors")
+    )
     assert {key: header.get(key) for key in notes} == {**notes, "sshs_model_hash": None}
     assert header["ss_network_dim"] == "4"
 
 
 def test_layers_that_kohyas_scripts_pass_over_are_named(adapter):
     layer = A.Layer(torch.zeros(2, 4), torch.zeros(4, 2), 1.0)
-    more = {"conv_in": layer, "time_embedding.linear_1": layer, "down_blocks.0.downsamplers.0.conv": layer}
+    more = {
+        "conv_in": layer,
+        "time_embedding.linear_1": layer,
+        "down_blocks.0.downsamplers.0.conv": layer,
+    }
     assert K.kohya_leaves_out(adapter) == []
     assert K.kohya_leaves_out(A.Adapter({"unet": more})) == ["conv_in", "time_embedding.linear_1"]
 
@@ -277,7 +328,9 @@ def sdxl(tmp_path, monkeypatch):
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16,
         cross_attention_dim=2048, attention_head_dim=8, norm_num_groups=8, use_linear_projection=True,
     ).save_config(tmp_path / "unet")  # fmt: skip
-    text = CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     for name in ("text_encoder", "text_encoder_2"):
         text.save_pretrained(tmp_path / name)
     index = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
@@ -304,10 +357,16 @@ def test_every_module_of_sdxl_has_a_name_in_kohyas_file(sdxl, tmp_path):
 
 def test_names_of_the_original_sdxl_are_read(sdxl, tmp_path):
     flat = "lora_unet_input_blocks_7_1_transformer_blocks_2_attn1_to_q"
-    halves = {f"{flat}.lora_down.weight": torch.ones(2, 16), f"{flat}.lora_up.weight": torch.ones(16, 2)}
+    halves = {
+        f"{flat}.lora_down.weight": torch.ones(2, 16),
+        f"{flat}.lora_up.weight": torch.ones(16, 2),
+    }
     save_file({**halves, f"{flat}.alpha": torch.tensor(1.0)}, tmp_path / "k.safetensors")
     ((component, name, layer),) = X.read_adapter(tmp_path / "k.safetensors", sdxl).every()
-    assert (component, name) == ("unet", "down_blocks.2.attentions.0.transformer_blocks.2.attn1.to_q")
+    assert (component, name) == (
+        "unet",
+        "down_blocks.2.attentions.0.transformer_blocks.2.attn1.to_q",
+    )
     assert layer.scale == 0.5
 
 
@@ -316,7 +375,10 @@ def flux2(tmp_path, monkeypatch):
     config = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
               "joint_attention_dim": 12, "in_channels": 4, "axes_dims_rope": (2, 2, 2, 2)}  # fmt: skip
     Flux2Transformer2DModel(**config).save_config(tmp_path / "transformer")
-    index = {"_class_name": "Flux2KleinPipeline", "transformer": ["diffusers", "Flux2Transformer2DModel"]}
+    index = {
+        "_class_name": "Flux2KleinPipeline",
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+    }
     monkeypatch.setattr(X, "read_index", lambda name: index)
     return tmp_path
 
@@ -335,7 +397,13 @@ def test_names_of_flux2_are_read_and_what_diffusers_drops_is_refused(flux2, tmp_
     assert X.read_adapter(again).layers["transformer"].keys() == layers.keys()
     with pytest.raises(A.LoraFileError, match="no names for a transformer"):
         K.save_kohya(A.Adapter({"transformer": layers}), path)
-    save_file({**kohya("lora_unet_double_blocks_0_img_attn_qkv", 48), **kohya("lora_unet_modulation", 16)}, path)
+    save_file(
+        {
+            **kohya("lora_unet_double_blocks_0_img_attn_qkv", 48),
+            **kohya("lora_unet_modulation", 16),
+        },
+        path,
+    )
     with pytest.raises(A.LoraFileError, match="lora_unet_modulation.*another model family"):
         X.read_adapter(path, flux2)
 
@@ -365,14 +433,14 @@ TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 KOHYA = f"lora_unet_{TO_Q.replace('.', '_')}"
 HALF = torch.ones(2, 16)
 REFUSED = {  # what is put into a sound file beside the rest, in kohya's names, and what its refusal says
-    "loha": ({f"{KOHYA}2.hada_w1_a": HALF}, "hada_w1_a, which belongs to a LoHa: use it in ComfyUI"),
-    "lokr": ({f"{KOHYA}2.lokr_w1": HALF}, "lokr_w1, which belongs to a LoKr"),
-    "tucker": ({f"{KOHYA}.lora_mid.weight": HALF}, "lora_mid.weight, which belongs to a Tucker"),
-    "tucker loha": ({f"{KOHYA}.hada_t1": HALF}, "hada_t1, which belongs to a Tucker"),
-    "bias": ({f"{KOHYA}.diff_b": HALF}, "diff_b, which belongs to a full weight or bias"),
-    "oft": ({f"{KOHYA}2.oft_blocks": HALF}, "oft_blocks, which belongs to an OFT"),
-    "glora": ({f"{KOHYA}2.a1.weight": HALF}, "a1.weight, which belongs to a GLoRA"),
-    "embedding": ({"bundle_emb.sks.clip_l": HALF}, "bundle_emb.sks.clip_l, which belongs to an embedding.*OneTrainer"),
+    "loha": ({f"{KOHYA}2.hada_w1_a": HALF}, "hada_w1_a, of a LoHa, which ComfyUI"),
+    "lokr": ({f"{KOHYA}2.lokr_w1": HALF}, "lokr_w1, of a LoKr"),
+    "tucker": ({f"{KOHYA}.lora_mid.weight": HALF}, "lora_mid.weight, of a Tucker"),
+    "tucker loha": ({f"{KOHYA}.hada_t1": HALF}, "hada_t1, of a Tucker"),
+    "bias": ({f"{KOHYA}.diff_b": HALF}, "diff_b, of full weights"),
+    "oft": ({f"{KOHYA}2.oft_blocks": HALF}, "oft_blocks, of an OFT"),
+    "glora": ({f"{KOHYA}2.a1.weight": HALF}, "a1.weight, of a GLoRA"),
+    "embedding": ({"bundle_emb.sks.clip_l": HALF}, "bundle_emb.sks.clip_l, of an embedding.*OneTrainer"),
     "half": ({f"{KOHYA}2.lora_down.weight": HALF}, f"{KOHYA}2.lora_down.weight has no lora_up"),
     "other half": ({f"{KOHYA}2.lora_up.weight": HALF}, f"{KOHYA}2.lora_up.weight has no lora_down"),
     "alpha alone": ({f"{KOHYA}2.alpha": torch.ones(())}, f"{KOHYA}2.alpha has no lora_down and no lora_up"),
@@ -401,11 +469,11 @@ def test_what_would_not_be_used_is_refused_by_its_key(adapter, base, tmp_path, c
 
 
 HEADERS = {  # what the header's LoraConfig says, and what its refusal says
-    "rank": ({"unet.r": 8}, "rank 8 and alpha 1.0, its tensors rank 4"),
+    "rank": ({"unet.r": 8}, "rank 8 and alpha 1.0, its tensors have rank 4"),
     "alpha": ({"unet.lora_alpha": "much"}, "cannot be used"),
     "pattern": ({"unet.alpha_pattern": {"to_(q": 2}}, "cannot be used"),
     "dora": ({"unet.use_dora": True}, "use_dora True"),
-    "pissa": ({"unet.init_lora_weights": "pissa"}, "pissa, which changes the base as well"),
+    "pissa": ({"unet.init_lora_weights": "pissa"}, "pissa, which changes the base too"),
 }
 
 
@@ -441,13 +509,16 @@ def test_numbers_that_are_not_finite_are_not_written(adapter, tmp_path):
         A.merge_adapters([adapter, adapter], [1.0, float("nan")])
     overflowing, _ = A.merge_adapters([adapter, adapter], [1e38, 1e38])
     overflowing = A.merge_adapters([overflowing, overflowing], [1e38, 1.0])[0]
-    with pytest.raises(A.LoraFileError, match="not finite: nothing is saved"):
+    with pytest.raises(A.LoraFileError, match="not be finite numbers, so nothing is saved"):
         X.save_diffusers(overflowing, tmp_path / "x.safetensors")
     assert not list(tmp_path.glob("x*"))
 
 
 def test_a_name_that_ends_another_has_its_own_rank_and_alpha():
-    layer, other = (A.Layer(torch.ones(rank, 4), torch.ones(4, rank), scale) for rank, scale in ((2, 0.5), (3, 2.0)))
+    layer, other = (
+        A.Layer(torch.ones(rank, 4), torch.ones(4, rank), scale)
+        for rank, scale in ((2, 0.5), (3, 2.0))
+    )
     named = {"proj_out": other, "block.proj_out": layer, "block.proj_in": layer}
     network = torch.nn.Module()
     network.proj_out, network.block = torch.nn.Linear(4, 4), torch.nn.Module()
@@ -460,7 +531,9 @@ def test_a_name_that_ends_another_has_its_own_rank_and_alpha():
 def test_a_failed_save_leaves_the_old_file(adapter, tmp_path, monkeypatch):
     path = X.save_diffusers(adapter, tmp_path / "a.safetensors")
     before = path.read_bytes()
-    monkeypatch.setattr(X, "save", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    monkeypatch.setattr(
+        X, "save", lambda *_: (_ for _ in ()).throw(OSError("No space left on device"))
+    )
     with pytest.raises(OSError, match="No space"):
         X.save_diffusers(adapter, path)
     assert path.read_bytes() == before
@@ -506,7 +579,11 @@ def test_merging_down_to_a_rank_is_the_best_approximation(adapter):
 def test_a_layer_of_fewer_channels_than_the_rank_is_kept_whole(into, out):
     generator = torch.Generator().manual_seed(0)
     square = (1,) * (len(into) - 1)
-    layer = A.Layer(torch.randn(40, *into, generator=generator), torch.randn(out, 40, *square, generator=generator), 0.5)
+    layer = A.Layer(
+        torch.randn(40, *into, generator=generator),
+        torch.randn(out, 40, *square, generator=generator),
+        0.5,
+    )
     short, lost = A.truncate_rank(layer, rank=36)
     assert torch.allclose(short.delta(), layer.delta(), atol=1e-4) and lost < 1e-6
 
@@ -541,13 +618,17 @@ def test_extracting_gives_back_what_was_fused(base, tmp_path):
     models = [{"unet": p.unet, "text_encoder": p.text_encoder} for p in (before, fused)]
     adapter, figures = A.extract_adapter(*models, rank=3)
     assert figures["error"] < 1e-3 and figures["outside"] == 0.0
-    assert same(outputs_with(base, X.save_diffusers(adapter, tmp_path / "x.safetensors")), wanted, 1e-4)
+    assert same(
+        outputs_with(base, X.save_diffusers(adapter, tmp_path / "x.safetensors")), wanted, 1e-4
+    )
 
 
 def test_extracting_reports_what_a_lora_cannot_hold(base):
     before, after = load(base), load(base)
     for parameter in after.unet.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        parameter.data += 0.1 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(0)
+        )
     _, low = A.extract_adapter({"unet": before.unet}, {"unet": after.unet}, rank=1)
     _, high = A.extract_adapter({"unet": before.unet}, {"unet": after.unet}, rank=8)
     assert 0 < high["error"] < low["error"] < 1 and 0 < low["outside"] == high["outside"] < 0.2
