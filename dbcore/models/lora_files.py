@@ -320,8 +320,8 @@ def _rows(magnitude, out, key):
     """DoRA's magnitudes [out]: from peft's [out] or [1, out, 1, 1], or LyCORIS's [out, 1, ...]."""
     lycoris, peft = ((out,), (out, 1), (out, 1, 1, 1)), ((out,), (1, out, 1, 1))
     if magnitude.shape not in (lycoris if key.endswith("dora_scale") else peft):
-        raise LoraFileError(f"{key} of shape {tuple(magnitude.shape)} is not one magnitude for each "
-                            f"of {out} outputs; ComfyUI and LyCORIS read DoRA along inputs")
+        raise LoraFileError(f"{key} of shape {tuple(magnitude.shape)} is not one magnitude for each"
+                            f" of {out} outputs; ComfyUI and LyCORIS read DoRA along inputs")
     return magnitude.flatten()
 
 
