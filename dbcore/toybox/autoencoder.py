@@ -72,7 +72,7 @@ def laplacian(x: torch.Tensor) -> torch.Tensor:
             - x[..., 1:-1, :-2] - x[..., 1:-1, 2:])
 
 
-def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 5000, batch: int = 32,
+def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 9000, batch: int = 32,
                       lr: float = 2e-3, device: str = "cpu"):
     """Three phases: learn the PCA's codes, then free both halves, then whole pictures.
 

@@ -22,13 +22,24 @@ SHIPPED = {
                        length=0.8),
 }
 BENCH_SEED = 5
-PHOTO_PLACES = ("studio", "floor", "studio", "grass", "studio")
+PHOTOS = (  # place, ranges of the azimuth and the distance, height of the sun, whether mirrored
+    ("studio", (24, 40), (1.03, 1.08), 51.5, False),
+    ("grass", (2, 12), (1.03, 1.08), 46.0, True),
+    ("floor", (52, 72), (1.03, 1.08), 56.0, False),
+    ("street", (34, 50), (1.25, 1.35), 20.0, True),
+    ("forest", (12, 24), (1.1, 1.15), 48.0, False),
+)
 
 
 def photo_views(seed: int, count: int = 5) -> list[View]:
-    """Views as a careful photographer takes them: both sides, a few plain places."""
+    """Views as a careful photographer takes them: five places, both sides, several angles, distances and lights."""
     rng = np.random.default_rng((seed, 17))
-    return [random_view(rng, place=PHOTO_PLACES[k % len(PHOTO_PLACES)], flip=bool(k % 2)) for k in range(count)]
+    views = []
+    for k in range(count):
+        place, azimuth, distance, sun, flip = PHOTOS[k % len(PHOTOS)]
+        views.append(random_view(rng, place=place, azimuth=float(rng.uniform(*azimuth)), sun=sun,
+                                 distance=float(rng.uniform(*distance)), flip=flip ^ (k // len(PHOTOS) % 2 == 1)))
+    return views
 
 
 def write_subject(folder: Path, character: Character, seed: int = 0, count: int = 5, size: int = 128,
