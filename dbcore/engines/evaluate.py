@@ -10,6 +10,7 @@ Compare numbers of one encoder only, and only between a floor (the base without 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.nn.functional import normalize
 
 from dbcore.config import ConfigError
 from dbcore.datasets.dreambooth import to_pixels
-from dbcore.models.base import recommended
+from dbcore.models.base import best_device, recommended
 from dbcore.models.reading import first_line, hub_answer, reading
 from dbcore.utils.errors import InputError
 from dbcore.utils.seeding import key
@@ -210,10 +211,34 @@ def prior_preservation_metric(class_pictures, photos, encoder):
 def diversity(pictures, encoder):
     """DIV: how much pictures of one prompt differ, 1 - the mean cosine of different ones, in [0, 2].
 
-    The paper takes LPIPS between them; here it is the encoder's own distance. Higher is better while the
+    The paper takes LPIPS between them (`lpips_diversity`); this is the encoder's own distance. Higher is better while the
     subject is kept. Raises ValueError for fewer than two pictures.
     """
     return 1 - real_against_real(pictures, encoder)
+
+
+def load_lpips():
+    """LPIPS on AlexNet (Zhang et al. 2018): two (n, 3, h, w) in [-1, 1] -> n distances. Raises ConfigError without it."""
+    from dbcore.engines.train import optional
+
+    try:
+        network = optional("lpips", "--lpips").LPIPS(net="alex", verbose=False)
+    except OSError as error:
+        raise ConfigError(f"--lpips: AlexNet's weights, which torchvision fetches once, cannot be had ({error})") from None
+    return network.eval().to(best_device())
+
+
+@torch.no_grad()
+def lpips_diversity(pictures, distance):
+    """DIV as the paper has it: the mean LPIPS over all pairs of PIL images of one prompt; 0 for copies.
+
+    `distance`: from `load_lpips`. Raises InputError for fewer than two images.
+    """
+    pairs = list(combinations([to_pixels(picture.convert("RGB")) for picture in pictures], 2))
+    if not pairs:
+        raise InputError("one picture alone cannot be compared: give two or more")
+    ones, others = (torch.stack(side).to(best_device()) for side in zip(*pairs))
+    return float(distance(ones, others).mean())
 
 
 def nearest_photo(pictures, photos, encoder):

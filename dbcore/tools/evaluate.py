@@ -13,22 +13,31 @@ from pathlib import Path
 import dbcore
 from dbcore.config import ConfigError, need, read_run_config
 from dbcore.utils.files import save_png, sweep, write_whole
+from dbcore.utils.text import read_text
 
-HELP = "measure runs as the DreamBooth paper does: subject and prompt fidelity, PRES, DIV, with floor and ceiling"
+HELP = ("measure runs after the DreamBooth paper: subject and prompt fidelity, PRES, DIV (1 - cosine; the paper's LPIPS "
+        "with --lpips), with floor and ceiling")
 LISTS = dbcore.DATA / "prompts"
 STREAM = "evaluation"
 DAY = 86_400.0
+PROMPT_FORM = '{"scenes": ["in the snow", ...], "looks": ["red", ...]}'
+ARTICLES = ("a", "an", "the", "my")
+IDENTIFIERS = ("sks", "ohwx", "zwx")  # that can be nothing else
 
 
 def add_arguments(parser):
     parser.add_argument("--checkpoint_dir", nargs="+", required=True, metavar="RUN",
                         help="runs to measure, one subject each: folders that train wrote")
+    parser.add_argument("--class_prompt", nargs="+", default=[], metavar="TEXT", help="the class in words, such as 'a "
+                        "photo of a dog', one for all runs or one each; without it, what the run was trained with")
     parser.add_argument("--prompts", metavar="LIST", help="objects, live (the paper's), toy, or a JSON file like them; "
                         "without it, what the base recommends, else objects")
     parser.add_argument("--num_prompts", type=int, metavar="N", help="only N of them, spread over the list")
     parser.add_argument("--num_images", type=int, default=4, help="pictures a prompt (%(default)s)")
     parser.add_argument("--encoder", nargs="+", metavar="NAME", help="metric encoders instead of the base's own, CLIP "
                         "first: names of transformers, such as openai/clip-vit-large-patch14")
+    parser.add_argument("--lpips", action="store_true", help="also measure DIV by LPIPS, as the paper does; needs pip "
+                        "install lpips, which loads AlexNet's weights once")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time (%(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"),
@@ -36,9 +45,15 @@ def add_arguments(parser):
 
 
 def main(args):
-    subjects = [read_run(path) for path in args.checkpoint_dir]
+    runs, classes = args.checkpoint_dir, args.class_prompt
+    need(len(classes) in (0, 1, len(runs)), f"{len(classes)} values of --class_prompt for {len(runs)} of "
+         "--checkpoint_dir: give one each, or one for all")
+    classes = classes if len(classes) == len(runs) else (classes or [None]) * len(runs)
+    subjects = [read_run(path, class_prompt) for path, class_prompt in zip(runs, classes)]
+    for subject in subjects:
+        print(f"{subject.name}: {subject.instance_prompt!r}, compared with its class, {subject.class_prompt!r}.")
     result = evaluate(subjects, args.output_dir, args.prompts, args.num_prompts, args.num_images, args.encoder,
-                      args.seed, args.batch_size)
+                      args.seed, args.batch_size, args.lpips)
     print(result_table(result))
     print(f"\nPictures, evaluation.json and evaluation.md are in {args.output_dir}.")
 
@@ -59,8 +74,8 @@ class Subject:
     revision: str | None = None
 
 
-def read_run(folder):
-    """The `Subject` of a run's folder. Raises ConfigError where it is not a finished run, or has no class."""
+def read_run(folder, class_prompt=None):
+    """The `Subject` of a run's folder. Raises ConfigError where it is not a finished run, or its class is in doubt."""
     folder = Path(folder)
     path, lora = folder / "config.yaml", folder / "pytorch_lora_weights.safetensors"
     for needed in (path, lora):
@@ -68,15 +83,21 @@ def read_run(folder):
     run = read_run_config(folder) or {}
     need({"instance_data_dir", "instance_prompt"} <= run.keys(),
          f"--checkpoint_dir {folder}: its {path.name} is not a run's; give the folder of a finished run")
+    class_prompt = class_prompt or run.get("class_prompt") or bare_class(run["instance_prompt"])
+    need(class_prompt, f"--checkpoint_dir {folder} was trained without a class prompt, and {run['instance_prompt']!r} does "
+         "not tell its class for certain: give --class_prompt, such as 'a photo of a dog'")
     return Subject(folder.resolve().name, lora, run["pretrained_model_name_or_path"], run["instance_data_dir"],
-                   run["instance_prompt"], run.get("class_prompt") or bare_class(run["instance_prompt"]),
-                   run.get("revision"))
+                   run["instance_prompt"], class_prompt, run.get("revision"))
 
 
 def bare_class(instance_prompt):
-    """'a photo of sks dog' -> 'a photo of a dog', for a run without a class prompt: the identifier stands before last."""
-    words = instance_prompt.split()
-    return " ".join([*words[:-2], "a", words[-1]])
+    """'a photo of sks dog' -> 'a photo of a dog'; None where it is in doubt which words are the class."""
+    *start, identifier, noun = ["", "", *instance_prompt.split()]
+    if identifier.lower() not in IDENTIFIERS or not noun.isalpha():
+        return None
+    if start[-1].lower() in ARTICLES:
+        start.pop()
+    return " ".join([*start, "an" if noun[0].lower() in "aeiou" else "a", noun]).strip()
 
 
 def read_prompts(name, base):
@@ -87,11 +108,23 @@ def read_prompts(name, base):
     path = LISTS / f"{name}.json" if (LISTS / f"{name}.json").is_file() else Path(name)
     known = ", ".join(sorted(p.stem for p in LISTS.glob("*.json")))
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {kind: [str(phrase) for phrase in found.get(kind, [])] for kind in ("scenes", "looks")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f'--prompts {name}: give {known}, or a JSON file {{"scenes": [...], "looks": [...]}} '
-                          f"({error})") from None
+        found = json.loads(read_text(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prompts {name}: give {known}, or a JSON file {PROMPT_FORM} ({error})") from None
+    return check_prompts(found, f"--prompts {name}")
+
+
+def check_prompts(found, option):
+    """The two lists of a prompt file. Raises ConfigError for other names, and for what is no list of texts."""
+    need(isinstance(found, dict), f"{option} holds a {type(found).__name__} of JSON: write {PROMPT_FORM}")
+    strange = sorted(set(found) - {"scenes", "looks", "source"})
+    need(not strange, f"{option} has {strange[0] if strange else ''!r}, which is neither scenes nor looks: write {PROMPT_FORM}")
+    lists = {kind: found.get(kind, []) for kind in ("scenes", "looks")}
+    for kind, phrases in lists.items():
+        need(isinstance(phrases, list) and all(isinstance(phrase, str) and phrase.strip() for phrase in phrases),
+             f"{option}: {kind} is {json.dumps(phrases)[:60]}, and should be a list of texts: write {PROMPT_FORM}")
+    need(any(lists.values()), f"{option} holds no prompt: write {PROMPT_FORM}")
+    return lists
 
 
 def compose(phrases, instance_prompt, class_prompt):
@@ -99,16 +132,29 @@ def compose(phrases, instance_prompt, class_prompt):
 
     The identifier is left out of what CLIP is asked, which has never heard it.
     """
-    start, noun = class_prompt.rsplit(" ", 1) if " " in class_prompt else ("", class_prompt)
+    start, noun = split_class(instance_prompt, class_prompt)
     ours, subject = split_subject(instance_prompt, class_prompt)
     return [*((f"{instance_prompt} {scene}", f"{class_prompt} {scene}") for scene in phrases["scenes"]),
             *((f"{ours} {look} {subject}".strip(), f"{start} {look} {noun}".strip()) for look in phrases["looks"])]
 
 
+def split_class(instance_prompt, class_prompt):
+    """'a photo of a golden retriever' -> ('a photo of a', 'golden retriever'): the noun is what both prompts end with."""
+    ours, words = instance_prompt.lower().split(), class_prompt.split()
+    shared = 0
+    for own, word in zip(reversed(ours), reversed(words)):
+        if own != word.lower() or word.lower() in ARTICLES:
+            break
+        shared += 1
+    cut = len(words) - (shared if 0 < shared < len(ours) else 1)
+    return " ".join(words[:cut]), " ".join(words[cut:])
+
+
 def split_subject(instance_prompt, class_prompt):
-    """'a photo of sks dog' -> ('a photo of', 'sks dog'): before and from the first word that is not the class's."""
-    words, known = instance_prompt.split(), class_prompt.split()
-    first = next((k for k, word in enumerate(words) if word not in known), len(words) - 1)
+    """'a photo of sks dog' -> ('a photo of', 'sks dog'): the subject begins with a new word, or with the class's noun."""
+    words, known = instance_prompt.split(), {*class_prompt.lower().split(), *ARTICLES}
+    noun = split_class(instance_prompt, class_prompt)[1].lower().split()[0]
+    first = next((k for k, word in enumerate(words) if word.lower() not in known or word.lower() == noun), len(words) - 1)
     return " ".join(words[:first]), " ".join(words[first:])
 
 
@@ -123,26 +169,31 @@ def spread(prompts, count):
 # --- the protocol -------------------------------------------------------------------------------------
 
 
-def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4, encoder=None, seed=0, batch_size=8):
+def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4, encoder=None, seed=0, batch_size=8,
+             lpips=False):
     """Draw what is missing, measure everything, write evaluation.json and .md; returns the result, a dict.
 
-    {"encoders": {name: note}, "prompts", "num_images", "subjects": {name: {"floor", "adapter", "ceiling"}}, "mean":
+    {"encoders": {name: note}, "class_prompts": {name: text}, "prompts", "num_images", "subjects": {name: {"floor", "adapter", "ceiling"}}, "mean":
     {"floor": {measure: [mean, low, high]}, ...}}; the intervals are over subjects, 95 %. Raises ConfigError.
     """
-    from dbcore.engines.evaluate import load_encoder, load_encoders
+    from dbcore.engines.evaluate import load_encoder, load_encoders, load_lpips
 
     need(num_images >= 2, f"--num_images {num_images}: diversity needs 2 or more")
     output_dir, scores, encoders = Path(output_dir), {}, None
     names = [subject.name for subject in subjects]
     need(len(set(names)) == len(names), f"two runs are named {max(names, key=names.count)}: rename one of the folders")
     for subject in subjects:
+        read_photos(subject)  # before hours of drawing
+    distance = load_lpips() if lpips else None
+    for subject in subjects:
         asked = spread(compose(read_prompts(prompts, subject.base), subject.instance_prompt, subject.class_prompt),
                        num_prompts)
         encoders = encoders or ([load_encoder(name) for name in encoder] if encoder else load_encoders(subject.base))
         drawn = {which: draw_all(subject, which, asked, output_dir, num_images, seed, batch_size)
                  for which in ("floor", "adapter")}
-        scores[subject.name] = measure(subject, drawn, asked, num_images, encoders)
-    result = {"encoders": {e.name: e.note for e in encoders}, "prompts": len(asked), "num_images": num_images,
+        scores[subject.name] = measure(subject, drawn, asked, num_images, encoders, distance)
+    result = {"encoders": {e.name: e.note for e in encoders},
+              "class_prompts": {subject.name: subject.class_prompt for subject in subjects}, "prompts": len(asked), "num_images": num_images,
               "seed": seed, "subjects": scores, "mean": means(scores, seed)}
     write_whole(output_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
     write_whole(output_dir / "evaluation.md", result_table(result) + "\n")
@@ -205,12 +256,22 @@ def load_subject(subject, which):
 # --- the measures -------------------------------------------------------------------------------------
 
 
-def measure(subject, drawn, asked, num_images, encoders):
-    """{"floor": {measure: value}, "adapter": ..., "ceiling": ...} of one subject; None where there is no value."""
-    from dbcore.datasets.photos import gather_photos
-    from dbcore.engines.evaluate import real_against_real
+def read_photos(subject):
+    """The photos of a subject as PIL images. Raises ConfigError where they are gone."""
+    from dbcore.datasets.photos import PhotoError, gather_photos
 
-    photos = [photo.load() for photo in gather_photos(subject.photos)[0]]
+    try:
+        return [photo.load() for photo in gather_photos(subject.photos)[0]]
+    except PhotoError as error:
+        raise ConfigError(f"the photos of {subject.name} are needed to compare with: {error}. Put them back, or correct "
+                          "instance_data_dir in its config.yaml") from None
+
+
+def measure(subject, drawn, asked, num_images, encoders, distance=None):
+    """{"floor": {measure: value}, "adapter": ..., "ceiling": ...} of one subject; None where there is no value."""
+    from dbcore.engines.evaluate import lpips_diversity, real_against_real
+
+    photos = read_photos(subject)
     rows = {which: {} for which in (*drawn, "ceiling")}
     for encoder in encoders:
         real = encoder.images(photos)
@@ -218,6 +279,9 @@ def measure(subject, drawn, asked, num_images, encoders):
             rows[which] |= measure_pictures(encoder, encoder.images(pictures), real, asked, num_images)
         alike = real_against_real(real, encoder) if len(photos) > 1 else None
         rows["ceiling"] |= dict.fromkeys(rows["floor"]) | {f"subject, {encoder.name}": alike}
+    for which, pictures in drawn.items() if distance else ():
+        of_prompts = [pictures[k:k + num_images] for k in range(0, len(asked) * num_images, num_images)]
+        rows[which]["DIV, LPIPS"] = sum(lpips_diversity(same, distance) for same in of_prompts) / len(of_prompts)
     return {which: {name: rows[which].get(name) for name in rows["floor"]} for which in rows}
 
 
@@ -270,7 +334,9 @@ def result_table(result):
     for subject, row in [*rows, *result["subjects"].items()]:
         for which, label in (("floor", "base alone"), ("adapter", "with LoRA"), ("ceiling", "photos")):
             lines.append(f"| {subject}, {label} | " + " | ".join(cell(row[which][name]) for name in names) + " |")
-    return "\n".join(lines + [""] + [f"{name}: {note}." for name, note in result["encoders"].items() if note])
+    notes = [f"{name} is compared with {prompt!r}." for name, prompt in result["class_prompts"].items()]
+    notes += [f"{name}: {note}." for name, note in result["encoders"].items() if note]
+    return "\n".join([*lines, "", *notes, "DIV is 1 - the mean cosine of two pictures of one prompt; the paper's is LPIPS."])
 
 
 def cell(value):

@@ -1,6 +1,8 @@
 """The protocol on a small random base: prompts, floor and ceiling, resuming, and the table."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -125,6 +127,61 @@ def test_a_run_without_a_class_prompt_is_read_from_its_instance_prompt(tmp_path,
         tool.read_run(folder)
 
 
+@pytest.mark.parametrize(("instance", "expected"), [
+    ("a photo of sks dog", "a photo of a dog"), ("a photo of the ohwx owl", "a photo of an owl"), ("sks dog", "a dog"),
+    ("sks golden retriever", None), ("a photo of golden retriever", None), ("a photo of sks", None), ("sks", None),
+    ("a photo of my dog", None), ("a photo of sks dog, smiling", None), ("a photo of TV stand", None), ("", None),
+])
+def test_a_class_is_guessed_only_where_there_is_no_doubt(instance, expected):
+    assert tool.bare_class(instance) == expected
+
+
+def test_in_doubt_a_class_prompt_is_asked_for_and_taken(tmp_path, base_folder):
+    folder = make_run(tmp_path, base_folder, "run", 0.0)
+    write_yaml(TrainConfig(pretrained_model_name_or_path=str(base_folder), instance_data_dir="photos",
+                           instance_prompt="sks golden retriever"), folder / "config.yaml")
+    with pytest.raises(ConfigError, match="'sks golden retriever' does not tell its class for certain: give --class_prompt"):
+        tool.read_run(folder)
+    assert tool.read_run(folder, "a golden retriever").class_prompt == "a golden retriever"
+
+
+@pytest.mark.parametrize(("instance", "plain", "drawn", "asked"), [
+    ("a photo of sks golden retriever", "a photo of a golden retriever", "a photo of red sks golden retriever",
+     "a photo of a red golden retriever"),
+    ("sks golden retriever", "a golden retriever", "red sks golden retriever", "a red golden retriever"),
+    ("a photo of the sks dog", "a photo of a dog", "a photo of the red sks dog", "a photo of a red dog"),
+    ("a photo of a dog named sks", "a photo of a dog", "a photo of a red dog named sks", "a photo of a red dog"),
+    ("sks dog", "dog", "red sks dog", "red dog"),
+])
+def test_looks_stand_before_the_whole_noun(instance, plain, drawn, asked):
+    assert tool.compose({"scenes": [], "looks": ["red"]}, instance, plain) == [(drawn, asked)]
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ({"scenes": "in the snow"}, 'scenes is "in the snow", and should be a list of texts'),
+    ({"scenes": None, "looks": ["red"]}, "scenes is null, and should be a list"),
+    ({"scenes": ["in the snow", 3]}, r"scenes is \["),
+    ({"looks": ["red", " "]}, "looks is"),
+    ({"scene": ["in the snow"]}, "'scene', which is neither scenes nor looks"),
+    (["in the snow"], "holds a list of JSON"),
+    ({"scenes": [], "looks": []}, "holds no prompt"),
+    ({}, "holds no prompt"),
+])
+def test_a_prompt_file_of_another_form_is_refused_by_what_it_holds(tmp_path, content, words):
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=words):
+        tool.read_prompts(str(tmp_path / "mine.json"), "no-base")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_prompt_file_with_a_byte_order_mark_is_read(tmp_path, encoding):
+    (tmp_path / "mine.json").write_text('{"scenes": ["in a café"]}', encoding=encoding)
+    assert tool.read_prompts(str(tmp_path / "mine.json"), "no-base") == {"scenes": ["in a café"], "looks": []}
+    (tmp_path / "mine.json").write_bytes('{"scenes": ["in a café"]}'.encode("cp1252"))
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        tool.read_prompts(str(tmp_path / "mine.json"), "no-base")
+
+
 # --- the protocol -------------------------------------------------------------------------------------
 
 
@@ -190,3 +247,59 @@ def test_two_runs_of_one_name_are_refused_before_anything_is_drawn(tmp_path, bas
     with pytest.raises(ConfigError, match="two runs are named run"):
         tool.evaluate([subject, subject], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_one_class_prompt_a_run_is_used_and_shown(tmp_path, base_folder, encoder, prompts, capsys):
+    runs = [make_run(tmp_path, base_folder, "one", 0.0), make_run(tmp_path, base_folder, "two", 0.0, seed=1)]
+    words = ["evaluate", "--checkpoint_dir", *map(str, runs), "--prompts", prompts, "--num_images", "2", "--num_prompts",
+             "1", "--output_dir", str(tmp_path / "out"), "--class_prompt"]
+    main([*words, "a photo of a cat", "a photo of the dog"])
+    text = capsys.readouterr().out
+    assert "one: 'a photo of sks dog', compared with its class, 'a photo of a cat'." in text
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert result["class_prompts"] == {"one": "a photo of a cat", "two": "a photo of the dog"}
+    drawn = json.loads((tmp_path / "out" / "pictures" / "one" / "about.json").read_text())["prompts"]
+    assert drawn == ["a photo of sks dog in the snow", "a photo of a cat"]
+    with pytest.raises(SystemExit, match="3 values of --class_prompt for 2 of --checkpoint_dir"):
+        main([*words, "a", "b", "c"])
+
+
+def test_photos_that_are_gone_are_missed_before_anything_is_drawn(tmp_path, base_folder, encoder, prompts):
+    subject = tool.read_run(make_run(tmp_path, base_folder, "run", 0.0))
+    (tmp_path / "run-photos").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="photos of run are needed.*run-photos does not exist.*instance_data_dir in its"):
+        tool.evaluate([subject], tmp_path / "out", prompts, num_images=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lpips_is_measured_where_it_is_asked_for(tmp_path, base_folder, encoder, prompts, monkeypatch):
+    """A stand-in with the package's own signature: the mean absolute difference, (n, 1, 1, 1)."""
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert (net, verbose) == ("alex", False)
+
+        def forward(self, ones, others):
+            assert -1 <= ones.min() and ones.max() <= 1
+            return (ones - others).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    subject = tool.read_run(make_run(tmp_path, base_folder, "run", 3.0))
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ConfigError, match="--lpips needs one more package: pip install lpips"):
+        tool.evaluate([subject], tmp_path / "out", prompts, num_images=3, lpips=True)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
+    scores = tool.evaluate([subject], tmp_path / "out", prompts, num_images=3, lpips=True)["subjects"]["run"]
+    files = sorted((tmp_path / "out" / "pictures" / "run").glob("*.png"))[:9]  # the class's are left out
+    pixels = [np.asarray(Image.open(file), dtype=float) / 127.5 for file in files]
+    pairs = [np.abs(pixels[3 * p + a] - pixels[3 * p + b]).mean() for p in range(3) for a, b in [(0, 1), (0, 2), (1, 2)]]
+    assert scores["adapter"]["DIV, LPIPS"] == pytest.approx(np.mean(pairs), abs=1e-5)
+    assert scores["ceiling"]["DIV, LPIPS"] is None
+
+
+def test_lpips_itself():
+    """The package's network without AlexNet's weights: copies are 0 apart, others more."""
+    network = pytest.importorskip("lpips").LPIPS(net="alex", pnet_rand=True, verbose=False)
+    images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    assert engine.lpips_diversity([images[0]] * 2, network) == 0
+    assert engine.lpips_diversity(images, network) > 0.001
