@@ -6,7 +6,9 @@ import gc
 import importlib
 import os
 import sys
+from pathlib import Path
 
+from dbcore.utils.console import printable
 from dbcore.utils.errors import DBCoreError, Interrupted
 
 TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge", "extract", "bench",
@@ -30,8 +32,8 @@ def main(argv=None):
     """Run one tool. A `DBCoreError` ends the program with its one line; any other exception passes through."""
     argv = sys.argv[1:] if argv is None else argv
     wanted = argv[0] if argv and argv[0] in TOOLS else None
-    with fewer_collections():
-        args = make_parser(wanted).parse_args(argv)
+    with fewer_collections(), printable():
+        args = with_home(make_parser(wanted).parse_args(argv))
         try:
             importlib.import_module(f"dbcore.tools.{args.tool}").main(args)
         except KeyboardInterrupt:
@@ -43,6 +45,21 @@ def main(argv=None):
             if os.environ.get("DBCORE_DEBUG"):
                 raise
             sys.exit(f"dbcore {args.tool}: {error}")
+
+
+def with_home(args):
+    """`~/photos` in any option as a shell would read it, which leaves it alone in `--output_dir=~/photos`."""
+    for name, value in vars(args).items():
+        if isinstance(value, list):
+            setattr(args, name, [home_of(item) for item in value])
+        else:
+            setattr(args, name, home_of(value))
+    return args
+
+
+def home_of(value):
+    return type(value)(os.path.expanduser(value)) if isinstance(value, (str, Path)) and str(value).startswith(
+        ("~/", "~\\")) else value
 
 
 @contextlib.contextmanager

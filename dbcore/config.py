@@ -274,6 +274,8 @@ def coerce(name, value, hint):
         return AUTO
     if isinstance(value, Path):
         value = str(value)
+    if name in (*PATHS, "logging_dir", "resume_from_checkpoint", "checkpoint_dir") and isinstance(value, str) and value.startswith("~"):
+        value = os.path.expanduser(value)  # YAML and Python leave it as it is, and a folder would be called ~
     if value is False and bool not in kinds:
         value = "no"  # YAML's `mixed_precision: no`
     for kind in kinds:

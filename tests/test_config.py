@@ -356,3 +356,25 @@ def test_class_images_from_around_the_photos_are_refused(tmp_path, around):
                          with_prior_preservation=True, class_data_dir=str(tmp_path / around), output_dir=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match="--class_data_dir .* has --instance_data_dir .* in it"):
         config.check()
+
+
+# --- a home and a console ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path"])
+def test_the_home_folder_is_meant_by_its_sign(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(f"{name}: ~/dog\n")
+    assert getattr(TrainConfig(**read_yaml(tmp_path / "run.yaml", TrainConfig)), name) == str(tmp_path / "dog")
+    assert TrainConfig(instance_prompt="~ dog").instance_prompt == "~ dog"
+
+
+def test_the_sign_is_read_in_the_options_of_every_tool(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for tool, words in (("prepare", ["--instance_data_dir=~/photos", "--output_dir=~/out"]),
+                        ("merge", ["--lora", "~/a", "~/b", "--output=~/out"])):
+        monkeypatch.setattr(f"dbcore.tools.{tool}.main", seen.append)
+        main([tool, *words])
+    assert (seen[0].instance_data_dir, seen[0].output_dir) == (f"{tmp_path}/photos", f"{tmp_path}/out")
+    assert seen[1].lora == [f"{tmp_path}/a", f"{tmp_path}/b"]

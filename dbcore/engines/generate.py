@@ -1,13 +1,16 @@
 """Pictures from a base and any number of LoRAs, and the grid they are looked at in."""
 
 import dataclasses
+import io
+import itertools
 import re
 from pathlib import Path
 
 from dbcore.config import ConfigError, read_run_config
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import load_lora, set_scale
-from dbcore.utils.grids import save_grid
+from dbcore.utils.files import write_whole, writing
+from dbcore.utils.grids import figure_png, image_grid
 
 
 def generate(config, base=None):
@@ -55,16 +58,41 @@ def base_with_loras(config):
 
 
 def generate_and_save(config):
-    """`generate`, then PNG files and a grid in `output_dir`, which is returned; earlier pictures stay."""
+    """`generate`, then PNG files and a grid in `output_dir`, which is returned.
+
+    Where other pictures have the names already, as of another LoRA or scale, all of these get a number. Raises
+    FileError where the folder cannot be written to.
+    """
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = generate(config)
-    for name, row in zip(file_names(config.prompt), rows):
-        for k, image in enumerate(row):
-            image.save(folder / f"{name}-seed{config.seed + k}.png")
-    seeds = [f"seed {config.seed + k}" for k in range(config.num_images)]
-    save_grid(folder / "grid.png", rows, config.prompt, seeds)
+    with writing(f"--output_dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    rows, seeds = generate(config), [config.seed + k for k in range(config.num_images)]
+    files = {f"{name}-seed{seed}": png(image) for name, row in zip(file_names(config.prompt), rows)
+             for seed, image in zip(seeds, row)}
+    files["grid"] = figure_png(image_grid(rows, config.prompt, [f"seed {seed}" for seed in seeds]))
+    mark = free_mark(folder, files)
+    if mark:
+        print(f"Other pictures have these names already: the new ones end in {mark}.")
+    for name, data in files.items():
+        write_whole(folder / f"{name}{mark}.png", data)
     return folder
+
+
+def png(image):
+    """A PIL image as the bytes of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def free_mark(folder, files):
+    """"", "-2", "-3", ...: the first with which no name of `files` ({name: bytes}) is that of another picture."""
+    def is_other(path, data):
+        return path.is_file() and path.read_bytes() != data
+
+    marks = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    return next(mark for mark in marks if not any(is_other(folder / f"{name}{mark}.png", data)
+                                                  for name, data in files.items()))
 
 
 def file_names(prompts):

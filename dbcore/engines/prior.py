@@ -8,13 +8,14 @@ the user's own class photos has no manifest and is taken as it is.
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from dbcore.config import ConfigError
 from dbcore.datasets.photos import find_photos, gather_photos
-from dbcore.utils.files import save_png, sweep, write_whole
+from dbcore.utils.files import home_folder, save_png, sweep, write_whole
 from dbcore.utils.seeding import key
 
 MANIFEST = "manifest.json"
@@ -24,9 +25,9 @@ DAY = 86_400.0  # seconds after which no job can still be writing a picture
 
 
 def cache_dir():
-    """Where class images are kept: $DBCORE_CACHE, or the user's cache folder."""
-    home = os.environ.get("DBCORE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dbcore"
-    return Path(home) / "class_images"
+    """Where class images are kept: $DBCORE_CACHE, or the user's cache folder, or that of temporary files."""
+    cache = os.environ.get("XDG_CACHE_HOME") or (home_folder() or Path(tempfile.gettempdir())) / ".cache"
+    return Path(os.environ.get("DBCORE_CACHE") or Path(cache, "dbcore")) / "class_images"
 
 
 def describe(base, config):
@@ -46,9 +47,9 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     `wait` returns when every process has called it. Raises ConfigError for a folder made for another base,
     prompt or size.
     """
+    if own := own_folder(config):
+        return own
     about = describe(base, config)
-    if config.class_data_dir and is_own(Path(config.class_data_dir)):
-        return Path(config.class_data_dir)
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.class_data_dir) if config.class_data_dir else cache_dir() / name
     refuse_others(folder, about)
@@ -69,9 +70,11 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     return folder
 
 
-def is_own(folder):
-    """A folder that the user filled: photos and no manifest."""
-    return folder.is_dir() and not (folder / MANIFEST).is_file() and bool(find_photos(folder))
+def own_folder(config):
+    """The folder of class photos that the user filled (photos and no manifest), or None; no network is needed for it."""
+    folder = Path(config.class_data_dir or "")
+    filled = config.class_data_dir and folder.is_dir() and not (folder / MANIFEST).is_file()
+    return folder if filled and find_photos(folder) else None
 
 
 def refuse_others(folder, about):

@@ -7,6 +7,7 @@ in every layer, and the loss where it matters (by timestep), in `README.md` in t
 matplotlib, behind `dbcore.utils.grids`, is imported where it draws: when the LoRA is saved, and nobody waits for it.
 """
 
+import json
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -18,6 +19,8 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft.tuners.lora import LoraLayer
+
+from dbcore.utils.files import home_folder, write_whole
 
 # Mean difference of pictures with and without the adapter, in grey levels of 255. Two renderings of one
 # picture in half and single precision differ by well under 1; a subject that is there differs by 10 or more.
@@ -72,7 +75,7 @@ def write_report(modules, draw, config, output_dir, history, seconds):
     save_figure(output_dir / "report" / "update_by_layer.png",
                 bar_plot(by_block(update), "size of the update, relative to the weights"))
     plot_loss(output_dir / "report" / "loss_by_timestep.png", history)
-    (output_dir / "README.md").write_text(model_card(config, output_dir, evidence, prompts), encoding="utf-8")
+    write_whole(output_dir / "README.md", model_card(config, output_dir, evidence, prompts))
     return evidence
 
 
@@ -244,7 +247,7 @@ def front_matter(config, name, base, prompts):
 
 def base_facts(name_or_path, revision=None):
     """{"license", "provenance"} as the base's own card states them; nothing is guessed."""
-    folder = Path(name_or_path).expanduser()
+    folder = Path(name_or_path)
     try:
         readme = folder / "README.md" if folder.is_dir() else hf_hub_download(
             name_or_path, "README.md", revision=revision)
@@ -275,10 +278,15 @@ def usage(name, prompt):
     return f"""```python
 from diffusers import DiffusionPipeline  # run in this folder
 
-pipeline = DiffusionPipeline.from_pretrained("{name}")
+pipeline = DiffusionPipeline.from_pretrained({quoted(name)})
 pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")
-pipeline("{prompt}").images[0]
+pipeline({quoted(prompt)}).images[0]
 ```"""
+
+
+def quoted(text):
+    """Text as a Python string: JSON's escapes are Python's too."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def settings_table(config):
@@ -292,8 +300,8 @@ def shown(value):
     """A value as text for others to read: paths in the working folder relative, below home from `~`, others by name."""
     text = str(value)
     if isinstance(value, (str, Path)) and Path(text).is_absolute():
-        for parent, stands in ((Path.cwd(), ""), (Path.home(), "~/")):
-            if Path(text).is_relative_to(parent):
+        for parent, stands in ((Path.cwd(), ""), (home_folder(), "~/")):
+            if parent and Path(text).is_relative_to(parent):
                 return stands + Path(text).relative_to(parent).as_posix()
         return Path(text).name
     return text.replace("|", "\\|").replace("\n", " ")

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -26,7 +27,7 @@ from dbcore.datasets.dreambooth import DreamBoothData, refuse_shared
 from dbcore.datasets.photos import gather_photos
 from dbcore.engines import checkpoint
 from dbcore.engines.losses import dreambooth_loss, min_snr_weight
-from dbcore.engines.prior import class_images, class_photos
+from dbcore.engines.prior import class_images, class_photos, own_folder
 from dbcore.engines.report import report_prompts, shown, write_report
 from dbcore.engines.resume import circumstances, compare, say_changes
 from dbcore.engines.run_folder import (
@@ -44,6 +45,7 @@ from dbcore.engines.run_folder import (
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import add_lora, lora_parameters, save_lora, set_dropout
 from dbcore.models.replay import Replay, can_replay, replayed
+from dbcore.utils.console import printable
 from dbcore.utils.errors import Diverged, Interrupted
 from dbcore.utils.files import is_of_files, whole_folder, write_whole
 from dbcore.utils.seeding import key
@@ -63,7 +65,14 @@ def train(config, callback=None, should_stop=None):
     Raises ConfigError (also for data), CheckpointError, Interrupted after Ctrl-C, SIGTERM or `should_stop`,
     and Diverged when the loss is no longer a number.
     """
+    with printable():
+        return check_and_train(config, callback, should_stop or bool)
+
+
+def check_and_train(config, callback, should_stop):
+    """Everything that needs no network is looked at first."""
     config.check()
+    check_launch()
     if config.optimizer in PACKAGES:  # asked for now, and not after the class images are made
         optional(PACKAGES[config.optimizer], f"--optimizer {config.optimizer}")
     project = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir)))
@@ -79,7 +88,19 @@ def train(config, callback=None, should_stop=None):
     for problem in problems:
         say(f"  {problem}")
     with held(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
-        return train_in_folder(config, accelerator, photos, callback, should_stop or bool)
+        return train_in_folder(config, accelerator, photos, callback, should_stop)
+
+
+def check_launch():
+    """Raises ConfigError where `accelerate launch` was asked for several processes and has started one, as on a CPU."""
+    if "ACCELERATE_USE_CPU" not in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    import psutil
+
+    words = " ".join(psutil.Process().parent().cmdline()).replace("=", " ")
+    asked = re.search(r"--num[-_]processes (\d+)", words)
+    need(not asked or int(asked[1]) < 2, f"accelerate launch --num_processes {asked and asked[1]} has started one process, "
+         "as it does on CPUs: launch with `torchrun --nproc_per_node N -m dbcore train ...`, or leave the number out")
 
 
 def train_in_folder(config, accelerator, photos, callback, should_stop):
@@ -143,8 +164,20 @@ class Run:
     # --- before the loop ------------------------------------------------------------------------------
 
     def make_class_photos(self):
-        if not self.config.with_prior_preservation:
+        c = self.config
+        if not c.with_prior_preservation:
             return []
+        folder = own_folder(c) or self.make_class_images()
+        photos, problems = class_photos(folder, c)
+        for problem in problems:
+            if problem.skipped:
+                self.accelerator.print(f"  class picture {problem}")
+        if len(photos) < c.num_class_images:
+            self.accelerator.print(f"{folder} holds {len(photos)} class pictures of {c.num_class_images} asked for: these "
+                                   "are used.")
+        return photos
+
+    def make_class_images(self):
         base, apart = self.base, self.config.prior_generation_precision != self.config.mixed_precision
         if apart:
             base = load_base(base.name, base.revision, base.variant, self.config.tokenizer_name, base.device,
@@ -154,12 +187,7 @@ class Run:
                                   lambda batches: self.bar(batches, desc="class images"))
         if base.low_vram:
             base.release("unet")  # so that it is not there while photos are encoded
-        photos, _ = class_photos(folder, self.config)
-        short = self.config.num_class_images - len(photos)
-        if short > 0:
-            self.accelerator.print(f"{folder} holds {len(photos)} class pictures of {self.config.num_class_images} "
-                                   "asked for: these are used.")
-        return photos
+        return folder
 
     def prepare(self):
         """What is trained, and with what."""

@@ -12,6 +12,7 @@ from dbcore.config import ConfigError
 from dbcore.utils.errors import DBCoreError
 
 NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")  # the packages between us and the hub
+VARIANT = re.compile(r"[^.]+(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")  # of a file of weights, and its variant
 # the first that fits, by the name of an exception's class or of one it was made from
 ANSWERS = {
     "GatedRepoError": "the hub wants its terms accepted first: open its page there, then `hf auth login`",
@@ -64,11 +65,23 @@ def causes(error):
 def other_variant(name_or_path, part, revision=None, variant=None):
     """The words for a network whose only files are of another `variant`; None where that is not so."""
     names = file_names(name_or_path, part, revision)
-    marks = {match[1] for name in names if (match := re.fullmatch(r"[^.]+(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", name))}
+    marks = {match[1] for name in names if (match := VARIANT.fullmatch(name))}
     if variant and None in marks:
         return f"it has no files of variant {variant}: leave --variant out"
     there = sorted(mark for mark in marks - {None, variant})
     return f"all its files are of variant {there[0]}: add --variant {there[0]}" if there and None not in marks else None
+
+
+def load_pipeline(option, name_or_path, **more):
+    """A whole stock pipeline, in whichever variant its folder has. Raises ConfigError, which names the option."""
+    from diffusers import DiffusionPipeline
+
+    marks = {VARIANT.fullmatch(path.name) for path in Path(name_or_path).glob("*/*.safetensors")}
+    variants = {mark and mark[1] for mark in marks}
+    only = variants.pop() if len(variants) == 1 else None
+    with reading(f"{option} {name_or_path}: no pipeline can be loaded from it"):
+        DiffusionPipeline.load_config(name_or_path)  # which says more clearly that there is nothing
+        return DiffusionPipeline.from_pretrained(name_or_path, variant=only, **more)
 
 
 def file_names(name_or_path, part, revision=None):

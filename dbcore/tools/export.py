@@ -1,14 +1,19 @@
 """`dbcore export`: a LoRA for other programs, or merged into a whole pipeline."""
 
 import argparse
+import contextlib
+import json
 import math
 import shutil
 import tempfile
 from pathlib import Path
 
 from dbcore.utils.errors import InputError
+from dbcore.utils.files import whole_folder, writing
 
 HELP = "write a LoRA in another tool's format, or merge it into its base"
+MANIFEST = "export.json"  # in a folder: the files that an export wrote there
+RUN_FILE = "pytorch_lora_weights.safetensors"
 FORMATS = {
     "kohya": "one file for A1111, ComfyUI, Forge, InvokeAI and kohya's scripts",
     "diffusers": "one file for load_lora_weights of a diffusers pipeline",
@@ -60,8 +65,11 @@ def main(args):
         adapter = Adapter(adapter.layers, {**adapter.notes, "trigger_words": args.trigger_words})
     if args.format == "merged":
         save_merged(adapter, args.pretrained_model_name_or_path, output, args.lora_scale)
+    elif args.format == "peft":
+        with export_folder(output) as folder:
+            save_peft(adapter, folder)
     else:
-        {"kohya": save_kohya, "diffusers": save_diffusers, "peft": save_peft}[args.format](adapter, output)
+        {"kohya": save_kohya, "diffusers": save_diffusers}[args.format](adapter, output)
     counts = ", ".join(f"{len(named)} layers of the {name}" for name, named in adapter.layers.items())
     print(f"{args.format}: {counts} -> {output}")
     if args.format == "kohya" and (left_out := kohya_leaves_out(adapter)):
@@ -75,7 +83,46 @@ def free_path(text, overwrite=False, is_file=True):
         raise InputError(f"--output {path}: give a name that ends in .safetensors, as every tool wants it")
     if path.exists() and not overwrite:
         raise InputError(f"--output {path} exists: choose another name, or add --overwrite")
+    if path.exists() and (theirs := what_no_export_wrote(path)):
+        raise InputError(f"--output {path}: {theirs}, and --overwrite replaces no more than an export: choose another name")
     return path
+
+
+def what_no_export_wrote(path):
+    """Words for what would be lost if `path` were replaced; None where it is a LoRA file, or an export's folder alone."""
+    if path.is_dir():
+        found = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
+        others = sorted(found - {MANIFEST, *written(path)})
+        return f"{others[0]} in it was written by no export" if others else None
+    if path.name == RUN_FILE and any((path.parent / name).is_file() for name in ("config.yaml", "state.json")):
+        return "it is a run's own LoRA"
+    return None if is_lora(path) else "it is no LoRA file"
+
+
+def is_lora(path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return any("lora" in key for key in file.keys())  # noqa: SIM118 - it is no dict
+    except (SafetensorError, OSError):
+        return False
+
+
+def written(folder):
+    """The names of the files that an export wrote into a folder, as it noted them."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return []
+
+
+@contextlib.contextmanager
+def export_folder(path):
+    """A new folder to fill, with a note of what was written, in the place of an earlier export."""
+    with whole_folder(path) as partial:
+        yield partial
+        files = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
+        (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
 def save_merged(adapter, base, folder, lora_scale=1.0):
@@ -84,27 +131,23 @@ def save_merged(adapter, base, folder, lora_scale=1.0):
     Added in float32, then rounded once to the precision the base is stored in. Raises InputError
     without a base.
     """
-    from diffusers import DiffusionPipeline
-
+    from dbcore.datasets.cache import scratch
     from dbcore.models.lora_files import save_diffusers
+    from dbcore.models.reading import load_pipeline
 
     if base is None:
         raise InputError("--format merged: give the base with --pretrained_model_name_or_path")
-    pipeline = DiffusionPipeline.from_pretrained(base)
+    pipeline = load_pipeline("--pretrained_model_name_or_path", base)
     stored = stored_precision(base, next(iter(adapter.layers)))
-    with tempfile.TemporaryDirectory() as scratch:
-        path = save_diffusers(adapter, Path(scratch) / "lora.safetensors")
-        pipeline.load_lora_weights(scratch, weight_name=path.name)
+    with writing(scratch()), tempfile.TemporaryDirectory() as temporary:
+        path = save_diffusers(adapter, Path(temporary) / "lora.safetensors")
+        pipeline.load_lora_weights(temporary, weight_name=path.name)
     pipeline.fuse_lora(lora_scale=lora_scale)
     pipeline.unload_lora_weights()
-    partial = Path(folder).with_name(Path(folder).name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.to(dtype=stored).save_pretrained(partial)
-    if (Path(base) / "recommended.json").is_file():
-        shutil.copy(Path(base) / "recommended.json", partial)
-    if Path(folder).exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with export_folder(folder) as partial:
+        pipeline.to(dtype=stored).save_pretrained(partial)
+        if (Path(base) / "recommended.json").is_file():
+            shutil.copy(Path(base) / "recommended.json", partial)
 
 
 def stored_precision(base, component):

@@ -25,7 +25,8 @@ def main(args):
     if args.rank < 1:
         raise InputError(f"--rank {args.rank}: give 1 or more")
     output = free_path(args.output, args.overwrite)
-    base, tuned = (load_networks(path) for path in (args.pretrained_model_name_or_path, args.tuned))
+    base = load_networks("--pretrained_model_name_or_path", args.pretrained_model_name_or_path)
+    tuned = load_networks("--tuned", args.tuned)
     adapter, figures = extract_adapter(base, tuned, args.rank)
     save_diffusers(Adapter(adapter.layers, {"base": Path(args.pretrained_model_name_or_path).name}), output)
     print(f"rank {args.rank} of {len(adapter.every())} layers -> {output}")
@@ -35,11 +36,12 @@ def main(args):
     )
 
 
-def load_networks(folder):
+def load_networks(option, folder):
     """{component: network} of a pipeline folder, all that a LoRA can be put on, in float32."""
     import torch
-    from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    from dbcore.models.reading import load_pipeline
+
+    pipeline = load_pipeline(option, folder, torch_dtype=torch.float32)
     networks = {name: getattr(pipeline, name, None) for name in pipeline._lora_loadable_modules}
     return {name: network for name, network in networks.items() if network is not None}

@@ -4,7 +4,9 @@ It trains through the same config and functions as `python -m dbcore train`, wit
 the base's recommended settings, and then draws the same prompts and seeds without and with the LoRA.
 """
 
+import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
@@ -25,6 +27,7 @@ def add_arguments(parser):
     parser.add_argument("--max_train_steps", type=int, default=150, help="training steps (%(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("work_dirs/quickstart"),
                         help="where the LoRA and before_after.png go (%(default)s)")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace another run that is there")
     parser.add_argument("--seed", type=int, default=0, help="of training and of the first picture (%(default)s)")
 
 
@@ -42,7 +45,7 @@ def main(args):
     print(f"Time: {learned - started:.0f} s to learn, class images and report included; "
           f"{drawn - learned:.0f} s for {2 * SEEDS * len(prompts)} pictures before and after.")
     print(f"Look: {shown(grid)} (the LoRA: {shown(lora)}; did it learn: {shown(lora.parent / 'README.md')}).")
-    print("Next: --subject cat, or your own photos (python -m dbcore train --help), or the course in notebooks/.")
+    print("Next: --subject cat --output_dir work_dirs/cat, or your own photos (python -m dbcore train --help), or the course in notebooks/.")
 
 
 def shown(path):
@@ -64,14 +67,38 @@ def read_subject(name):
 
 def learn(args, folder, subject):
     """Train; returns the path of the LoRA file."""
-    from dbcore.config import TrainConfig
     from dbcore.engines.train import train
 
-    return train(TrainConfig(
+    config = options(args, folder, subject)
+    config.overwrite_output_dir = args.overwrite_output_dir or is_repeat(config)
+    return train(config)
+
+
+def options(args, folder, subject):
+    from dbcore.config import TrainConfig
+
+    return TrainConfig(
         pretrained_model_name_or_path=args.pretrained_model_name_or_path, instance_data_dir=str(folder),
         instance_prompt=subject["instance_prompt"], class_prompt=subject["class_prompt"],
         with_prior_preservation=True, num_class_images=CLASS_IMAGES, max_train_steps=args.max_train_steps,
-        output_dir=str(args.output_dir), overwrite_output_dir=True, seed=args.seed))
+        output_dir=str(args.output_dir), seed=args.seed)
+
+
+def is_repeat(config):
+    """Whether the run in the folder is of these very options, so that nothing is lost when it is made again."""
+    from dbcore.config import AUTO, TrainConfig, read_yaml
+
+    path = Path(config.output_dir) / "config.yaml"
+    if not path.is_file():
+        return False
+    before, ours = TrainConfig(**read_yaml(path, TrainConfig)), dataclasses.asdict(config)
+    return all(value in (AUTO, None) or spelled(value) == spelled(getattr(before, name)) for name, value in ours.items()
+               if name not in ("output_dir", "overwrite_output_dir"))
+
+
+def spelled(value):
+    """A value as text that is the same for one path, relative or absolute."""
+    return os.path.abspath(str(value))
 
 
 def prompts_for(subject):

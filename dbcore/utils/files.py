@@ -121,6 +121,13 @@ def sync(path):
             os.close(handle)
 
 
+def home_folder():
+    """The user's home, or None where there is none, as for a container's nameless user."""
+    with contextlib.suppress(RuntimeError):
+        return Path.home()
+    return None
+
+
 def sweep(folder, age=0.0):
     """Remove what kills have left half-written in `folder` and the folders within, if it is `age` seconds old.
 

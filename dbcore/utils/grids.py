@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from dbcore.utils.errors import InputError
-from dbcore.utils.files import whole_file
+from dbcore.utils.files import write_whole
 
 # Okabe and Ito's palette (2008): told apart with every common kind of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -41,9 +41,8 @@ class Picture(Figure):
 
     def _repr_png_(self):
         """A PNG of 256 colours: the eye sees the same, and a notebook that stores it is a third of the size."""
-        full, small = io.BytesIO(), io.BytesIO()
-        self.savefig(full, format="png", bbox_inches="tight", metadata={"Software": None})
-        picture = Image.open(full).convert("RGB")
+        small = io.BytesIO()
+        picture = Image.open(io.BytesIO(figure_png(self))).convert("RGB")
         picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG).save(
             small, "png", optimize=True)
         return small.getvalue()
@@ -94,9 +93,15 @@ def save_grid(path, rows, row_labels=None, column_labels=None, title=None, cell=
 def save_figure(path, figure):
     """Write a figure as PNG, without the date and version stamps that make equal pictures differ."""
     path = Path(path)
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", bbox_inches="tight", metadata={"Software": None})
+    write_whole(path, figure_png(figure))
     return path
+
+
+def figure_png(figure):
+    """The bytes of a figure's PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", bbox_inches="tight", metadata={"Software": None})
+    return file.getvalue()
 
 
 def line_plot(series, xlabel, ylabel, title=None, size=(5.5, 3.0)):

@@ -182,3 +182,20 @@ def test_the_command_says_where_its_pictures_are(world, tmp_path, capsys):
           "--prompt", "a red dog", "--num_images", "1", "--output_dir", str(tmp_path / "out")])
     assert f"1 pictures and a grid are in {tmp_path / 'out'}" in capsys.readouterr().out
     assert (tmp_path / "out" / "a-red-dog-seed0.png").is_file()
+
+
+# --- nothing is lost --------------------------------------------------------------------------------------
+
+
+def test_another_scale_leaves_the_pictures_that_are_there(world, tmp_path, capsys):
+    wish = {"pretrained_model_name_or_path": f"{world}/base", "checkpoint_dir": [f"{world}/dog.safetensors"],
+            "prompt": "a red dog", "num_images": 1, "output_dir": tmp_path}  # fmt: skip
+    generate_and_save(GenerateConfig(**wish))
+    first = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    generate_and_save(GenerateConfig(**wish))  # the same again is the same files
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == first and len(first) == 2
+    generate_and_save(GenerateConfig(**wish, lora_scale=0.5))
+    assert {path: path.read_bytes() for path in first} == first
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a-red-dog-seed0.png", "grid.png", "a-red-dog-seed0-2.png", "grid-2.png"}
+    assert "end in -2" in capsys.readouterr().out

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from pipelines import make_tiny_pipeline
-from runs import leave_out_report
+from runs import leave_out_report, make_options
 
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines import prior
 from dbcore.engines.prior import MANIFEST, class_images, class_photos
-from dbcore.engines.train import train
-from dbcore.models.base import load_base, settle
+from dbcore.engines.train import Run, train
+from dbcore.models.base import Family, load_base, settle
 
 FAST = {"num_inference_steps": 1, "guidance_scale": 2.0, "resolution": 32, "rank": 2}
 
@@ -248,3 +248,22 @@ def test_making_them_or_reusing_them_changes_no_weight(wish, tmp_path, monkeypat
     assert made == weights("own", class_data_dir=str(own))
     other = write_photos(tmp_path / "noise", 4)
     assert made != weights("other", class_data_dir=str(other))
+
+
+# --- a user's own, in a run ------------------------------------------------------------------------------
+
+
+def test_a_users_own_folder_loads_no_network_and_its_bad_photos_are_named(tmp_path, monkeypatch, capsys):
+    own = write_photos(tmp_path / "own", 3)
+    (own / "torn.png").write_bytes((own / "photo0.png").read_bytes()[:200])
+    loaded, read = [], Family.read_network
+    monkeypatch.setattr(Family, "read_network", lambda base, part: (loaded.append(part), read(base, part))[1])
+    seen = []
+    monkeypatch.setattr(Run, "encode_ahead", lambda run, start: seen.append(loaded[:]))
+    monkeypatch.setattr(Run, "loop", lambda *_: None)
+    leave_out_report(monkeypatch)
+    options = make_options(tmp_path, class_prompt="a photo of a dog", class_data_dir=str(own),
+                           with_prior_preservation=True, prior_generation_precision="bf16")  # fmt: skip
+    train(TrainConfig(**options, output_dir=tmp_path / "run"))
+    assert seen == [[]] and loaded == ["unet"]  # for its LoRA, once
+    assert "torn.png" in capsys.readouterr().out

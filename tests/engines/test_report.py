@@ -1,5 +1,6 @@
 """The report tells a run that learned from one that did not, and gives nothing private away."""
 
+import ast
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from dbcore import TOY_BASE
 from dbcore.engines import report
+from dbcore.engines.prior import cache_dir
 
 
 @dataclass
@@ -176,3 +178,22 @@ def test_prompts_are_few_and_different(asked, expected):
 
 def test_peak_memory_is_that_of_a_process_with_torch_in_it():
     assert 50e6 < report.peak_memory()[0] < 500e9
+
+
+@pytest.mark.parametrize("prompt", ['a "photo" of sks dog', "a dog's \\ bowl", 'two\nlines "x"', "собака"])
+def test_the_cards_code_is_python_whatever_the_prompt(prompt, tmp_path):
+    _, card = run(tmp_path, strength=0.5, config=Config(instance_prompt=prompt, pretrained_model_name_or_path='a/"b"'))
+    code = card.split("```python\n")[1].split("```")[0]
+    words = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert prompt in words and 'a/"b"' in words
+
+
+def test_a_user_without_a_home_gets_a_card(tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr("pathlib.Path.expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    _, card = run(tmp_path, strength=0.5)
+    assert "| rank | 4 |" in card
+    monkeypatch.delenv("DBCORE_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_dir().is_absolute()

@@ -9,7 +9,9 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from pipelines import make_tiny_pipeline
+from safetensors.torch import save_file
 
+from dbcore.config import ConfigError
 from dbcore.models.adapter import Adapter, Layer
 from dbcore.models.kohya import save_kohya
 from dbcore.models.lora_files import read_adapter, read_safetensors, save_diffusers
@@ -198,3 +200,60 @@ def test_extract(base, tmp_path, capsys):
     assert torch.allclose(adapter.layers["unet"][name].delta(), change, atol=1e-4)
     assert "error 0.0000" in capsys.readouterr().out
     assert torch.allclose(predict(load(base, tmp_path / "x.safetensors")), predict(tuned), atol=1e-4)
+
+
+# --- only what an export wrote is replaced --------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A folder of someone's own."""
+    (tmp_path / "home" / "deep").mkdir(parents=True)
+    (tmp_path / "home" / "deep" / "novel.txt").write_text("mine")
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_a_folder_of_others_is_never_replaced(form, lora, base, theirs):
+    words = ["--format", form, "--pretrained_model_name_or_path", base, "--overwrite"]
+    with pytest.raises(InputError, match="deep/novel.txt in it was written by no export"):
+        run(export, "--lora", lora[0], *words, "--output", theirs)
+    assert (theirs / "deep" / "novel.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_an_earlier_export_is_replaced_whole_unless_something_was_added(form, lora, base, tmp_path):
+    words = ["--format", form, "--pretrained_model_name_or_path", base, "--overwrite", "--output", tmp_path / "out"]
+    run(export, "--lora", lora[0], *words)
+    first = {path.relative_to(tmp_path) for path in (tmp_path / "out").rglob("*")}
+    run(export, "--lora", lora[0], *words)
+    assert {path.relative_to(tmp_path) for path in (tmp_path / "out").rglob("*")} == first
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes.txt in it was written by no export"):
+        run(export, "--lora", lora[0], *words)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_that_is_no_lora_is_never_replaced(lora, base, tmp_path):
+    weights = tmp_path / "model.safetensors"
+    save_file({"conv_in.weight": torch.zeros(2)}, weights)
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    own = save_diffusers(read_adapter(lora[0]), run_folder / "pytorch_lora_weights.safetensors")
+    (run_folder / "config.yaml").write_text("")
+    before = weights.read_bytes(), own.read_bytes()
+    for tool, words in ((export, ["--format", "diffusers"]), (merge, [])):
+        for output, said in ((weights, "no LoRA file"), (own, "a run's own LoRA")):
+            with pytest.raises(InputError, match=said):
+                run(tool, "--lora", lora[0], *words, "--output", output, "--overwrite")
+    assert (weights.read_bytes(), own.read_bytes()) == before
+
+
+def test_a_base_that_is_not_there_is_a_clear_error(lora, tmp_path):
+    words = ["--format", "merged", "--pretrained_model_name_or_path", tmp_path / "nowhere"]
+    with pytest.raises(ConfigError, match="nowhere: no pipeline can be loaded from it"):
+        run(export, "--lora", lora[0], *words, "--output", tmp_path / "out")
+    words = ["--pretrained_model_name_or_path", tmp_path, "--tuned", tmp_path]
+    with pytest.raises(ConfigError, match="no pipeline can be loaded from it"):
+        run(extract, *words, "--output", tmp_path / "out.safetensors")

@@ -46,3 +46,18 @@ def test_every_shipped_subject_can_be_asked_for():
         prompts = quickstart.prompts_for(subject)
         assert len(list(folder.glob("*.png"))) == 5 and len(prompts) == 5
         assert subject["class_noun"] in prompts[0] and "sks" in prompts[0] and "sks" not in prompts[-1]
+
+
+def test_another_run_is_not_replaced_unasked(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "CLASS_IMAGES", 2)
+    monkeypatch.setenv("DBCORE_CACHE", str(tmp_path / "cache"))
+    words = ["quickstart", "--pretrained_model_name_or_path", str(base), "--max_train_steps", "1",
+             "--output_dir", str(tmp_path / "run")]  # fmt: skip
+    main(words)
+    before = (tmp_path / "run" / "pytorch_lora_weights.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--subject", "cat"])
+    assert "holds a run already" in str(stop.value) and "--overwrite_output_dir" in str(stop.value)
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").read_bytes() == before
+    main([*words, "--subject", "cat", "--overwrite_output_dir"])
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").read_bytes() != before
