@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from dbcore.config import ConfigError, read_run_config
+from dbcore.datasets.prompts import check_fit
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import load_lora, set_scale
 from dbcore.utils.files import write_whole, writing
@@ -21,6 +22,7 @@ def generate(config, base=None):
     """
     config.check()
     config = settle(with_base(config))
+    check_prompts(config, base or load_base(config.pretrained_model_name_or_path, config.revision))
     base = base or base_with_loras(config)
     seeds = [config.seed + k for k in range(config.num_images)]
     pictures = base.draw(
@@ -31,15 +33,27 @@ def generate(config, base=None):
     return [pictures[first:first + len(seeds)] for first in range(0, len(pictures), len(seeds))]
 
 
+def check_prompts(config, base):
+    """Say what of the prompts is beyond the token limit. Raises PromptError where the subject of a LoRA's run is."""
+    run = next(filter(None, map(run_of, config.checkpoint_dir)), {})
+    texts = [("--prompt", prompt) for prompt in config.prompt] + [("--negative_prompt", config.negative_prompt)]
+    check_fit(base, texts, run.get("instance_prompt") or "", run.get("class_prompt"))
+
+
+def run_of(lora):
+    """The options of the run that a LoRA, or a checkpoint's, lies in; {} where there is none."""
+    first = Path(lora)
+    return next(filter(None, map(read_run_config, (first, first.parent, first.parent.parent))), {})
+
+
 def with_base(config):
     """`config` with the base that its first LoRA's run was trained on, if it names none."""
     if config.pretrained_model_name_or_path:
         return config
-    first = Path(config.checkpoint_dir[0])
-    for folder in (first, first.parent, first.parent.parent):
-        if run := read_run_config(folder):
-            return dataclasses.replace(config, revision=config.revision or run.get("revision"),
-                                       pretrained_model_name_or_path=run["pretrained_model_name_or_path"])
+    first = config.checkpoint_dir[0]
+    if run := run_of(first):
+        return dataclasses.replace(config, revision=config.revision or run.get("revision"),
+                                   pretrained_model_name_or_path=run["pretrained_model_name_or_path"])
     raise ConfigError(f"--checkpoint_dir {first} does not say which base it belongs to, by a config.yaml that a run "
                       "has written: give --pretrained_model_name_or_path as well")
 

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from dbcore.config import ConfigError, need
 from dbcore.datasets.dreambooth import DreamBoothData, refuse_shared
 from dbcore.datasets.photos import gather_photos
+from dbcore.datasets.prompts import check_fit, texts_of
 from dbcore.engines import checkpoint
 from dbcore.engines.losses import dreambooth_loss, min_snr_weight
 from dbcore.engines.prior import class_images, class_photos, own_folder
@@ -87,6 +88,9 @@ def check_and_train(config, callback, should_stop):
     photos, problems = gather_photos(config.instance_data_dir, config.resolution, config.use_masks)
     for problem in problems:
         say(f"  {problem}")
+    base = load_base(config.pretrained_model_name_or_path, config.revision, tokenizer_name=config.tokenizer_name,
+                     tokenizer_max_length=config.tokenizer_max_length)  # for its tokenizers
+    check_fit(base, texts_of(config, photos), config.instance_prompt, config.class_prompt, say)
     with held(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
         return train_in_folder(config, accelerator, photos, callback, should_stop)
 

@@ -6,6 +6,7 @@ network is loaded when it is first used and can be let go again, so that they ne
 together. What `auto` becomes for a base and a machine is settled here too.
 """
 
+import bisect
 import ctypes
 import dataclasses
 import importlib
@@ -451,6 +452,27 @@ class Family(ABC):
         return fingerprint(self.name, self.revision, self.variant)
 
     # --- words
+
+    def token_limit(self, tokenizer):
+        """How many tokens of a prompt, its start and end marks among them, are read."""
+        return self.tokenizer_max_length or getattr(self, tokenizer).model_max_length
+
+    def cut_off(self, prompt):
+        """The end of a prompt, in whole words, that is beyond the token limit; "" where all is read."""
+        kept = len(prompt.split())
+        for name in self.tokenizers:
+            kept = min(kept, self.words_read(prompt.split(), getattr(self, name), self.token_limit(name)))
+        return prompt.split(maxsplit=kept)[-1] if kept < len(prompt.split()) else ""
+
+    @staticmethod
+    def words_read(words, tokenizer, limit):
+        """How many of the first words fit into `limit` tokens; more words never make fewer tokens."""
+        def too_long(count):
+            return len(tokenizer(" ".join(words[:count]), verbose=False).input_ids) > limit
+
+        if not words or not too_long(len(words)):
+            return len(words)
+        return bisect.bisect_left(range(1, len(words) + 1), True, key=too_long)
 
     def encode_prompts(self, prompts):
         """`encode_text` of prompts, from memory for those it was told to `remember`.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import dbcore
 from dbcore.config import ConfigError, need, read_run_config
+from dbcore.datasets.prompts import check_fit
 from dbcore.utils.files import save_png, sweep, write_whole
 from dbcore.utils.text import read_text
 
@@ -182,12 +183,10 @@ def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4,
     output_dir, scores, encoders = Path(output_dir), {}, None
     names = [subject.name for subject in subjects]
     need(len(set(names)) == len(names), f"two runs are named {max(names, key=names.count)}: rename one of the folders")
-    for subject in subjects:
-        read_photos(subject)  # before hours of drawing
+    lists = {subject.name: check_subject(subject, prompts, num_prompts) for subject in subjects}
     distance = load_lpips() if lpips else None
     for subject in subjects:
-        asked = spread(compose(read_prompts(prompts, subject.base), subject.instance_prompt, subject.class_prompt),
-                       num_prompts)
+        asked = lists[subject.name]
         encoders = encoders or ([load_encoder(name) for name in encoder] if encoder else load_encoders(subject.base))
         drawn = {which: draw_all(subject, which, asked, output_dir, num_images, seed, batch_size)
                  for which in ("floor", "adapter")}
@@ -198,6 +197,17 @@ def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4,
     write_whole(output_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
     write_whole(output_dir / "evaluation.md", result_table(result) + "\n")
     return result
+
+
+def check_subject(subject, prompts, num_prompts):
+    """What is drawn and asked of a subject, as `compose` gives it. Raises InputError for what hours would end with."""
+    from dbcore.models.base import load_base
+
+    read_photos(subject)
+    asked = spread(compose(read_prompts(prompts, subject.base), subject.instance_prompt, subject.class_prompt), num_prompts)
+    check_fit(load_base(subject.base, subject.revision), [("--prompts", drawn) for drawn, _ in asked],
+              subject.instance_prompt, subject.class_prompt)
+    return asked
 
 
 def draw_all(subject, which, asked, output_dir, num_images, seed, batch_size):
