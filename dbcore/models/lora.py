@@ -50,7 +50,7 @@ def add_lora(module, rank, alpha, layers="attention", dropout=0.0, use_dora=Fals
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=use_dora, use_rslora=use_rslora,
                         init_lora_weights="gaussian", target_modules=target_modules(module, layers))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the seed below is every device's
         torch.manual_seed(key(seed, "lora", sample=type(module).__name__))
         module.add_adapter(config, adapter_name=name)
     for parameter in lora_parameters(module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+
+from dbcore.utils.files import whole_file
 
 
 def step_rng(seed: int, stage: str, step: int) -> tuple[np.random.Generator, torch.Generator]:
@@ -112,14 +113,6 @@ def make_optimizers(module: nn.Module, lr: float, muon: bool = False) -> list:
     return optimizers + ([Muon(matrices, lr)] if matrices else [])
 
 
-def save_atomically(payload: dict, path: Path) -> None:
-    beside = path.with_suffix(".part")
-    torch.save(payload, beside)
-    with open(beside, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(beside, path)
-
-
 def save_half(module: nn.Module, folder: Path) -> None:
     """The weights as `folder/model.safetensors`, in half precision."""
     from safetensors.torch import save_file
@@ -174,8 +167,10 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int], di
             print(json.dumps({"stage": stage, "step": step, "of": steps, "seconds": round(seconds, 1),
                               **{k: round(float(v.detach()), 5) for k, v in terms.items()}}), flush=True)
         if time.monotonic() - saved > save_every or step == steps:
-            save_atomically({"module": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                             "average": average and average.values, "step": step, "seconds": seconds}, path)
+            state = {"module": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                     "average": average and average.values, "step": step, "seconds": seconds}
+            with whole_file(path) as partial:
+                torch.save(state, partial)
             saved = time.monotonic()
     if average:
         module.load_state_dict(average.values)

@@ -12,6 +12,7 @@ from dbcore.toybox.clip import save_clip
 from dbcore.toybox.denoiser import make_pipeline
 from dbcore.toybox.encoder import SUBJECTS, VIEWS
 from dbcore.toybox.fit import save_half
+from dbcore.utils.files import whole_folder
 
 RECOMMENDED = {  # a config's `auto` takes them up; `prompts`, evaluate does
     "resolution": 64,
@@ -36,28 +37,16 @@ def save_base(folder: Path, tokenizer, clip, autoencoder, unet, reader=None, enc
     `clip_image/` holds the toy CLIP's image tower and projections, `reader/` the attribute reader,
     `subject/` the subject encoder.
     """
-    beside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    make_pipeline(tokenizer, clip.text.half().float(), autoencoder.half(), unet.half()).save_pretrained(beside)
-    for name in ("vocab.json", "merges.txt"):  # which older versions of transformers read
-        shutil.copy(Path(tokenizer.name_or_path) / name, beside / "tokenizer" / name)
-    save_clip(clip, beside / "clip_image")
-    for name, network in (("reader", reader), ("subject", encoder)):
-        if network is not None:
-            save_half(network, beside / name)
-    (beside / "recommended.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
-    replace_folder(beside, folder)
+    with whole_folder(folder) as beside:
+        make_pipeline(tokenizer, clip.text.half().float(), autoencoder.half(), unet.half()).save_pretrained(beside)
+        for name in ("vocab.json", "merges.txt"):  # which older versions of transformers read
+            shutil.copy(Path(tokenizer.name_or_path) / name, beside / "tokenizer" / name)
+        save_clip(clip, beside / "clip_image")
+        for name, network in (("reader", reader), ("subject", encoder)):
+            if network is not None:
+                save_half(network, beside / name)
+        (beside / "recommended.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
     return folder
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Put `new` where `old` is; between the two renames, and only then, there is none."""
-    gone = old.with_name(old.name + ".old")
-    shutil.rmtree(gone, ignore_errors=True)
-    if old.exists():
-        old.rename(gone)
-    new.rename(old)
-    shutil.rmtree(gone, ignore_errors=True)
 
 
 def size_mib(folder: Path) -> float:

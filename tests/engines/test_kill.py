@@ -22,7 +22,7 @@ from dbcore.__main__ import main
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines import checkpoint
 from dbcore.engines.checkpoint import CheckpointError, checkpoints, find_checkpoint, save_checkpoint
-from dbcore.engines.train import Interrupted, Log, train
+from dbcore.engines.train import Interrupted, Log, Run, train
 from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora
 from dbcore.utils import files
@@ -322,6 +322,18 @@ def test_a_full_disk_elsewhere_is_reported_with_what_is_left(where, options, tmp
     assert not (tmp_path / "run" / LORA).exists()
     train(TrainConfig(**options, **more, resume_from_checkpoint="latest"))
     assert (tmp_path / "run" / LORA).exists()
+
+
+@pytest.mark.parametrize("error", [OSError("a library's own words"), ConnectionResetError(104, "reset"),
+                                   ValueError("a bug")], ids=repr)  # fmt: skip
+def test_what_is_no_fault_of_the_disk_is_no_checkpoint_problem(error, options, tmp_path, monkeypatch):
+    def break_off(*_):
+        raise error
+
+    monkeypatch.setattr(Run, "loop", break_off)
+    with pytest.raises(type(error)) as caught:
+        train(TrainConfig(**options, output_dir=tmp_path / "run"))
+    assert caught.value is error
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(options, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -267,3 +268,29 @@ def test_a_users_own_folder_loads_no_network_and_its_bad_photos_are_named(tmp_pa
     train(TrainConfig(**options, output_dir=tmp_path / "run"))
     assert seen == [[]] and loaded == ["unet"]  # for its LoRA, once
     assert "torn.png" in capsys.readouterr().out
+
+
+def test_two_jobs_make_one_cache_at_the_same_time(base, config, monkeypatch):
+    both, failed = threading.Barrier(2, timeout=20), []
+    save = Image.Image.save
+
+    def slowly(image, path, **more):
+        save(image, path, **more)
+        both.wait()  # both have written the same picture, and neither has renamed it
+
+    def job():
+        try:
+            class_images(base, config)
+        except Exception as error:  # noqa: BLE001 - reported by the assertion
+            failed.append(error)
+
+    picture = Image.effect_noise((32, 32), 64).convert("RGB")
+    monkeypatch.setattr(base, "draw", lambda prompts, *args, **more: [picture] * len(prompts))
+    monkeypatch.setattr(Image.Image, "save", slowly)
+    jobs = [threading.Thread(target=job) for _ in range(2)]
+    for thread in jobs:
+        thread.start()
+    for thread in jobs:
+        thread.join()
+    folder = class_images(base, config)
+    assert not failed and len(contents(folder)) == config.num_class_images and not list(folder.glob(".*"))

@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from dbcore.engines import run_folder
 from dbcore.engines.checkpoint import checkpoints
 from dbcore.engines.finetune import finetune
 from dbcore.engines.run_folder import HOLDER, REPLACEMENT, complete, held
-from dbcore.engines.train import Interrupted, train
+from dbcore.engines.train import Interrupted, check_launch, train
 from dbcore.utils.errors import DBCoreError
 
 
@@ -145,3 +147,21 @@ def test_a_tracker_that_is_missing_is_not_written_into_the_config(options, tmp_p
     train(config)
     assert "TensorBoard is not installed" in capsys.readouterr().out
     assert config.report_to == read_yaml(tmp_path / "run" / "config.yaml", TrainConfig)["report_to"] == "tensorboard"
+
+
+# --- how it was launched --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "refused"), [
+    ("accelerate launch --num_processes 2 -m dbcore train", True), ("accelerate launch --num-processes=4 x.py", True),
+    ("accelerate launch --num_processes 1 -m dbcore train", False), ("accelerate launch -m dbcore train", False),
+])  # fmt: skip
+def test_processes_that_were_asked_for_and_not_started_are_missed(words, refused, monkeypatch):
+    parent = SimpleNamespace(cmdline=words.split)
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(parent=lambda: parent))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # as the launcher sets it
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match="started one process.*torchrun") if refused else nullcontext():
+        check_launch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_launch()  # there they are

@@ -53,17 +53,6 @@ def test_a_saved_base_is_an_ordinary_pipeline(saved):
     assert pipe.scheduler.config.prediction_type == "v_prediction"
 
 
-def test_saving_again_replaces_the_folder_whole(saved, tmp_path):
-    from dbcore.toybox.ship import replace_folder
-
-    old, new = tmp_path / "base", tmp_path / "base.part"
-    for folder, name in ((old, "old.txt"), (new, "new.txt")):
-        folder.mkdir()
-        (folder / name).write_text(name)
-    replace_folder(new, old)
-    assert [p.name for p in tmp_path.rglob("*")] == ["base", "new.txt"]
-
-
 def test_clip_comes_back_as_it_was(saved):
     from dbcore.toybox.clip import load_clip, tokenize
 
