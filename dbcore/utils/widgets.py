@@ -205,7 +205,7 @@ def doctor_sheet(photos, problems, columns=4):
     """All photos in one figure, each with 'good' or the kinds of its problems below its name."""
     kinds = {}
     for problem in problems:
-        kinds.setdefault(problem.path, []).append(problem.kind)
+        kinds.setdefault(problem.photo or problem.path, []).append(problem.kind)
     cells = [(photo.load(), f"{photo.path.name}: {', '.join(kinds.get(photo.path, ['good']))}") for photo in photos]
     figure = Picture(figsize=(2 * columns, 2.2 * -(-len(cells) // columns)))
     axes = figure.subplots(-(-len(cells) // columns), columns, squeeze=False).flat
@@ -222,7 +222,8 @@ def photo_doctor(photos, problems):
     loaders = {photo.path.name: photo.load for photo in photos}
     notes = {name: [] for name in loaders}
     for problem in problems:
-        notes.setdefault(problem.path.name, []).append(problem.message + (" [skipped]" if problem.skipped else ""))
+        photo = (problem.photo or problem.path).name
+        notes.setdefault(photo, []).append(problem.message + (" [skipped]" if problem.skipped else ""))
 
     def look(photo):
         picture = loaders[photo]() if photo in loaders else None

@@ -171,6 +171,14 @@ def test_the_doctors_sheet_has_every_photo_with_its_verdict(folder_of_photos):
     assert titles[:2] == ["good.png: good", "small.png: small"] and set(titles[2:]) == {""}
 
 
+def test_a_photo_whose_mask_is_bad_is_not_called_good(folder_of_photos):
+    photos, problems = folder_of_photos
+    path = photos[0].path
+    problems = [*problems, Problem(path.with_suffix(".mask.png"), "mask", "black: nothing is learnt", photo=path)]
+    assert widgets.doctor_sheet(photos, problems).axes[0].get_title() == "good.png: mask"
+    assert widgets.photo_doctor(photos, problems)._call()[1] == "black: nothing is learnt"
+
+
 def test_the_crop_box_follows_its_sliders_and_is_always_legal():
     photo = Image.new("RGB", (300, 200), "white")
     photo.paste((200, 0, 0), (0, 0, 150, 200))
