@@ -7,7 +7,6 @@
 diffusers' own converters translate the names. Every key of a file is used, or the file is refused.
 """
 
-import importlib
 import json
 import math
 import re
@@ -22,12 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from dbcore.models.adapter import Adapter, Layer, LoraFileError, plain_name
-from dbcore.models.base import read_index
+from dbcore.models.base import FAMILIES, family_of, load_base
 from dbcore.utils.files import write_whole
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps the LoraConfigs in a file's header
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # a diffusers pipeline's
 PARTS = {  # how a key ends, and what its tensor is; peft, kohya, and diffusers over the years
     ".lora_A.weight": "down", ".lora_B.weight": "up",
     ".lora_down.weight": "down", ".lora_up.weight": "up",
@@ -188,64 +186,47 @@ class Names:
 
     def __init__(self, base):
         self.base = base
+        families = [family_of({"_class_name": kind}) for kind in FAMILIES]
+        self.components = {component for family in families for component in family.lora_targets}
 
     @cached_property
-    def pipeline(self):
-        import diffusers
-
-        return getattr(diffusers, read_index(self.base)["_class_name"])
-
-    @cached_property
-    def networks(self):
-        """{component: network without weights}: its modules' names and sizes."""
-        index, name, networks = read_index(self.base), str(self.base), {}
-        for component in self.pipeline._lora_loadable_modules:
-            library, kind = index[component]
-            cls = getattr(importlib.import_module(library), kind)
-            with torch.device("meta"):
-                if library == "diffusers":
-                    network = cls.from_config(cls.load_config(name, subfolder=component))
-                else:
-                    network = cls(cls.config_class.from_pretrained(name, subfolder=component))
-            networks[component] = network
-        return networks
+    def family(self):
+        return load_base(self.base, device="meta")  # names and shapes, no numbers
 
     @cached_property
     def modules(self):
-        return modules_by_name(self.networks)
+        return modules_by_name(self.family.modules)
+
+    def are_diffusers(self, key):
+        """Whether a key begins as diffusers' do, with the name of a network."""
+        return key.partition(".")[0] in self.components
 
     def to_diffusers(self, halves):
         """One layer's tensors under diffusers' names, and its alpha where it is not in them."""
         key = next(iter(halves))
-        if is_diffusers(key):
+        if self.are_diffusers(key):
             return halves, None
         if self.base is None:
             raise LoraFileError(f"{key} is another tool's name: give the base as well, by "
                                 "--pretrained_model_name_or_path")
-        # SDXL's blocks are numbered by the UNet's config
-        unet = getattr(self.networks.get("unet"), "config", None)
+        blocks = self.family.denoiser.config  # by which SDXL's original blocks are numbered
         try:
-            found = self.pipeline.lora_state_dict(dict(halves), unet_config=unet)
+            found = self.family.pipeline_class.lora_state_dict(dict(halves), unet_config=blocks)
         except (ValueError, KeyError, IndexError, RuntimeError):
             found = {}
         renamed, alphas = found if isinstance(found, tuple) else (found, None)
-        if not renamed or not all(map(is_diffusers, renamed)):
+        if not renamed or not all(map(self.are_diffusers, renamed)):
             raise self.stranger(key)
         return renamed, next(iter((alphas or {}).values()), None)
 
     def check(self, component, module, layer, key):
         """A name that the converter has guessed must be there, and of the layer's size."""
-        if not is_diffusers(key) and not fits(self.modules.get((component, module)), layer):
+        if not self.are_diffusers(key) and not fits(self.modules.get((component, module)), layer):
             raise self.stranger(key)
 
     def stranger(self, key):
         return LoraFileError(f"{key} fits no module of {self.base}: "
                              "it was trained on another model family")
-
-
-def is_diffusers(key: str) -> bool:
-    """Whether a key begins as diffusers' do, with the name of a network."""
-    return key.partition(".")[0] in COMPONENTS
 
 
 def modules_by_name(networks: dict) -> dict[tuple[str, str], torch.nn.Module]:

@@ -2,24 +2,23 @@
 
 import json
 import re
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
-from pipelines import make_tiny_pipeline
+from pipelines import make_flux2_miniature, make_sdxl_miniature, make_tiny_pipeline
+from runs import make_hub
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig
 
 from dbcore.models import adapter as A
 from dbcore.models import kohya as K
 from dbcore.models import lora_files as X
 from dbcore.models.base import load_base
-from dbcore.models.lora import load_lora
+from dbcore.models.lora import load_lora, lora_layers
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CASES = {
@@ -245,18 +244,8 @@ def test_kohya_keys_are_those_other_tools_look_for(adapter, tmp_path):
 
 def test_kohya_names_are_looked_up_for_a_base_on_the_hub_too(adapter, base, tmp_path, monkeypatch):
     kohya = K.save_kohya(adapter, tmp_path / "kohya.safetensors")
-
-    def from_folder(real, name, **more):
-        assert name == "some/name"
-        return real(base, **more)
-
-    for cls, method in (
-        (X, "read_index"),
-        (UNet2DConditionModel, "load_config"),
-        (CLIPTextConfig, "from_pretrained"),
-    ):
-        monkeypatch.setattr(cls, method, partial(from_folder, getattr(cls, method)))
-    assert X.read_adapter(kohya, "some/name").layers.keys() == adapter.layers.keys()
+    make_hub(tmp_path / "hub", monkeypatch, main=base)
+    assert X.read_adapter(kohya, "tiny/base").layers.keys() == adapter.layers.keys()
 
 
 def test_kohya_header_names_network_base_and_trigger(adapter, tmp_path):
@@ -319,44 +308,62 @@ def test_layers_that_kohyas_scripts_pass_over_are_named(adapter):
 # --- other families -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def sdxl(tmp_path, monkeypatch):
-    """A folder of SDXL's shape, without weights: names and sizes come from the configs."""
-    UNet2DConditionModel(
-        block_out_channels=(8, 16, 16), down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
-        up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"), transformer_layers_per_block=(1, 2, 3),
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16,
-        cross_attention_dim=2048, attention_head_dim=8, norm_num_groups=8, use_linear_projection=True,
-    ).save_config(tmp_path / "unet")  # fmt: skip
-    text = CLIPTextConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    for name in ("text_encoder", "text_encoder_2"):
-        text.save_pretrained(tmp_path / name)
-    index = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
-             "text_encoder": ["transformers", "CLIPTextModel"],
-             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}  # fmt: skip
-    monkeypatch.setattr(X, "read_index", lambda name: index)
-    return tmp_path
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    return make_sdxl_miniature(tmp_path_factory.mktemp("sdxl"))
 
 
-def test_every_module_of_sdxl_has_a_name_in_kohyas_file(sdxl, tmp_path):
-    layers = {}
-    for (component, name), module in X.Names(sdxl).modules.items():
+@pytest.fixture(scope="module")
+def flux2(tmp_path_factory):
+    return make_flux2_miniature(tmp_path_factory.mktemp("flux2"))
+
+
+def adapter_of_all(base):
+    """A LoRA of rank 2 on every layer of a base, of random numbers."""
+    layers, generator = {}, torch.Generator().manual_seed(0)
+    for (component, name), module in X.Names(base).modules.items():
         out, *into = module.weight.shape
-        up = torch.zeros(out, 1, *[1] * (len(into) - 1))
-        layers.setdefault(component, {})[name] = A.Layer(torch.ones(1, *into), up, 1.0)
-    kohya = K.save_kohya(A.Adapter(layers), tmp_path / "k.safetensors")
-    read = X.read_adapter(kohya, sdxl).layers
-    assert read.keys() == {"unet", "text_encoder", "text_encoder_2"}
-    assert all(read[component].keys() == layers[component].keys() for component in layers)
+        up = torch.randn(out, 2, *[1] * (len(into) - 1), generator=generator)
+        down = torch.randn(2, *into, generator=generator)
+        layers.setdefault(component, {})[name] = A.Layer(down, up, 0.5)
+    return A.Adapter(layers)
+
+
+def updates(networks):
+    """{(component, module): scale * up @ down} of the LoRAs on networks."""
+    return {
+        (component, A.plain_name(component, name)): layer.get_delta_weight(layer.active_adapters[0])
+        for component, network in networks.items()
+        for name, layer in lora_layers(network)
+    }
+
+
+@pytest.mark.parametrize(
+    "family, write", [("sdxl", X.save_diffusers), ("sdxl", K.save_kohya), ("flux2", X.save_diffusers)]
+)
+def test_ours_and_the_stock_pipeline_read_the_same_of_every_family(family, write, request, tmp_path):
+    base = request.getfixturevalue(family)
+    path = write(adapter_of_all(base), tmp_path / "lora.safetensors")
+    ours = updates(load_lora(load_base(base), path).modules)
+    stock = DiffusionPipeline.from_pretrained(base)
+    stock.load_lora_weights(tmp_path, weight_name=path.name)
+    theirs = updates({component: getattr(stock, component) for component in stock._lora_loadable_modules})
+    wanted = {(component, name): layer.delta() for component, name, layer in adapter_of_all(base).every()}
+    assert wanted.keys() == ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[key], wanted[key], atol=1e-5) for key in wanted)
+    assert all(torch.allclose(theirs[key], wanted[key], atol=1e-5) for key in wanted)
+
+
+def test_the_first_of_two_text_encoders_is_te1(sdxl, tmp_path, monkeypatch):
+    monkeypatch.setitem(K.FAMILIES, 40, K.FAMILIES[2048])  # the miniature's width
+    layers = adapter_of_all(sdxl).layers
     unet_and_first = A.Adapter({key: layers[key] for key in ("unet", "text_encoder")})
     tensors = load_file(K.save_kohya(unet_and_first, tmp_path / "one.safetensors"))
-    assert not any(key.startswith("lora_te_") for key in tensors)
+    assert {key.split("_")[1] for key in tensors} == {"unet", "te1"}
 
 
 def test_names_of_the_original_sdxl_are_read(sdxl, tmp_path):
-    flat = "lora_unet_input_blocks_7_1_transformer_blocks_2_attn1_to_q"
+    flat = "lora_unet_input_blocks_7_1_transformer_blocks_1_attn1_to_q"
     halves = {
         f"{flat}.lora_down.weight": torch.ones(2, 16),
         f"{flat}.lora_up.weight": torch.ones(16, 2),
@@ -365,22 +372,9 @@ def test_names_of_the_original_sdxl_are_read(sdxl, tmp_path):
     ((component, name, layer),) = X.read_adapter(tmp_path / "k.safetensors", sdxl).every()
     assert (component, name) == (
         "unet",
-        "down_blocks.2.attentions.0.transformer_blocks.2.attn1.to_q",
+        "down_blocks.2.attentions.0.transformer_blocks.1.attn1.to_q",
     )
     assert layer.scale == 0.5
-
-
-@pytest.fixture
-def flux2(tmp_path, monkeypatch):
-    config = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
-              "joint_attention_dim": 12, "in_channels": 4, "axes_dims_rope": (2, 2, 2, 2)}  # fmt: skip
-    Flux2Transformer2DModel(**config).save_config(tmp_path / "transformer")
-    index = {
-        "_class_name": "Flux2KleinPipeline",
-        "transformer": ["diffusers", "Flux2Transformer2DModel"],
-    }
-    monkeypatch.setattr(X, "read_index", lambda name: index)
-    return tmp_path
 
 
 def test_names_of_flux2_are_read_and_what_diffusers_drops_is_refused(flux2, tmp_path):
