@@ -157,6 +157,9 @@ class TrainConfig:
         for given in ("class_prompt", "class_data_dir"):
             need(self.with_prior_preservation or not getattr(self, given),
                  f"--{given} does nothing without --with_prior_preservation: add that, or leave this out")
+        for given in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            need(self.optimizer != "Adafactor" or getattr(self, given) == getattr(TrainConfig, given),
+                 f"--{given} does nothing with --optimizer Adafactor: leave it out")
         for given in ("text_encoder_lr", "text_encoder_rank"):
             need(self.train_text_encoder or getattr(self, given) == AUTO,
                  f"--{given} does nothing without --train_text_encoder: add that, or leave this out")

@@ -280,6 +280,8 @@ CONTRADICTIONS = {
     "validation_steps": {"validation_steps": 1},
     "validation_epochs alone": {"validation_epochs": 1},
     "lr_warmup_steps": {"lr_warmup_steps": 10},
+    "adam_beta1": {"adam_beta1": 0.5, "optimizer": "Adafactor"},
+    "adam_epsilon": {"adam_epsilon": 1e-3, "optimizer": "Adafactor"},
     "use_rslora": {"use_dora": True, "use_rslora": True, "lora_layers": "all"},
     "hub_model_id": {"hub_model_id": "me/dog"},
     "hub_token": {"hub_token": "hf_sentinel", "report_to": "wandb"},

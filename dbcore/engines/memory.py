@@ -28,9 +28,6 @@ OVERHEAD = {"cpu": 0.6e9, "cuda": 0.5e9}  # Python and its libraries; a CUDA con
 # Where blocks are computed again, what is kept lies between what comes and goes, and the gaps are larger: 2.3 times what
 # was traced for the toy base, 3.0 for Stable Diffusion's shape.
 GAPS, GAPS_CHECKPOINTING = 1.5, 2.4
-# Bytes of state a trained number, beside its gradient: AdamW keeps two float32, 8-bit AdamW two bytes, Prodigy
-# four float32. Adafactor keeps sums of rows and columns, which for a LoRA of low rank is about one number in r.
-STATE = {"AdamW": 8, "AdamW8bit": 2, "Prodigy": 16, "Adafactor": 4}
 ENCODED, DRAWN = 4, 8  # photos a pass of the autoencoder, pictures a batch when drawing: the defaults of both
 
 
@@ -163,8 +160,8 @@ class Shadow(Run):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         for part in ("unet", "vae", "text_encoder"):
             materialise(getattr(self.base, part), self.fake)
-        self.trained = sum(p.numel() for module in self.trained_modules.values()
-                           for p in module.parameters() if p.requires_grad)
+        self.trained = sum(p.numel() for p in self.parameters)
+        self.state = sum(state_bytes(config.optimizer, p) for p in self.parameters)
 
     def faster(self, predict):
         """As it is: a replay or a compiled step allocates the same tensors, and these have no numbers to record."""
@@ -213,7 +210,7 @@ class Shadow(Run):
         keep = [] if c.cache_latents and not c.validation_prompt else ["vae"]
         means = 4 * self.trained if c.use_ema else 0
         return Phase("steps", self.resident("unet", *keep), live.peak - 4 * self.trained, 4 * self.trained,
-                     STATE[c.optimizer] * self.trained + means)
+                     self.state + means)
 
     def pictures(self):
         """Validation, and the report at the end: the autoencoder is back, gradients are gone."""
@@ -225,7 +222,7 @@ class Shadow(Run):
         drawer = ["vae"] if count else []
         means = 2 * 4 * self.trained if c.use_ema else 0
         return Phase("validation and report", self.resident("unet", *drawer), activations,
-                     optimizer=STATE[c.optimizer] * self.trained + means)
+                     optimizer=self.state + means)
 
     def in_a_heap(self, phase):
         """The phase with the gaps that a CPU's heap keeps."""
@@ -340,6 +337,16 @@ def materialise(module, fake):
             for name, b in part._buffers.items():
                 if b is not None:
                     part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def state_bytes(optimizer, parameter):
+    """Bytes that an optimizer keeps for one parameter, beside its gradient, at most."""
+    count = parameter.numel()
+    if optimizer == "AdamW8bit":
+        return count * (2 if count >= 4096 else 8)  # bitsandbytes leaves smaller ones in float32, as LoRAs' mostly are
+    if optimizer == "Adafactor":  # sums of rows and of columns
+        return 4 * (count // parameter.shape[-1] + count // parameter.shape[-2])
+    return count * {"AdamW": 8, "Prodigy": 16}[optimizer]  # two float32, and with Prodigy four
 
 
 def size(module):

@@ -161,6 +161,7 @@ class Run:
         self.data = DreamBoothData(config, photos, self.make_class_photos())
         refuse_shared(self.data.photos, self.data.class_photos)
         self.config = self.data.config = with_lengths(config, self.data.steps_per_epoch(self.world))
+        say_too_short(self.config, accelerator.print)
         self.circumstances = circumstances(self.config, photos, self.data.class_photos, self.world)
         self.notes = {"base": Path(self.base.name).name, "trigger_words": config.instance_prompt}
         self.pending, self.skips = [], 0  # losses that have not been looked at; steps in a row that changed nothing
@@ -520,6 +521,17 @@ def with_lengths(config, steps_per_epoch):
     every = config.validation_steps or (config.validation_epochs or 0) * steps_per_epoch or max(1, steps // VALIDATIONS)
     return dataclasses.replace(config, max_train_steps=steps, num_train_epochs=None, validation_steps=every,
                                validation_epochs=None)
+
+
+def say_too_short(config, say):
+    """A line for each option that wants a longer run than this is."""
+    steps = config.max_train_steps
+    if config.lr_warmup_steps >= steps:
+        say(f"--lr_warmup_steps {config.lr_warmup_steps}: the run has {steps} steps, so the learning rate never reaches "
+            f"{config.learning_rate:g}. Give fewer, such as {steps // 10}.")
+    if config.validation_prompt and config.validation_steps > steps:
+        say(f"--validation_steps {config.validation_steps}: the run has {steps} steps, so nothing is generated before its "
+            f"end. Give fewer, such as {max(1, steps // VALIDATIONS)}.")
 
 
 def make_optimizer(config, groups):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from pipelines import MAX_TOKENS, make_tiny_pipeline
 
-from dbcore.config import TrainConfig
+from dbcore.config import OPTIMIZERS, TrainConfig
 from dbcore.engines import memory
-from dbcore.engines.train import make_optimizer
+from dbcore.engines.train import PACKAGES, make_optimizer
 from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora, lora_parameters
 
@@ -56,10 +56,10 @@ def test_shapes_and_numbers_give_the_same_count(folder, checkpointing):
         out = base.predict(torch.randn(2, 4, 16, 16), torch.tensor([5, 7]), cond)
         out.square().mean().backward()
     gradients = sum(p.grad.numel() * 4 for p in lora_parameters(unet))
-    step = phases(folder, train_batch_size=2, gradient_checkpointing=checkpointing)["steps"]
+    found = memory.forecast(config(folder, train_batch_size=2, gradient_checkpointing=checkpointing), "cuda").phases
+    (step,) = [phase for phase in found if phase.name == "steps"]
     assert step.gradients == gradients
-    gaps = memory.GAPS_CHECKPOINTING if checkpointing else memory.GAPS
-    assert step.activations == pytest.approx(gaps * (live.peak - gradients), rel=0.05)
+    assert step.activations == pytest.approx(live.peak - gradients, rel=0.05)
 
 
 def test_a_cpu_holds_the_file_while_it_loads_and_gaps_in_its_heap(folder):
@@ -69,7 +69,11 @@ def test_a_cpu_holds_the_file_while_it_loads_and_gaps_in_its_heap(folder):
     add_lora(unet, 4, 4)
     assert here[0].name == "loading" and (here[0].weights, here[0].pages) == (memory.size(unet), file)
     assert [phase.name for phase in here[1:]] == [phase.name for phase in card]
-    assert all(a.activations > b.activations for a, b in zip(here[1:], card))
+    # measured with `dbcore bench --memory`: 1.5 times what was traced, and 2.3 to 3.0 times with checkpointing
+    assert all(1.35 < a.activations / b.activations < 1.65 for a, b in zip(here[1:], card))
+    again = {device: memory.forecast(config(folder, gradient_checkpointing=True), device).phases for device in ("cpu", "cuda")}
+    (a,), (b,) = ([phase for phase in again[device] if phase.name == "steps"] for device in ("cpu", "cuda"))
+    assert 2.2 < a.activations / b.activations < 3.1
 
 
 def test_pages_of_a_file_need_no_room(folder, monkeypatch):
@@ -79,17 +83,24 @@ def test_pages_of_a_file_need_no_room(folder, monkeypatch):
     assert memory.advise(config(folder), 16, "cpu") == {} and memory.advise(config(folder), 15, "cpu") is None
 
 
-def test_the_optimizer_holds_what_the_forecast_says(folder):
-    unet = load_base(folder).unet
-    parameters = add_lora(unet, 4, 4)
-    optimizer = make_optimizer(TrainConfig(), [{"params": parameters, "lr": 1e-4}])
-    for p in parameters:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    real = sum(t.numel() * t.element_size() for state in optimizer.state.values()
-               for t in state.values() if torch.is_tensor(t) and t.dim())
-    assert phases(folder)["steps"].optimizer == real
-    assert phases(folder, use_ema=True)["steps"].optimizer == real * 3 // 2
+@pytest.mark.parametrize("rank", [4, 256], ids=["in float32", "in 8 bits"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizer_holds_what_the_forecast_says(name, rank, folder):
+    """Counted in the real ones after two steps; Prodigy needs no copy of a matrix that begins at zero, as B does."""
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
+    parameters = add_lora(load_base(folder).unet, rank, rank)
+    optimizer = make_optimizer(TrainConfig(optimizer=name), [{"params": parameters, "lr": 1e-4}])
+    for _ in range(2):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    real = sum(t.numel() * t.element_size() for state in optimizer.state.values() for key, t in state.items()
+               if torch.is_tensor(t) and t.dim() and "map" not in key)  # 8 bits' levels are shared by all
+    found = phases(folder, optimizer=name, rank=rank)["steps"].optimizer
+    assert real <= found * 1.04 and found <= real * (1.17 if name == "Prodigy" else 1.01)
+    means = sum(p.numel() * p.element_size() for p in parameters)
+    assert phases(folder, optimizer=name, rank=rank, use_ema=True)["steps"].optimizer == found + means
 
 
 def test_options_move_the_forecast_the_way_they_move_a_run(folder):

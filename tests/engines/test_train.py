@@ -59,6 +59,15 @@ def test_a_run_starts_without_what_it_needs_only_at_its_end():
     assert not {"matplotlib", "diffusers.pipelines.pipeline_utils"} & set(there)
 
 
+@pytest.mark.parametrize("more, words", [
+    ({"lr_scheduler": "linear", "lr_warmup_steps": 500}, "--lr_warmup_steps 500: the run has 2 steps, so the learning rate"),
+    ({"validation_prompt": ["a dog"], "validation_steps": 500}, "--validation_steps 500: the run has 2 steps, so nothing"),
+], ids=["warm-up", "validation"])  # fmt: skip
+def test_a_run_too_short_for_an_option_says_so(more, words, options, tmp_path, capsys):
+    train(TrainConfig(**options, **more, output_dir=tmp_path))
+    assert words in capsys.readouterr().out
+
+
 # --- what is in memory when ---------------------------------------------------------------------------
 
 
