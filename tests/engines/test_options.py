@@ -160,7 +160,7 @@ EFFECTS = {
     "text_encoder_rank": (2, TEXT, lambda f, *_: (ranks(f), ranks(f, "text_encoder")) == ({4}, {2})),
     "train_text_encoder_frac": (0.4, TEXT, lambda f, *_: (
         [norm > 0 for norm in norms(f, "text_encoder")] == [True, True, False] and all(norms(f, "unet")))),
-    "tokenizer_max_length": (4, {}, lambda f, *_: f.lengths == {4}),
+    "tokenizer_max_length": (4, {"instance_prompt": "sks dog in the photo"}, lambda f, *_: f.lengths == {4}),
     "learning_rate": (2e-2, {}, lambda f, *_: f.rates == [[2e-2]] * 3),
     "scale_lr": (True, {"train_batch_size": 2}, lambda f, *_: factors(f) == [2, 2, 2]),
     "lr_scheduler": ("linear", {}, lambda f, *_: factors(f) == pytest.approx([1, 2 / 3, 1 / 3])),
