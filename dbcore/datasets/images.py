@@ -17,27 +17,33 @@ from dbcore.utils.errors import InputError
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF"]
 HEIC_SUFFIXES = {".heic", ".heif", ".hif", ".heics", ".heifs"}
 RAW_SUFFIXES = {
-    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".gpr", ".iiq", ".kdc", ".mef", ".mos",
-    ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f",
+    ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".gpr", ".iiq",
+    ".kdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw",
+    ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f",
 }  # fmt: skip
 # Other images, and drawings: named to their owner, not read.
 UNREAD_SUFFIXES = RAW_SUFFIXES | {
-    ".afphoto", ".ai", ".clip", ".dds", ".djvu", ".emf", ".eps", ".exr", ".hdr", ".icns", ".ico", ".j2c", ".j2k",
-    ".jp2", ".jpc", ".jpf", ".jpm", ".jpx", ".jxl", ".jxr", ".kra", ".ora", ".pcx", ".ps", ".psb", ".psd", ".qoi",
+    ".afphoto", ".ai", ".clip", ".dds", ".djvu", ".emf", ".eps", ".exr", ".hdr", ".icns", ".ico",
+    ".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpm", ".jpx", ".jxl", ".jxr", ".kra", ".ora",
+    ".pcx", ".ps", ".psb", ".psd", ".qoi",
     ".sgi", ".svg", ".svgz", ".tga", ".wdp", ".wmf", ".xbm", ".xcf", ".xpm",
 }  # fmt: skip
 UNREAD_STARTS = (  # first bytes, for files without a name that tells
-    b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"8BPS", b"gimp xcf", b"FUJIFILMCCD-RAW",
+    b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"8BPS", b"gimp xcf",
+    b"FUJIFILMCCD-RAW",
     b"\x76\x2f\x31\x01", b"DDS ", b"qoif", b"IIRO", b"IIU\0", b"FOVb",
 )  # fmt: skip
-UNREAD_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis", b"crx ")
+UNREAD_BRANDS = (  # of ISO media files
+    b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis", b"crx ",
+)  # fmt: skip
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # 270 MB as RGB; every phone's usual mode is below it
+# 270 MB as RGB; every phone's usual mode is below it
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 DEPTHS = (8, 10, 12, 14, 16)  # bits a grey value that cameras, scanners and microscopes deliver
 TURNS = {  # EXIF's orientation, tag 0x0112 -> what undoes it
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
@@ -49,7 +55,7 @@ class PhotoError(InputError):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one file, in words for its owner; `skipped` where it cannot be used at all.
+    """What is wrong with one file, in words for its owner; `skipped` where it is of no use.
 
     `photo`: the photo that the file belongs to, where it is a caption or a mask.
     """
@@ -78,11 +84,11 @@ def is_regular(path):
         return False
 
 
-# --- what a file is ------------------------------------------------------------------------------------
+# --- what a file is -------------------------------------------------------------------------------
 
 
 def looks_like_image(path):
-    """Whether a file's ending or first bytes are those of an image, of a kind that is read here or not."""
+    """Whether a file's ending or first bytes are those of an image, read here or not."""
     if Path(path).suffix.lower() in UNREAD_SUFFIXES | HEIC_SUFFIXES:
         return True
     if not is_regular(path):
@@ -100,7 +106,9 @@ def looks_like_image(path):
 def _unread_start(path):
     with open(path, "rb") as file:
         start = file.read(16)
-    return start.startswith(UNREAD_STARTS) or (start[4:8] == b"ftyp" and start[8:12] in UNREAD_BRANDS)
+    return start.startswith(UNREAD_STARTS) or (
+        start[4:8] == b"ftyp" and start[8:12] in UNREAD_BRANDS
+    )
 
 
 def known_formats():
@@ -123,25 +131,35 @@ def reason(path, error):
         limit = MAX_PIXELS // 10**6
         return "too large", f"more than {limit} megapixels ({error}): save a smaller copy"
     if suffix in HEIC_SUFFIXES and "HEIF" not in Image.OPEN:
-        return "heic", "a HEIC photo needs one more package: pip install pillow-heif (or save it as JPEG)"
+        return (
+            "heic",
+            "a HEIC photo needs one more package: pip install pillow-heif (or save it as JPEG)",
+        )
     if suffix in UNREAD_SUFFIXES:
         return "unread kind", f"{suffix} images are not read here: save it as JPEG or PNG"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture", "its content is no picture format known here: save it as JPEG or PNG"
+        return (
+            "not a picture",
+            "its content is no picture format known here: save it as JPEG or PNG",
+        )
     if isinstance(error, PermissionError):
         return "unreadable", "may not be read: check its permissions"
-    return "damaged", f"damaged or cut short ({shown(error)[:100]}): copy it again from where it came"
+    return (
+        "damaged",
+        f"damaged or cut short ({shown(error)[:100]}): copy it again from where it came",
+    )
 
 
-# --- decode --------------------------------------------------------------------------------------------
+# --- decode ---------------------------------------------------------------------------------------
 
 
 @contextmanager
 def decoded(path, draft=None):
-    """(image, size): the first frame in its own mode, not yet upright, and its (width, height) in the file.
+    """(image, size): the first frame, not yet upright, and its (width, height) in the file.
 
-    `draft` (pixels): a JPEG is read, to its last byte, at the smallest scale that leaves this side. Metadata that
-    Pillow stumbles over costs a photo nothing. Raises PhotoError and whatever a decoder raises.
+    `draft` (pixels): a JPEG is read, to its last byte, at the smallest scale that leaves this side.
+    Metadata that Pillow stumbles over costs a photo nothing. Raises PhotoError and
+    whatever a decoder raises.
     """
     _check_file(path)
     image, size = _decode(path, draft)
@@ -160,7 +178,9 @@ def _check_file(path):
         raise PhotoError("not an ordinary file (a broken link, a circle of links or a device)")
     if os.path.getsize(path) == 0:
         raise PhotoError("the file is empty (0 bytes): copy it again")
-    if Path(path).suffix.lower() in RAW_SUFFIXES:  # many are TIFF files, of which Pillow reads the preview
+    if (
+        Path(path).suffix.lower() in RAW_SUFFIXES
+    ):  # many are TIFF files, of which Pillow reads the preview
         raise Image.UnidentifiedImageError
 
 
@@ -191,7 +211,9 @@ def _load(source, draft):
 def _open(source):
     """By content, not name; the size is checked before any pixel is decoded."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own warning of the size; the test below is stricter
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow's own warning of the size; the test below is stricter
         image = Image.open(source, formats=known_formats())
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height}"
@@ -201,24 +223,24 @@ def _open(source):
 
 
 def _png_without(path, kinds):
-    """A PNG's bytes without its chunks of these kinds: the editors' histories that pass Pillow's limits."""
+    """A PNG's bytes without its chunks of these kinds, which pass Pillow's limits."""
     data = Path(path).read_bytes()
     if not data.startswith(PNG_START):
         raise ValueError("not a PNG")
     kept, at = [PNG_START], len(PNG_START)
     while at + 8 <= len(data):
-        end = at + 12 + int.from_bytes(data[at:at + 4], "big")
-        if data[at + 4:at + 8] not in kinds:
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in kinds:
             kept.append(data[at:end])
         at = end
     return BytesIO(b"".join(kept))
 
 
-# --- upright RGB ---------------------------------------------------------------------------------------
+# --- upright RGB ----------------------------------------------------------------------------------
 
 
 def orientation(image):
-    """EXIF's tag 0x0112: 1 is upright, 5 to 8 swap the sides; 1 where the metadata cannot be read."""
+    """EXIF's tag 0x0112: 1 is upright, 5 to 8 swap the sides; 1 where it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -234,9 +256,9 @@ def upright(image):
 
 
 def grey_depth(image):
-    """Bits of a grey image's values as its brightest one tells (many cameras put 12 into 16), else None.
+    """Bits of a grey image's values as its brightest one tells, None for another image.
 
-    Raises PhotoError for values that no depth holds.
+    Many cameras put 12 into 16. Raises PhotoError for values that no depth holds.
     """
     if not image.mode.startswith("I"):
         return None
@@ -247,9 +269,9 @@ def grey_depth(image):
 
 
 def to_rgb(image):
-    """Any Pillow mode as 8-bit sRGB: deep grey scaled, transparency on white, CMYK and profiles converted.
+    """Any Pillow mode as 8-bit sRGB: deep grey scaled, transparency on white.
 
-    Raises PhotoError for values whose range is not known.
+    CMYK and profiles are converted. Raises PhotoError for values whose range is not known.
     """
     depth = grey_depth(image)
     if depth:  # Pillow's convert would clip
@@ -272,6 +294,8 @@ def _to_srgb(image, profile):
     """Phones save in Display P3 and printers in CMYK; read as sRGB their colours would be off."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return ImageCms.profileToProfile(
+            image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
     except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged profile, or one of another mode
         return image.convert("RGB")

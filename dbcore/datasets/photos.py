@@ -26,14 +26,32 @@ from dbcore.datasets.images import (
     to_rgb,
     upright,
 )
-from dbcore.datasets.sidecars import MASK_FOLDERS, Captions, Masks, load_mask, mask_owners, stems_and_names
+from dbcore.datasets.sidecars import (
+    MASK_FOLDERS,
+    Captions,
+    Masks,
+    load_mask,
+    mask_owners,
+    stems_and_names,
+)
 
 PHOTO_SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
-    ".avif",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp",
+    ".tif", ".tiff", ".ppm", ".avif",
 }  # fmt: skip
 # Anything with one of these never was a photo, so it is passed over without a look inside.
-OTHER_SUFFIXES = {".txt", ".caption", ".json", ".jsonl", ".yaml", ".md", ".csv", ".db", ".ini", ".html"}
+OTHER_SUFFIXES = {
+    ".txt",
+    ".caption",
+    ".json",
+    ".jsonl",
+    ".yaml",
+    ".md",
+    ".csv",
+    ".db",
+    ".ini",
+    ".html",
+}
 JUNK_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "icon\r"}
 CONTACT_SHEET = "contact_sheet.png"  # `dbcore prepare` leaves one beside the photos
 
@@ -42,8 +60,9 @@ KOHYA_NAME = re.compile(r"(?P<repeats>\d{1,3})_(?P<words>[^\W\d_].*)")
 MAX_ASPECT = 2.5  # beyond this a centred square keeps less than 40 % of the photo
 DARK = 16  # of 255: an image without a brighter pixel shows nothing
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-# Of all copies of a photo (smaller, compressed, in other colours) 98 % are more alike than this, and two thirds of those
-# made brighter until white is cut off; different photos of one animal, on a white ground too, reach 0.971.
+# Of copies of a photo (smaller, compressed, in other colours) 98 % are more alike than this, and two
+# thirds of those made brighter until white is cut off; different photos of one animal, on a
+# white ground too, reach 0.971.
 THUMBNAIL, ALIKE = 16, 0.975
 BLOCK = 128  # photos compared at a time
 
@@ -68,7 +87,7 @@ class Photo:
         return load_mask(self.mask_path).resize(self.size, Image.Resampling.NEAREST)
 
 
-# --- find ---------------------------------------------------------------------------------------------
+# --- find -----------------------------------------------------------------------------------------
 
 
 def find_photos(folder):
@@ -90,7 +109,9 @@ def find_photos(folder):
             folders.clear()
             continue
         seen.add((identity.st_dev, identity.st_ino))
-        folders[:] = sorted(name for name in folders if not _is_junk(name) and name.lower() not in MASK_FOLDERS)
+        folders[:] = sorted(
+            name for name in folders if not _is_junk(name) and name.lower() not in MASK_FOLDERS
+        )
         images = [name for name in files if not _is_junk(name) and _may_be_photo(Path(here, name))]
         masks = mask_owners(images, stems_and_names(images))
         found += [Path(here, name) for name in images if name not in masks]
@@ -107,29 +128,35 @@ def _may_be_photo(path):
     return suffix in PHOTO_SUFFIXES or (suffix not in OTHER_SUFFIXES and looks_like_image(path))
 
 
-# --- check --------------------------------------------------------------------------------------------
+# --- check ----------------------------------------------------------------------------------------
 
 
 def gather_photos(folder, resolution=None, use_masks=True):
     """`find_photos` and `check_photos` at once: (photos, problems), with at least one photo.
 
-    Raises `PhotoError`, which names the folder and each file's reason, if none can be used; also for a
-    folder in kohya's layout, which holds subject and class side by side.
+    Raises `PhotoError`, which names the folder and each file's reason, if none can be used; also
+    for a folder in kohya's layout, which holds subject and class side by side.
     """
     paths = find_photos(folder)
     _refuse_layout(Path(folder), paths)
-    photos, problems = check_photos(paths, resolution=resolution, folder=folder, use_masks=use_masks)
+    photos, problems = check_photos(
+        paths, resolution=resolution, folder=folder, use_masks=use_masks
+    )
     if photos:
         return photos, problems
     if not paths:
-        raise PhotoError(f"no picture in {shown(folder)}: put 3 to 10 photos (JPEG, PNG, WebP, HEIC) there")
+        raise PhotoError(
+            f"no picture in {shown(folder)}: put 3 to 10 photos (JPEG, PNG, WebP, HEIC) there"
+        )
     reasons = "".join(f"\n  {problem}" for problem in problems[:10] if problem.skipped)
     more = f"\n  and {len(paths) - 10} more" if len(paths) > 10 else ""
-    raise PhotoError(f"none of the {len(paths)} pictures in {shown(folder)} can be used:{reasons}{more}")
+    raise PhotoError(
+        f"none of the {len(paths)} pictures in {shown(folder)} can be used:{reasons}{more}"
+    )
 
 
 def _refuse_layout(folder, paths):
-    """`10_sks dog` beside `1_dog` are a subject and its class; `1_front` beside `2_side` only are in order."""
+    """`10_sks dog` beside `1_dog` are a subject and its class; `1_front`, `2_side` only count."""
     inner = {up for path in paths for up in path.parents if folder in up.parents}
     found = {up: match for up in sorted(inner) if (match := KOHYA_NAME.fullmatch(up.name))}
     numbers = sorted(int(match["repeats"]) for match in found.values())
@@ -138,17 +165,21 @@ def _refuse_layout(folder, paths):
     class_beside = any(one < other for one in words for other in words)
     if class_beside or not (in_order or all(one == words[0] for one in words)):
         names = [shown(up) for up in sorted(found, key=lambda up: -int(found[up]["repeats"]))]
-        raise PhotoError(f"{shown(folder)} is in kohya's layout, with several subjects or a class in it. Give each its "
-                         f"own option: --instance_data_dir {names[0]!r} --class_data_dir {names[-1]!r}; numbers of "
-                         "repeats are not read. If all show one subject, rename these folders")
+        raise PhotoError(
+            f"{shown(folder)} is in kohya's layout, with several subjects or a class in it. "
+            f"Give each its own option: --instance_data_dir {names[0]!r} "
+            f"--class_data_dir {names[-1]!r}; numbers of repeats are not read. "
+            "If all show one subject, rename these folders"
+        )
 
 
 def check_photos(paths, resolution=None, folder=None, use_masks=True):
     """Open every file once, one after another, and say what is wrong: (photos, problems).
 
-    `resolution` (pixels) adds the warning for photos smaller than that. `folder` is how far up a table of
-    captions is looked for; without it, only in each photo's own folder. Whatever is in a picture becomes a
-    `Problem`. Raises PhotoError where a table of captions names none of the photos, or every mask is black.
+    `resolution` (pixels) adds the warning for photos smaller than that. `folder` is how far up a
+    table of captions is looked for; without it, only in each photo's own folder. Whatever is in a
+    picture becomes a `Problem`. Raises PhotoError where a table of captions names no photo, or every
+    mask is black.
     """
     paths, photos, problems, prints, digests = list(map(Path, paths)), [], [], [], {}
     captions = Captions(paths, Path(folder) if folder is not None else None, problems)
@@ -180,7 +211,8 @@ def _examine(path):
         picture = to_rgb(upright(image))
     brightest = max(high for _, high in picture.getextrema())
     if brightest < DARK:
-        notes.append(("dark", f"all but black (its brightest value is {brightest} of 255): save it with 8 bits a colour"))
+        message = f"all but black (its brightest value is {brightest} of 255)"
+        notes.append(("dark", f"{message}: save it with 8 bits a colour"))
     return size, notes, _thumbnail(picture)
 
 
@@ -191,13 +223,18 @@ def _format_notes(path, image):
     usual = Image.registered_extensions().get(path.suffix.lower())
     if usual != image.format and (usual, image.format) != ("JPEG", "MPO"):
         notes.append(
-            ("extension", f"is a {image.format} file whatever its name says: read as {image.format}")
+            (
+                "extension",
+                f"is a {image.format} file whatever its name says: read as {image.format}",
+            )
         )
     if image.has_transparency_data:
         notes.append(("transparent", "has transparent parts: they are laid on white"))
     depth = grey_depth(image)
     if depth and depth < 16:
-        notes.append(("depth", f"its grey values need only {depth} of 16 bits: read as {depth} bits"))
+        notes.append(
+            ("depth", f"its grey values need only {depth} of 16 bits: read as {depth} bits")
+        )
     return notes
 
 
@@ -212,7 +249,9 @@ def _shape_notes(size, resolution):
         )
     if long > MAX_ASPECT * short:
         share = 100 * short // long
-        notes.append(("narrow", f"{size[0]} x {size[1]} is long and narrow: a square keeps {share} % of it"))
+        notes.append(
+            ("narrow", f"{size[0]} x {size[1]} is long and narrow: a square keeps {share} % of it")
+        )
     return notes
 
 
@@ -225,16 +264,20 @@ def _digest(path):
 
 
 def _thumbnail(picture):
-    """(16, 16, 3) bytes, brightness and two of colour: what copies of a photo share, whatever their size and quality."""
+    """(16, 16, 3) bytes, brightness and two of colour: what all copies of a photo share."""
     import numpy as np  # takes longer to load than all of `--help`
 
     return np.asarray(picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).convert("YCbCr"))
 
 
 def _near_duplicates(photos, thumbnails):
-    known = [(photo, thumbnail) for photo, thumbnail in zip(photos, thumbnails) if thumbnail is not None]
+    known = [
+        (photo, thumbnail) for photo, thumbnail in zip(photos, thumbnails) if thumbnail is not None
+    ]
     problems = []
-    for (photo, _), (nearest, cosine) in zip(known, _nearest_before([thumbnail for _, thumbnail in known])):
+    for (photo, _), (nearest, cosine) in zip(
+        known, _nearest_before([thumbnail for _, thumbnail in known])
+    ):
         if cosine > ALIKE:
             twin = shown(known[nearest][0].path.name)
             message = f"looks nearly the same as {twin}: it counts twice, and adds little"
@@ -243,13 +286,15 @@ def _near_duplicates(photos, thumbnails):
 
 
 def _nearest_before(thumbnails):
-    """(index, cosine) of the earlier one that each thumbnail is most like; (0, -1) for the first."""
+    """(index, cosine) of the earlier one that each is most like; (0, -1) for the first."""
     import numpy as np
 
     nearest = []
     for first in range(0, len(thumbnails), BLOCK):
-        block = _differences(thumbnails[first:first + BLOCK])
-        likeness = [block @ _differences(thumbnails[k:k + BLOCK]).T for k in range(0, first + 1, BLOCK)]
+        block = _differences(thumbnails[first : first + BLOCK])
+        likeness = [
+            block @ _differences(thumbnails[k : k + BLOCK]).T for k in range(0, first + 1, BLOCK)
+        ]
         likeness = np.concatenate(likeness, axis=1)  # (block, earlier ones and the block itself)
         likeness[np.arange(likeness.shape[1]) >= first + np.arange(len(block))[:, None]] = -1
         nearest += [(int(row.argmax()), float(row.max())) for row in likeness]
@@ -257,16 +302,18 @@ def _nearest_before(thumbnails):
 
 
 def _differences(thumbnails):
-    """(n, 1350) unit vectors: from each pixel to the next, across and down. A flat ground counts for nothing."""
+    """(n, 1350) unit vectors: from each pixel to the next; a flat ground counts for nothing."""
     import numpy as np
 
-    pixels = np.stack(thumbnails) * np.float32([1, 0.5, 0.5])  # editors change colours more than brightness
+    pixels = np.stack(thumbnails) * np.float32(
+        [1, 0.5, 0.5]
+    )  # editors change colours more than brightness
     across, down = np.diff(pixels, axis=2)[:, :-1], np.diff(pixels, axis=1)[:, :, :-1]
     rows = np.concatenate([across, down], axis=3).reshape(len(pixels), -1)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 
-# --- square -------------------------------------------------------------------------------------------
+# --- square ---------------------------------------------------------------------------------------
 
 
 def square_box(size, at=0.5):
@@ -309,9 +356,13 @@ def crop_to_square(image, resolution, center_crop=True, box=None, interpolation=
     Raises `PhotoError` for a bad box or interpolation.
     """
     if interpolation not in INTERPOLATIONS:
-        raise PhotoError(f"interpolation {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")
+        raise PhotoError(
+            f"interpolation {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}"
+        )
     box = (
-        check_box(box, image.size) if box is not None else square_box(image.size, 0.5 if center_crop else at)
+        check_box(box, image.size)
+        if box is not None
+        else square_box(image.size, 0.5 if center_crop else at)
     )
     square = image.crop(box)  # first, so that no colour bleeds in from beyond the edge
     return square.resize((resolution, resolution), Image.Resampling[interpolation.upper()])

@@ -1,10 +1,11 @@
-"""Prompts and captions against what a base reads of them: text encoders see a limited number of tokens."""
+"""Prompts and captions against what a base reads of them: a limited number of tokens."""
 
 from dbcore.datasets.images import shown
 from dbcore.utils.errors import InputError
 
 COMMON = {  # words that never call a subject
-    "a", "an", "and", "at", "by", "image", "in", "my", "of", "on", "photo", "photograph", "picture", "the", "to", "with",
+    "a", "an", "and", "at", "by", "image", "in", "my", "of", "on", "photo", "photograph",
+    "picture", "the", "to", "with",
 }  # fmt: skip
 LONGEST = 200  # characters of a text that are shown
 
@@ -16,31 +17,38 @@ class PromptError(InputError):
 def check_fit(base, texts, instance_prompt, class_prompt=None, say=print):
     """Say of each text what lies beyond the base's token limit.
 
-    `texts`: [(where it comes from, text)]; `base`: a Family. Raises PromptError where a word that calls the
-    subject is cut off: training or generating with it would be for nothing.
+    `texts`: [(where it comes from, text)]; `base`: a Family. Raises PromptError where a word that
+    calls the subject is cut off: training or generating with it would be for nothing.
     """
     calling = calling_words(instance_prompt, class_prompt)
     for where, text in texts:
         cut = base.cut_off(text)
         if not cut:
             continue
-        lost = calling & words(cut) - words(text[:len(text) - len(cut)])
+        lost = calling & words(cut) - words(text[: len(text) - len(cut)])
         end = f"the end of {where} is cut off, as it is too long for the base: {shortened(cut)!r}"
         if lost:
-            raise PromptError(f"{end}. {' and '.join(sorted(lost))}, which calls the subject, is in it: shorten the text, "
-                              "or put that first")
+            raise PromptError(
+                f"{end}. {' and '.join(sorted(lost))}, which calls the subject, is in it: "
+                "shorten the text, or put that first"
+            )
         say(f"  {end}")
 
 
 def texts_of(config, photos):
-    """[(where it comes from, text)] of all that a run (TrainConfig) with these photos says to its base."""
-    texts = [("--instance_prompt", config.instance_prompt), ("--class_prompt", config.class_prompt or "")]
+    """[(where it comes from, text)] of all that a run with these photos says to its base."""
+    texts = [
+        ("--instance_prompt", config.instance_prompt),
+        ("--class_prompt", config.class_prompt or ""),
+    ]
     texts += [("--validation_prompt", prompt) for prompt in config.validation_prompt]
-    return texts + [(f"{shown(photo.path.name)}'s caption", photo.caption) for photo in photos if photo.caption]
+    return texts + [
+        (f"{shown(photo.path.name)}'s caption", photo.caption) for photo in photos if photo.caption
+    ]
 
 
 def calling_words(instance_prompt, class_prompt=None):
-    """The words that may call the subject: those of the instance prompt that are neither common nor the class's."""
+    """The words of the instance prompt that are neither common nor the class's."""
     return words(instance_prompt) - COMMON - words(class_prompt or "")
 
 
@@ -49,4 +57,4 @@ def words(text):
 
 
 def shortened(text):
-    return text if len(text) <= LONGEST else f"{text[:LONGEST // 2]} ... {text[-LONGEST // 2:]}"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"

@@ -12,7 +12,16 @@ import re
 import unicodedata
 from pathlib import PurePosixPath
 
-from dbcore.datasets.images import PhotoError, Problem, decoded, is_regular, reason, shown, to_rgb, upright
+from dbcore.datasets.images import (
+    PhotoError,
+    Problem,
+    decoded,
+    is_regular,
+    reason,
+    shown,
+    to_rgb,
+    upright,
+)
 from dbcore.utils.errors import InputError
 from dbcore.utils.text import plain, read_text
 
@@ -20,7 +29,8 @@ CAPTION_SUFFIXES = (".txt", ".caption")  # the first wins
 TABLES = ("metadata.jsonl", "metadata.csv")
 TEXT_COLUMNS = ("text", "caption", "prompt")
 UNREAD_TABLES = re.compile(
-    r"(captions?|metadata|meta_cap|prompts)\.(csv|json|jsonl|parquet|toml|tsv|ya?ml)", re.IGNORECASE)
+    r"(captions?|metadata|meta_cap|prompts)\.(csv|json|jsonl|parquet|toml|tsv|ya?ml)", re.IGNORECASE
+)
 UNREAD_CAPTIONS = {".cap", ".captions", ".json", ".tags"}
 MAX_CAPTION = 4_000  # characters; a caption beyond this is some other file by mistake
 FEW = 10  # problems of one sort that are named one by one
@@ -28,18 +38,19 @@ FEW = 10  # problems of one sort that are named one by one
 MASK_FOLDERS = {"masks", "mask"}
 MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 MASK_NAME = re.compile(
-    r"(?P<before>.+)[._ -](mask|masklabel|condlabel)|mask[._ -](?P<after>.+)", re.IGNORECASE)
+    r"(?P<before>.+)[._ -](mask|masklabel|condlabel)|mask[._ -](?P<after>.+)", re.IGNORECASE
+)
 BLACK = 16  # of 255: a mask without a brighter pixel leaves nothing to learn
 
 
-# --- captions ------------------------------------------------------------------------------------------
+# --- captions -------------------------------------------------------------------------------------
 
 
 class Captions:
     """The captions of a set of photos, each folder listed and each table read once.
 
-    `root`: how far up a table is looked for; None for each photo's own folder. Raises PhotoError where a
-    table names none of the photos.
+    `root`: how far up a table is looked for; None for each photo's own folder. Raises PhotoError
+    where a table names none of the photos.
     """
 
     def __init__(self, paths, root, problems):
@@ -47,7 +58,9 @@ class Captions:
         folders = {path.parent: None for path in paths}  # in the order of the photos
         self.beside = {folder: caption_files(folder) for folder in folders}
         above = dict.fromkeys(up for folder in folders for up in self._upwards(folder))
-        self.tables = {folder / name: {} for folder in above for name in TABLES if is_regular(folder / name)}
+        self.tables = {
+            folder / name: {} for folder in above for name in TABLES if is_regular(folder / name)
+        }
         for table, rows in self.tables.items():
             self._read_table(table, rows)
             self._unmatched_rows(table, rows, paths)
@@ -71,12 +84,16 @@ class Captions:
         return None
 
     def gaps(self, photos):
-        """A note if some photos have captions and others do not; on each of those that a table leaves out."""
+        """A note if only some photos have captions; one on each that a table leaves out."""
         without = [photo for photo in photos if photo.caption is None]
         if not without or len(without) == len(photos):
             return []
-        message = f"no caption, like {len(without)} of {len(photos)} photos: the instance prompt stands in"
-        return [Problem(photo.path, "caption", message) for photo in without[:FEW if self.tables else 1]]
+        share = f"{len(without)} of {len(photos)} photos"
+        message = f"no caption, like {share}: the instance prompt stands in"
+        return [
+            Problem(photo.path, "caption", message)
+            for photo in without[: FEW if self.tables else 1]
+        ]
 
     def _note(self, path, message, photo=None):
         self.problems.append(Problem(path, "caption", message, photo=photo))
@@ -89,15 +106,23 @@ class Captions:
 
     def _files_of(self, path):
         files = self.beside[path.parent]
-        return [file for suffix in CAPTION_SUFFIXES for name in (path.stem, path.name)
-                for file in files if file.stem == name and file.suffix.lower() == suffix]
+        return [
+            file
+            for suffix in CAPTION_SUFFIXES
+            for name in (path.stem, path.name)
+            for file in files
+            if file.stem == name and file.suffix.lower() == suffix
+        ]
 
     def _read_table(self, table, rows):
         try:
             for number, row in table_rows(table):
                 caption = row_caption(row)
                 if caption is None:
-                    self._note(table, f"line {number} holds no file_name with a caption as its text: passed over")
+                    self._note(
+                        table,
+                        f"line {number} holds no file_name with a caption as its text: passed over",
+                    )
                 elif row_key(caption[0]) in rows:
                     self._note(table, f"line {number} names {shown(caption[0])} again: passed over")
                 else:
@@ -106,16 +131,24 @@ class Captions:
             self._note(table, f"{error}; it is not used")
 
     def _unmatched_rows(self, table, rows, paths):
-        known = {row_key(path.relative_to(table.parent)) for path in paths if table.parent in path.parents}
+        known = {
+            row_key(path.relative_to(table.parent))
+            for path in paths
+            if table.parent in path.parents
+        }
         strangers = [name for name in rows if name not in known]
         if rows and len(strangers) == len(rows):
-            raise PhotoError(f"{shown(table)} names none of the photos: its first row is for {shown(strangers[0])}, "
-                             f"a photo is called {shown(min(known))}; write file_name as seen from that folder, or "
-                             "remove the table")
+            raise PhotoError(
+                f"{shown(table)} names none of the photos: its first row is for "
+                f"{shown(strangers[0])}, a photo is called {shown(min(known))}; write file_name as "
+                "seen from that folder, or remove the table"
+            )
         for name in strangers[:FEW]:
             self._note(table, f"has a caption for {shown(name)}, which is no photo here")
         if strangers[FEW:]:
-            self._note(table, f"has captions for {len(strangers[FEW:])} more that are no photos here")
+            self._note(
+                table, f"has captions for {len(strangers[FEW:])} more that are no photos here"
+            )
 
     def _unused_files(self, folder, paths):
         names = stems_and_names(path.name for path in paths if path.parent == folder)
@@ -123,21 +156,32 @@ class Captions:
             if file.suffix.lower() in CAPTION_SUFFIXES and file.stem not in names:
                 self._note(file, "no photo has this name, so it is nobody's caption")
             elif file.suffix.lower() not in CAPTION_SUFFIXES and (
-                    file.stem in names or UNREAD_TABLES.fullmatch(file.name)):
-                self._note(file, "is not read: write captions as dog.txt beside dog.jpg, or one metadata.jsonl with "
-                           'rows like {"file_name": "dog.jpg", "text": "a caption"}')
+                file.stem in names or UNREAD_TABLES.fullmatch(file.name)
+            ):
+                self._note(
+                    file,
+                    "is not read: write captions as dog.txt beside dog.jpg, or one metadata.jsonl "
+                    'with rows like {"file_name": "dog.jpg", "text": "a caption"}',
+                )
 
 
 def caption_files(folder):
-    """What may be a caption of this folder's photos, read here or not, sorted by name; tables left out."""
-    return [file for file in sorted(folder.iterdir())
-            if not file.name.startswith(".") and file.name not in TABLES
-            and (file.suffix.lower() in {*CAPTION_SUFFIXES, *UNREAD_CAPTIONS} or UNREAD_TABLES.fullmatch(file.name))
-            and is_regular(file)]
+    """What may be a caption of this folder's photos, read here or not; tables left out."""
+    return [
+        file
+        for file in sorted(folder.iterdir())
+        if not file.name.startswith(".")
+        and file.name not in TABLES
+        and (
+            file.suffix.lower() in {*CAPTION_SUFFIXES, *UNREAD_CAPTIONS}
+            or UNREAD_TABLES.fullmatch(file.name)
+        )
+        and is_regular(file)
+    ]
 
 
 def table_rows(path):
-    """(line number, row) of a table; a row that is no dict is None. Raises InputError for the file as a whole."""
+    """(line number, row) of a table; None for a line of no JSON. Raises InputError."""
     lines = read_text(path).splitlines()
     if path.suffix == ".csv":
         reader = csv.DictReader(lines)
@@ -168,22 +212,24 @@ def row_caption(row):
 
 
 def row_key(name):
-    """A file name so that two spellings of it are one: / between folders, no leading ./, composed letters."""
+    """A file name, two spellings of which are one: / for \\, no leading ./, composed letters."""
     return unicodedata.normalize("NFC", PurePosixPath(str(name).replace("\\", "/")).as_posix())
 
 
-# --- masks ---------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def mask_owners(names, known):
     """{file name of a mask: name or stem of its photo} among the image names of one folder.
 
-    `known`: names and stems of the photos there. `dog-mask.png` is a mask where there is a `dog`, else a photo;
-    `dog.mask.png` is never a photo.
+    `known`: names and stems of the photos there. `dog-mask.png` is a mask where there is a `dog`,
+    else a photo; `dog.mask.png` is never a photo.
     """
     found = {name: MASK_NAME.fullmatch(PurePosixPath(name).stem) for name in names}
     owners = {name: match["before"] or match["after"] for name, match in found.items() if match}
-    return {name: owner for name, owner in owners.items() if owner in known or ".mask." in name.lower()}
+    return {
+        name: owner for name, owner in owners.items() if owner in known or ".mask." in name.lower()
+    }
 
 
 def stems_and_names(names):
@@ -205,11 +251,17 @@ class Masks:
                 if owner in known:
                     self.of_photo.setdefault((folder, owner), []).append(mask)
                 else:
-                    self.problems.append(Problem(mask, "mask", f"no photo is called {shown(owner)}: not used"))
+                    self.problems.append(
+                        Problem(mask, "mask", f"no photo is called {shown(owner)}: not used")
+                    )
 
     def of(self, path, size):
-        """The path of the mask of a photo of `size`, or None; one that cannot be used is reported."""
-        for mask in [mask for name in (path.stem, path.name) for mask in self.of_photo.get((path.parent, name), [])]:
+        """The path of the mask of a photo of `size`, or None; one of no use is reported."""
+        for mask in [
+            mask
+            for name in (path.stem, path.name)
+            for mask in self.of_photo.get((path.parent, name), [])
+        ]:
             fault = mask_fault(mask, size)
             if fault is None:
                 self.good += 1
@@ -221,21 +273,30 @@ class Masks:
     def check_black(self):
         """Raises PhotoError where every mask is black."""
         if self.black and not self.good:
-            raise PhotoError(f"all {len(self.black)} masks are black, such as {shown(self.black[0])}, so nothing would "
-                             "be learnt: white (255) marks what to learn; correct or remove them, or give "
-                             "--no-use_masks")
+            raise PhotoError(
+                f"all {len(self.black)} masks are black, such as {shown(self.black[0])}, so "
+                "nothing would be learnt: white (255) marks what to learn; correct or remove "
+                "them, or give --no-use_masks"
+            )
 
 
 def masks_of(folder, known):
     """[(mask, name or stem of its photo)] beside the photos of a folder and in its mask folders."""
     entries = sorted(folder.iterdir())
-    images = [entry for entry in entries if entry.suffix.lower() in MASK_SUFFIXES and not entry.name.startswith(".")]
+    images = [
+        entry
+        for entry in entries
+        if entry.suffix.lower() in MASK_SUFFIXES and not entry.name.startswith(".")
+    ]
     owners = mask_owners([image.name for image in images], known)
     found = [(folder / name, owner) for name, owner in owners.items()]
     for inner in entries:
         if inner.name.lower() in MASK_FOLDERS and inner.is_dir():
-            found += [(mask, folder_owner(mask)) for mask in sorted(inner.iterdir())
-                      if mask.suffix.lower() in MASK_SUFFIXES]
+            found += [
+                (mask, folder_owner(mask))
+                for mask in sorted(inner.iterdir())
+                if mask.suffix.lower() in MASK_SUFFIXES
+            ]
     return [(mask, owner) for mask, owner in found if is_regular(mask)]
 
 
@@ -258,12 +319,12 @@ def mask_fault(path, size):
         return f"{wide} x {high} has not the shape of its photo, {size[0]} x {size[1]}"
     brightest = mask.getextrema()[1]
     if brightest < BLACK:
-        return f"black (its brightest value is {brightest} of 255): nothing would be learnt from its photo"
+        return f"black (its brightest value is {brightest} of 255): its photo would teach nothing"
     return None
 
 
 def load_mask(path):
-    """A mask as an upright `PIL.Image` in mode L; of an image cut out along its subject, what is not transparent."""
+    """A mask, upright, in mode L; of a cut-out subject, what is not transparent."""
     with decoded(path) as (image, _):
         image = upright(image)
         if image.has_transparency_data:
@@ -271,5 +332,3 @@ def load_mask(path):
             if alpha.getextrema()[0] < alpha.getextrema()[1]:
                 return alpha
         return to_rgb(image).convert("L")
-
-

@@ -6,16 +6,17 @@ from pathlib import Path
 from dbcore.utils.errors import InputError
 
 MARKS = (  # the byte order marks, UTF-32's before UTF-16's, which it begins with
-    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
 
 
 def read_text(path, limit=None):
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 where its first bytes (BOM) say so.
 
-    Raises InputError, without the file's name, for another encoding, for what is no text, and for more than `limit`
-    characters; OSError where it cannot be read.
+    Raises InputError, without the file's name, for another encoding, for what is no text,
+    and for more than `limit` characters; OSError where it cannot be read.
     """
     most = -1 if limit is None else 4 * limit + 4
     with open(Path(path), "rb") as file:
@@ -32,8 +33,12 @@ def read_text(path, limit=None):
 
 
 def plain(text):
-    """`text` itself. Raises InputError for control characters and halves of characters, which no tokenizer reads."""
-    odd = next((c for c in text if not c.isspace() and (ord(c) < 32 or 0xD800 <= ord(c) < 0xE000)), None)
+    """`text` itself. Raises InputError for control characters and halves of characters."""
+    odd = next(
+        (c for c in text if not c.isspace() and (ord(c) < 32 or 0xD800 <= ord(c) < 0xE000)), None
+    )
     if odd is not None:
-        raise InputError(f"holds the character U+{ord(odd):04X}, which is none of a text: save it as UTF-8")
+        raise InputError(
+            f"holds the character U+{ord(odd):04X}, which is none of a text: save it as UTF-8"
+        )
     return text

@@ -1,4 +1,4 @@
-"""What a base does not read is shown, and where that calls the subject, nothing is trained or generated."""
+"""What a base does not read is shown, and where that calls the subject, nothing is made with it."""
 
 import json
 
@@ -27,13 +27,20 @@ def base(folder):
     return load_base(folder)
 
 
-@pytest.mark.parametrize(("prompt", "cut"), [
-    ("", ""), (LONG, ""), (f"{LONG} sks dog", "sks dog"), (f"{LONG[4:]} xyz on grass", "xyz on grass"),  # xyz: 3 tokens
-    (f"a  photo\n{LONG}  in snow", "red red in snow"), ("sks", ""),
-])
+@pytest.mark.parametrize(
+    ("prompt", "cut"),
+    [
+        ("", ""),
+        (LONG, ""),
+        (f"{LONG} sks dog", "sks dog"),
+        (f"{LONG[4:]} xyz on grass", "xyz on grass"),  # xyz: 3 tokens
+        (f"a  photo\n{LONG}  in snow", "red red in snow"),
+        ("sks", ""),
+    ],
+)
 def test_what_is_cut_off_is_what_the_tokenizer_leaves_out(base, prompt, cut):
     assert " ".join(base.cut_off(prompt).split()) == " ".join(cut.split())
-    kept = prompt[:len(prompt) - len(base.cut_off(prompt))]
+    kept = prompt[: len(prompt) - len(base.cut_off(prompt))]
     assert len(base.tokenizer(kept).input_ids) <= MAX_TOKENS
 
 
@@ -43,11 +50,26 @@ def test_a_shorter_limit_of_the_users_counts(folder):
 
 def test_what_is_cut_off_is_said_and_a_lost_identifier_stops(base):
     said = []
-    check_fit(base, [("a.png's caption", f"sks dog {LONG} in the snow"), ("--class_prompt", "a dog")], "a photo of sks dog",
-              "a photo of a dog", said.append)
-    assert said == ["  the end of a.png's caption is cut off, as it is too long for the base: 'red red in the snow'"]
-    with pytest.raises(PromptError, match="'sks dog'. sks, which calls the subject, is in it: shorten"):
-        check_fit(base, [("a.png's caption", f"{LONG} sks dog")], "a photo of sks dog", "a photo of a dog", said.append)
+    check_fit(
+        base,
+        [("a.png's caption", f"sks dog {LONG} in the snow"), ("--class_prompt", "a dog")],
+        "a photo of sks dog",
+        "a photo of a dog",
+        said.append,
+    )
+    assert said == [
+        "  the end of a.png's caption is cut off, as it is too long for the base: 'red red in the snow'"
+    ]
+    with pytest.raises(
+        PromptError, match="'sks dog'. sks, which calls the subject, is in it: shorten"
+    ):
+        check_fit(
+            base,
+            [("a.png's caption", f"{LONG} sks dog")],
+            "a photo of sks dog",
+            "a photo of a dog",
+            said.append,
+        )
 
 
 def test_the_words_that_call_a_subject():
@@ -67,10 +89,27 @@ def test_training_stops_before_anything_is_written(tmp_path, folder):
 
 
 def test_generating_shows_what_is_cut_and_stops_for_a_run_s_identifier(tmp_path, folder, capsys):
-    options = {"pretrained_model_name_or_path": str(folder), "num_images": 1, "num_inference_steps": 1, "resolution": 32}
+    options = {
+        "pretrained_model_name_or_path": str(folder),
+        "num_images": 1,
+        "num_inference_steps": 1,
+        "resolution": 32,
+    }
     generate(GenerateConfig(**options, prompt=[f"{LONG} sks dog"]))
-    assert "the end of --prompt is cut off, as it is too long for the base: 'sks dog'" in capsys.readouterr().out
-    (tmp_path / "config.yaml").write_text(json.dumps({
-        "pretrained_model_name_or_path": str(folder), "instance_data_dir": "photos", "instance_prompt": "a photo of sks dog"}))
+    assert (
+        "the end of --prompt is cut off, as it is too long for the base: 'sks dog'"
+        in capsys.readouterr().out
+    )
+    (tmp_path / "config.yaml").write_text(
+        json.dumps(
+            {
+                "pretrained_model_name_or_path": str(folder),
+                "instance_data_dir": "photos",
+                "instance_prompt": "a photo of sks dog",
+            }
+        )
+    )
     with pytest.raises(PromptError, match="which calls the subject"):
-        generate(GenerateConfig(**options, prompt=[f"{LONG} sks dog"], checkpoint_dir=[str(tmp_path)]))
+        generate(
+            GenerateConfig(**options, prompt=[f"{LONG} sks dog"], checkpoint_dir=[str(tmp_path)])
+        )

@@ -15,7 +15,9 @@ def folder(tmp_path):
     """Three photos that differ."""
     for k in range(3):
         small = np.random.default_rng(k).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((60, 40), Image.Resampling.BICUBIC).save(tmp_path / f"{k}.png")
+        Image.fromarray(small).resize((60, 40), Image.Resampling.BICUBIC).save(
+            tmp_path / f"{k}.png"
+        )
     return tmp_path
 
 
@@ -28,7 +30,7 @@ def table(folder, *rows, name="metadata.jsonl"):
     (folder / name).write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
 
 
-# --- captions ------------------------------------------------------------------------------------------
+# --- captions -------------------------------------------------------------------------------------
 
 
 def test_encodings_are_read_or_named(folder):
@@ -40,7 +42,9 @@ def test_encodings_are_read_or_named(folder):
     assert notes[0].startswith("1.txt: is not UTF-8 text") and "not used as a caption" in notes[0]
 
 
-@pytest.mark.parametrize("text", [None, ["a", "b"], {"a": 1}, 3, True, "half \ud800", "nul \0", "x" * 5000])
+@pytest.mark.parametrize(
+    "text", [None, ["a", "b"], {"a": 1}, 3, True, "half \ud800", "nul \0", "x" * 5000]
+)
 def test_only_strings_are_captions(folder, text):
     table(folder, {"file_name": "0.png", "text": text}, {"file_name": "1.png", "text": "sks dog"})
     found, notes = captions(folder)
@@ -77,19 +81,29 @@ def test_a_csv_of_other_columns_is_named(folder):
 @pytest.mark.parametrize("name", ["./0.png", "0.png", "sub\\0.png", "sub/caf\u0065\u0301.png"])
 def test_spellings_of_one_name_are_one(folder, name):
     (folder / "sub").mkdir()
-    (folder / "0.png").rename(folder / ("sub/caf\u00e9.png" if "caf" in name else "sub/0.png" if "sub" in name else "0.png"))
+    (folder / "0.png").rename(
+        folder
+        / ("sub/caf\u00e9.png" if "caf" in name else "sub/0.png" if "sub" in name else "0.png")
+    )
     table(folder, {"file_name": name, "text": "sks dog"})
     assert "sks dog" in captions(folder)[0]
 
 
 def test_a_row_without_a_photo_and_a_photo_without_a_row_are_named(folder):
-    table(folder, {"file_name": "0.png", "text": "sks dog"}, {"file_name": "O1.png", "text": "sks dog"},
-          {"file_name": "0.png", "text": "again"})
+    table(
+        folder,
+        {"file_name": "0.png", "text": "sks dog"},
+        {"file_name": "O1.png", "text": "sks dog"},
+        {"file_name": "0.png", "text": "again"},
+    )
     found, notes = captions(folder)
     assert found == ["sks dog", None, None]
     assert "metadata.jsonl: has a caption for O1.png, which is no photo here" in notes
     assert any("line 3 names 0.png again" in note for note in notes)
-    assert [note[:5] for note in notes if "the instance prompt stands in" in note] == ["1.png", "2.png"]
+    assert [note[:5] for note in notes if "the instance prompt stands in" in note] == [
+        "1.png",
+        "2.png",
+    ]
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
@@ -98,18 +112,23 @@ def test_a_table_that_names_no_photo_stops(folder, name):
         (folder / name).write_text("file_name,text\nimages/0.png,sks dog\n")
     else:
         table(folder, {"file_name": "images/0.png", "text": "sks dog"})
-    with pytest.raises(P.PhotoError, match=f"{name} names none of the photos: its first row is for images/0.png"):
+    with pytest.raises(
+        P.PhotoError, match=f"{name} names none of the photos: its first row is for images/0.png"
+    ):
         P.gather_photos(folder)
 
 
-@pytest.mark.parametrize("name", ["O.txt", "0.json", "captions.json", "meta_cap.json", "metadata.parquet", "notes.caption"])
+@pytest.mark.parametrize(
+    "name",
+    ["O.txt", "0.json", "captions.json", "meta_cap.json", "metadata.parquet", "notes.caption"],
+)
 def test_captions_that_are_not_read_are_named(folder, name):
     (folder / name).write_text("{}")
     found, notes = captions(folder)
     assert found == [None] * 3 and [note.split(":")[0] for note in notes] == [name]
 
 
-# --- masks ---------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def white_middle(size=(60, 40), mode="L"):
@@ -118,15 +137,29 @@ def white_middle(size=(60, 40), mode="L"):
     return mask
 
 
-@pytest.mark.parametrize("name", ["0-masklabel.png", "0_mask.png", "0-mask.jpg", "0.mask.png", "mask_0.png", "0.png-mask.png",
-                                  "masks/0.png", "Mask/0_mask.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "0-masklabel.png",
+        "0_mask.png",
+        "0-mask.jpg",
+        "0.mask.png",
+        "mask_0.png",
+        "0.png-mask.png",
+        "masks/0.png",
+        "Mask/0_mask.png",
+    ],
+)
 def test_masks_by_other_tools_names_are_masks(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
     white_middle().save(folder / name)
     photos, problems = P.gather_photos(folder)
     assert [photo.path.name for photo in photos] == ["0.png", "1.png", "2.png"] and problems == []
     assert photos[0].mask_path == folder / name
-    assert photos[0].load_mask().getpixel((30, 20)) > 250 and photos[0].load_mask().getpixel((2, 2)) < 5
+    assert (
+        photos[0].load_mask().getpixel((30, 20)) > 250
+        and photos[0].load_mask().getpixel((2, 2)) < 5
+    )
 
 
 def test_a_photo_of_a_mask_is_a_photo():

@@ -17,14 +17,20 @@ def test_big_endian_with_its_mark_is_read(tmp_path):
     assert read_text(tmp_path / "a.txt") == "café"
 
 
-@pytest.mark.parametrize(("data", "words"), [
-    ("the owner’s café".encode("cp1252"), r"is not UTF-8 text \(byte 0x92 at 9\): save it as UTF-8"),
-    ("собака".encode("cp1251"), "is not UTF-8 text"),
-    ("犬".encode("shift_jis"), "is not UTF-8 text"),
-    ("sks dog".encode("utf-16-le"), r"U\+0000"),  # without its mark
-    (b"\x89PNG\x0d\x0a", "is not UTF-8 text"),
-    (b"PK\x03\x04", r"U\+0003"),
-])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            "the owner’s café".encode("cp1252"),
+            r"is not UTF-8 text \(byte 0x92 at 9\): save it as UTF-8",
+        ),
+        ("собака".encode("cp1251"), "is not UTF-8 text"),
+        ("犬".encode("shift_jis"), "is not UTF-8 text"),
+        ("sks dog".encode("utf-16-le"), r"U\+0000"),  # without its mark
+        (b"\x89PNG\x0d\x0a", "is not UTF-8 text"),
+        (b"PK\x03\x04", r"U\+0003"),
+    ],
+)
 def test_whatever_else_is_refused(tmp_path, data, words):
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(InputError, match=words):
