@@ -111,12 +111,12 @@ def read_lora(modules, name="default"):
         for path, layer in lora_layers(module):
             if name not in layer.lora_A:
                 continue
-            magnitude = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
-            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-            copies = [t if t is None else t.detach().float().cpu().clone() for t in (down, up, magnitude)]
-            plain = copies[2] if copies[2] is None else copies[2].flatten()
-            layers.setdefault(component, {})[plain_name(component, path)] = Layer(
-                copies[0], copies[1], layer.scaling[name], plain)
+            parts = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+            if name in layer.lora_magnitude_vector:
+                parts.append(layer.lora_magnitude_vector[name].weight.flatten())
+            down, up, *rows = (part.detach().float().cpu().clone() for part in parts)
+            named = layers.setdefault(component, {})
+            named[plain_name(component, path)] = Layer(down, up, layer.scaling[name], *rows)
     return Adapter(layers)
 
 
@@ -127,10 +127,10 @@ def save_lora(modules, path, notes=None, name="default"):
 
 
 def load_lora(base, path, scale=1.0, name="default"):
-    """Put a saved LoRA (a run's folder, or a file of diffusers, kohya or peft) on a base, beside others there.
+    """Put a saved LoRA (a run's folder; a file of diffusers, kohya or peft) on a base, beside others.
 
-    It is then used alone; `set_scale` mixes several. Raises LoraFileError for a file that cannot be used, or was
-    trained on a base of another shape; then nothing has changed.
+    It is then used alone; `set_scale` mixes several. Raises LoraFileError for a file that cannot be
+    used, or was trained on a base of another shape; then nothing has changed.
     """
     adapter = read_adapter(path, base.name)
     check_fit(adapter, base.modules, path)
@@ -152,13 +152,14 @@ def check_fit(adapter, modules, path):
     own = modules_by_name(modules)
     for component, name, layer in adapter.every():
         if not fits(own.get((component, name)), layer):
-            raise LoraFileError(f"{path} does not fit this base, which has no {component}.{name} of size "
-                                f"{tuple(layer.down.shape[1:])} to {len(layer.up)}; give the base that it was trained on")
+            size = f"{tuple(layer.down.shape[1:])} to {len(layer.up)}"
+            raise LoraFileError(f"{path} does not fit this base, which has no {component}.{name} of "
+                                f"size {size}; give the base that it was trained on")
 
 
 @torch.no_grad()
 def copy_weights(peft_layer, layer, name):
-    """Give one peft layer a saved layer's numbers."""
+    """Copy a saved layer's numbers into one peft layer."""
     like = peft_layer.get_base_layer().weight
     for linear, values in ((peft_layer.lora_A[name], layer.down), (peft_layer.lora_B[name], layer.up)):
         linear.weight.data = values.to(like.device, torch.float32).reshape(linear.weight.shape)
@@ -171,13 +172,14 @@ def copy_weights(peft_layer, layer, name):
 def set_scale(base, scales):
     """{name: scale}: use just these LoRAs, each `scale` times as strong as it was trained (0 is off).
 
-    Raises ConfigError for a name that is not there, and while a LoRA is merged into the weights.
+    Raises ConfigError for a name that is not there, a scale that is not finite, and while a LoRA is
+    merged into the weights.
     """
     layers = [layer for module in base.modules.values() for _, layer in lora_layers(module)]
     known = sorted({name for layer in layers for name in layer.lora_A})
     for name in scales:
         need(name in known, f"there is no LoRA named {name!r}; there is {', '.join(known) or 'none'}")
-    need(all(map(math.isfinite, scales.values())), f"the scales of LoRAs are to be finite numbers: {scales}")
+    need(all(map(math.isfinite, scales.values())), f"{scales}: give finite numbers as scales")
     need(not any(layer.merged for layer in layers), "a LoRA is merged into the weights: unmerge_lora it first")
     for layer in layers:
         # a DoRA at scale 0 would still rescale the weights' rows, so 0 takes the LoRA out
@@ -210,7 +212,8 @@ def unmerge_lora(module):
 
 def remove_lora(base):
     """The base as it was: every LoRA is dropped (a merged one is taken out first)."""
-    for module in [part for part in vars(base).values() if isinstance(part, torch.nn.Module)]:  # those in memory
+    in_memory = [part for part in vars(base).values() if isinstance(part, torch.nn.Module)]
+    for module in in_memory:
         for path, layer in lora_layers(module):
             if layer.merged:
                 layer.unmerge()

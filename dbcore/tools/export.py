@@ -73,7 +73,9 @@ def main(args):
     counts = ", ".join(f"{len(named)} layers of the {name}" for name, named in adapter.layers.items())
     print(f"{args.format}: {counts} -> {output}")
     if args.format == "kohya" and (left_out := kohya_leaves_out(adapter)):
-        print(f"A1111, ComfyUI and diffusers use all of them; kohya's own scripts leave out {', '.join(left_out)}")
+        print(f"A1111, ComfyUI and diffusers use all of them; kohya's scripts leave out {', '.join(left_out)}")
+    if args.format == "kohya" and adapter.has_dora:
+        print("diffusers leaves DoRA's magnitudes out of such a file: give it one of --format diffusers")
 
 
 def free_path(text, overwrite=False, is_file=True):

@@ -156,12 +156,14 @@ def test_scales_and_weights_are_finite_numbers(lora, base, tmp_path, number, cap
 
 
 def test_what_kohyas_scripts_leave_out_is_said(tmp_path, capsys):
-    layer = Layer(torch.zeros(1, 16), torch.zeros(16, 1), 1.0)
     inside = "mid_block.attentions.0.proj_in"
-    for name, said in ((inside, False), ("conv_in", True)):
+    for name, rows in ((inside, None), ("conv_in", None), (inside, torch.ones(16))):
+        layer = Layer(torch.zeros(1, 16), torch.zeros(16, 1), 1.0, rows)
         path = save_diffusers(Adapter({"unet": {name: layer}}), tmp_path / "a.safetensors")
-        run(export, "--lora", path, "--format", "kohya", "--output", tmp_path / f"{name}.safetensors")
-        assert ("leave out conv_in" in capsys.readouterr().out) == said
+        run(export, "--lora", path, "--format", "kohya", "--output", tmp_path / "k.safetensors", "--overwrite")
+        said = capsys.readouterr().out
+        assert ("leave out conv_in" in said) == (name == "conv_in")
+        assert ("leaves DoRA's magnitudes out" in said) == (rows is not None)
 
 
 def test_merge(tmp_path, base, capsys):
