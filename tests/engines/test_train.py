@@ -101,6 +101,19 @@ def test_low_vram_lets_the_unet_go_between_class_images_and_steps(options, tmp_p
     assert learned and all(learned)
 
 
+def test_a_trained_text_encoder_is_heard_though_low_vram_had_remembered_the_frozen_one(options, tmp_path, monkeypatch):
+    """For the prompt of the class images, which were drawn before there was a LoRA: else drift would be hidden."""
+    seen, finish = [], Run.finish
+    monkeypatch.setattr(Run, "finish", lambda run: (seen.append(run), finish(run))[1])
+    train(TrainConfig(**options, low_vram=True, with_prior_preservation=True, class_prompt="a photo of a dog",
+                      num_class_images=1, train_text_encoder=True, text_encoder_lr=0.1, class_data_dir=tmp_path / "class",
+                      output_dir=tmp_path / "run"))  # fmt: skip
+    base = seen[0].base
+    frozen = base.known.get("a photo of a dog")["encoder_hidden_states"]
+    heard = base.encode_prompts(["a photo of a dog"])["encoder_hidden_states"][0]
+    assert (heard - frozen).abs().max() > 0.01
+
+
 def test_full_finetuning_has_whole_weights_whatever_low_vram_says(options, tmp_path):
     folder = finetune(TrainConfig(**options, low_vram=True, output_dir=tmp_path))
     assert {p.dtype for p in StableDiffusion(folder).unet.parameters()} == {torch.float32}
