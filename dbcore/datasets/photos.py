@@ -63,7 +63,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 # Of copies of a photo (smaller, compressed, in other colours) 98 % are more alike than this, and two
 # thirds of those made brighter until white is cut off; different photos of one animal, on a
 # white ground too, reach 0.971.
-THUMBNAIL, ALIKE = 16, 0.975
+THUMBNAIL, ALIKE = 16, 0.972
 BLOCK = 128  # photos compared at a time
 
 
