@@ -40,22 +40,22 @@ def scenes(seed: int, count: int) -> list[tuple[Character, View]]:
     return [sample(seed, k) for k in range(count)]
 
 
-def render_corpus(folder: Path, seed: int, count: int, draw=sample) -> np.ndarray:
+def render_corpus(folder: Path, seed: int, count: int, draw=sample, device: str = "cpu") -> np.ndarray:
     """Renders of the scenes `draw(seed, k)`, k = 0..count-1: uint8 (count, 64, 64, 3), kept in shards in `folder`."""
     shards = -(-count // SHARD)
-    return np.concatenate([render_shard(folder, seed, number, draw) for number in range(shards)])[:count]
+    return np.concatenate([render_shard(folder, seed, number, draw, device) for number in range(shards)])[:count]
 
 
-def render_shard(folder: Path, seed: int, number: int, draw=sample) -> np.ndarray:
+def render_shard(folder: Path, seed: int, number: int, draw=sample, device: str = "cpu") -> np.ndarray:
     """Renders `number * SHARD` and the following of a world, uint8 (SHARD, 64, 64, 3), read if they are there.
 
     A shard is written whole or not at all, so a killed run, or a second one beside it, goes on where it was.
     """
     path = folder / f"{seed}-{number:05d}.npy"
     if not path.exists():
-        from dbcore.toybox.tracer import render_array
+        from dbcore.toybox.tracer import pack, render_packed
 
-        ks = range(number * SHARD, (number + 1) * SHARD)
+        packed = pack([draw(seed, k) for k in range(number * SHARD, (number + 1) * SHARD)])
         with whole_file(path) as beside, open(beside, "wb") as file:
-            np.save(file, np.stack([(render_array(*draw(seed, k), SIZE) * 255 + 0.5).astype(np.uint8) for k in ks]))
+            np.save(file, render_packed(packed, SIZE, device).cpu().numpy())
     return np.load(path)

@@ -335,25 +335,34 @@ def _trace(prims, turn, ox, oy, oz, dx, dy, dz, sun, materials, pattern, place, 
     return _backdrop(place, azimuth, height, tint)
 
 
+@njit(fastmath=True)
+def _pixel(prims, turn, eye, tilt, sun, materials, pattern, place, tint, row, col, size):
+    """sRGB of one pixel, in [0, 1].
+
+    The camera looks along -z, tilted down; only the character turns, so the place stays put.
+    """
+    cos_tilt, sin_tilt = math.cos(tilt), math.sin(tilt)
+    r, g, b = 0.0, 0.0, 0.0
+    for s in range(4):
+        u = ((col + 0.25 + 0.5 * (s % 2)) / size * 2 - 1) / FOCAL
+        v = (1 - (row + 0.25 + 0.5 * (s // 2)) / size * 2) / FOCAL
+        n = _length(u, v, 1.0)
+        dx, dy, dz = u / n, (v * cos_tilt - sin_tilt) / n, (-v * sin_tilt - cos_tilt) / n
+        sr, sg, sb = _trace(prims, turn, eye[0], eye[1], eye[2], dx, dy, dz,
+                            sun, materials, pattern, place, tint)
+        r, g, b = r + sr, g + sg, b + sb
+    return (min(1.0, max(0.0, r * 0.25)) ** 0.4545, min(1.0, max(0.0, g * 0.25)) ** 0.4545,
+            min(1.0, max(0.0, b * 0.25)) ** 0.4545)
+
+
 @njit(fastmath=True, parallel=True, cache=True)
 def _render(prims, turn, eye, tilt, sun, materials, pattern, place, tint, size):
-    """The camera looks along -z, tilted down; only the character turns, so the place stays put."""
     out = np.empty((size, size, 3), np.float32)
-    cos_tilt, sin_tilt = math.cos(tilt), math.sin(tilt)
     for row in prange(size):
         for col in range(size):
-            r, g, b = 0.0, 0.0, 0.0
-            for s in range(4):
-                u = ((col + 0.25 + 0.5 * (s % 2)) / size * 2 - 1) / FOCAL
-                v = (1 - (row + 0.25 + 0.5 * (s // 2)) / size * 2) / FOCAL
-                n = _length(u, v, 1.0)
-                dx, dy, dz = u / n, (v * cos_tilt - sin_tilt) / n, (-v * sin_tilt - cos_tilt) / n
-                sr, sg, sb = _trace(prims, turn, eye[0], eye[1], eye[2], dx, dy, dz,
-                                    sun, materials, pattern, place, tint)
-                r, g, b = r + sr, g + sg, b + sb
-            out[row, col, 0] = min(1.0, max(0.0, r * 0.25)) ** 0.4545
-            out[row, col, 1] = min(1.0, max(0.0, g * 0.25)) ** 0.4545
-            out[row, col, 2] = min(1.0, max(0.0, b * 0.25)) ** 0.4545
+            r, g, b = _pixel(prims, turn, eye, tilt, sun, materials, pattern, place, tint,
+                             row, col, size)
+            out[row, col, 0], out[row, col, 1], out[row, col, 2] = r, g, b
     return out
 
 
@@ -367,8 +376,12 @@ def _materials(character: Character) -> np.ndarray:
     return table
 
 
-def render_array(character: Character, view: View, size: int = 64) -> np.ndarray:
-    """The picture as float32, shape (size, size, 3), sRGB in [0, 1]."""
+def scene_arrays(character: Character, view: View) -> tuple:
+    """A scene as the tracer takes it.
+
+    Primitives (n, 12), (cos, sin) of the azimuth, camera (3,), its tilt, direction and warmth of
+    the sun (4,), colours of the materials (11, 3), pattern, place, tint.
+    """
     azimuth, tilt = math.radians(view.azimuth), math.radians(view.elevation)
     turn = np.array([math.cos(azimuth), math.sin(azimuth)])
     away = CAMERA_DISTANCE * view.distance
@@ -377,9 +390,39 @@ def render_array(character: Character, view: View, size: int = 64) -> np.ndarray
     x, z = math.cos(height) * math.cos(angle), math.cos(height) * math.sin(angle)
     warmth = min(1.0, max(0.0, (35 - view.sun) / 15)) * (view.place != "night")
     sun = np.array([x * turn[0] + z * turn[1], math.sin(height), z * turn[0] - x * turn[1], warmth])
-    picture = _render(build(character), turn, eye, tilt, sun, _materials(character),
-                      PATTERNS.index(character.pattern), list(PLACES).index(view.place), view.tint, size)
+    return (build(character), turn, eye, tilt, sun, _materials(character),
+            PATTERNS.index(character.pattern), list(PLACES).index(view.place), view.tint)
+
+
+def render_array(character: Character, view: View, size: int = 64) -> np.ndarray:
+    """The picture as float32, shape (size, size, 3), sRGB in [0, 1]."""
+    picture = _render(*scene_arrays(character, view), size)
     return picture[:, ::-1] if view.flip else picture
+
+
+def pack(scenes: list[tuple[Character, View]]) -> list[np.ndarray]:
+    """Scenes for one launch: where each one's primitives begin (n + 1,), all primitives (m, 12),
+    then the rest of `scene_arrays` and whether the picture is mirrored, each (n, ...).
+    """
+    prims, *columns = zip(*(scene_arrays(*scene) for scene in scenes), strict=True)
+    flip = [view.flip for _, view in scenes]
+    starts = np.cumsum([0, *map(len, prims)])
+    return [starts, np.concatenate(prims), *map(np.array, columns), np.array(flip)]
+
+
+def render_packed(packed: list[np.ndarray], size: int, device: str = "cpu"):
+    """Scenes, as `pack` gives them, to a tensor on `device`: uint8 (n, size, size, 3)."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        from dbcore.toybox.tracer_cuda import render_packed_cuda
+
+        return (render_packed_cuda(packed, size, device) * 255 + 0.5).byte()
+    starts, prims, *columns, flip = packed
+    pictures = [_render(prims[starts[k]:starts[k + 1]], *(column[k] for column in columns), size)
+                for k in range(len(flip))]
+    mirrored = [p[:, ::-1] if flip[k] else p for k, p in enumerate(pictures)]
+    return torch.from_numpy((np.stack(mirrored) * 255 + 0.5).astype(np.uint8))
 
 
 def render(character: Character, view: View, size: int = 64) -> Image.Image:

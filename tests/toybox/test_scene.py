@@ -194,7 +194,7 @@ def test_a_corpus_half_rendered_is_finished_not_begun_again(tmp_path, monkeypatc
     monkeypatch.setattr(corpus, "SHARD", 2)
     monkeypatch.setattr(corpus, "SIZE", 16)
     whole = corpus.render_corpus(tmp_path / "whole", 0, 6)
-    real, drawn = tracer.render_array, []
+    real, drawn = tracer._render, []
 
     def dies_at_the_fifth(*args):
         drawn.append(args)
@@ -202,11 +202,11 @@ def test_a_corpus_half_rendered_is_finished_not_begun_again(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(tracer, "render_array", dies_at_the_fifth)
+    monkeypatch.setattr(tracer, "_render", dies_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         corpus.render_corpus(tmp_path / "half", 0, 6)
     drawn.clear()
-    monkeypatch.setattr(tracer, "render_array", lambda *args: drawn.append(args) or real(*args))
+    monkeypatch.setattr(tracer, "_render", lambda *args: drawn.append(args) or real(*args))
     np.testing.assert_array_equal(corpus.render_corpus(tmp_path / "half", 0, 6), whole)
     assert len(drawn) == 2
     np.testing.assert_array_equal(corpus.render_corpus(tmp_path / "half", 0, 3), whole[:3])
