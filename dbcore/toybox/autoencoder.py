@@ -72,8 +72,8 @@ def laplacian(x: torch.Tensor) -> torch.Tensor:
             - x[..., 1:-1, :-2] - x[..., 1:-1, 2:])
 
 
-def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 9000, batch: int = 32,
-                      lr: float = 2e-3, device: str = "cpu"):
+def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 9000,
+                      minutes: float | None = None, batch: int = 32, lr: float = 2e-3, device: str = "cpu"):
     """Three phases: learn the PCA's codes, then free both halves, then whole pictures.
 
     The loss is the squared error in [-1, 1], a tenth of the absolute error and a twentieth of that of the edges,
@@ -86,7 +86,7 @@ def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int 
     torch.manual_seed(seed)
     net = make_autoencoder()
     pca = PatchPCA(pictures[:: max(1, len(pictures) // 1500)]).to(device)
-    follow, whole = 0.1 * steps, 0.7 * steps
+    follow, whole = 0.1, 0.7  # fractions of the run
 
     def error(z, x):
         with half_where_fast(device):
@@ -94,21 +94,21 @@ def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int 
         y = y.float()
         return y, F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + 0.05 * F.l1_loss(laplacian(y), laplacian(x))
 
-    def loss_at(step):
+    def loss_at(step, progress):
         rng, torch_rng = step_rng(seed, "autoencoder", step)
-        size, n = (32, batch) if step < whole else (pictures.shape[1], batch // 4)
+        size, n = (32, batch) if progress < whole else (pictures.shape[1], batch // 4)
         x = crops(pictures, rng, n, size).to(device)
         with half_where_fast(device):
             moments = net.encode(x).latent_dist.parameters
         posterior = DiagonalGaussianDistribution(moments.float())
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=torch_rng).to(device)
-        if step < follow:
+        if progress < follow:
             code = pca(x)
             z = code + 0.1 * torch.randn(code.shape, generator=torch_rng).to(device)
         y, loss = error(z, x)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = loss + KL_WEIGHT * kl
-        if step < follow:
+        if progress < follow:
             loss = loss + F.mse_loss(posterior.mean, code) * 0.2
         else:
             some = slice(0, n // 8 or 1)
@@ -117,7 +117,7 @@ def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int 
         return {"loss": loss, "psnr": psnr, "kl": kl.detach(), "std": posterior.std.detach().mean(),
                 "edges": laplacian(y.detach()).var() / laplacian(x).var()}
 
-    net = fit("autoencoder", folder, net, loss_at, steps, lr, ema=0.998, device=device)
+    net = fit("autoencoder", folder, net, loss_at, steps, lr, minutes, ema=0.998, device=device)
     return set_scale(net, pictures)
 
 

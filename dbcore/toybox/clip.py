@@ -97,11 +97,11 @@ def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def train_clip(tokenizer, pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 1500,
-               batch: int = 128, lr: float = 1e-3, device: str = "cpu") -> ToyCLIP:
+               minutes: float | None = None, batch: int = 128, lr: float = 1e-3, device: str = "cpu") -> ToyCLIP:
     torch.manual_seed(seed + 1)
     clip = ToyCLIP(make_text_encoder(tokenizer))
 
-    def loss_at(step):
+    def loss_at(step, progress):
         rng, _ = step_rng(seed, "clip", step)
         picks = rng.integers(0, len(pictures), batch)
         x = to_tensor(pictures[np.sort(picks)])
@@ -111,7 +111,7 @@ def train_clip(tokenizer, pictures: np.ndarray, scenes: list, folder: Path, seed
         loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
         return {"loss": loss, "accuracy": (logits.detach().argmax(0) == truth).float().mean()}
 
-    return fit("clip", folder, clip, loss_at, steps, lr, device=device)
+    return fit("clip", folder, clip, loss_at, steps, lr, minutes, device=device)
 
 
 @torch.no_grad()

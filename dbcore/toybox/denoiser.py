@@ -93,7 +93,7 @@ def train_unet(tokenizer, text_encoder, latents: Latents, folder: Path, seed: in
     schedule, batch = make_scheduler(), latents.batch
     text_encoder.eval().requires_grad_(False).to(device)
 
-    def loss_at(step):
+    def loss_at(step, progress):
         rng, torch_rng = step_rng(seed, "unet", step)
         z, scenes = latents.batch_at(step, rng)
         ids = tokenize(tokenizer, [training_caption(scene, rng) for scene in scenes]).to(device)

@@ -79,8 +79,9 @@ def contrastive_loss(vectors: torch.Tensor, who: torch.Tensor, temperature: floa
     return -(right.sum(dim=1) / same.sum(dim=1)).mean()
 
 
-def train_subject_encoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 600, batch: int = 64,
-                          lr: float = 1e-3, device: str = "cpu") -> SubjectEncoder:
+def train_subject_encoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 600,
+                          minutes: float | None = None, batch: int = 64, lr: float = 1e-3,
+                          device: str = "cpu") -> SubjectEncoder:
     """`pictures`: `sample_view(seed, k)` in order, uint8 (n, 64, 64, 3). A step takes two views of `batch` subjects.
 
     Each view is blurred and recoloured for itself: a soft sample must be near the sharp photos of its subject.
@@ -88,7 +89,7 @@ def train_subject_encoder(pictures: np.ndarray, folder: Path, seed: int, steps: 
     torch.manual_seed(seed + 4)
     net = SubjectEncoder()
 
-    def loss_at(step):
+    def loss_at(step, progress):
         rng, torch_rng = step_rng(seed, "subject", step)
         who = pick_subjects(rng, step, batch, len(pictures) // VIEWS)
         views = rng.permuted(np.tile(np.arange(VIEWS), (len(who), 1)), axis=1)[:, :2]
@@ -98,7 +99,7 @@ def train_subject_encoder(pictures: np.ndarray, folder: Path, seed: int, steps: 
         owners = torch.from_numpy(np.tile(who, 2)).to(device)
         return {"loss": contrastive_loss(vectors, owners), "right": nearest_is_own(vectors.detach(), owners)}
 
-    return fit("subject", folder, net, loss_at, steps, lr, muon=True, ema=0.99, device=device)
+    return fit("subject", folder, net, loss_at, steps, lr, minutes, muon=True, ema=0.99, device=device)
 
 
 def nearest_is_own(vectors: torch.Tensor, who: torch.Tensor) -> torch.Tensor:

@@ -125,23 +125,31 @@ class Average:
     """Running mean of a module's weights, shorter at the start of a run (Polyak averaging)."""
 
     def __init__(self, module: nn.Module, decay: float):
-        self.decay, self.values = decay, {k: v.clone() for k, v in module.state_dict().items()}
+        self.decay, self.live = decay, module.state_dict()
+        self.values = {name: value.clone() for name, value in self.live.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        live = module.state_dict()
-        torch._foreach_lerp_(list(self.values.values()), [live[name] for name in self.values], share)
+        torch._foreach_lerp_(list(self.values.values()), list(self.live.values()), share)
 
 
-def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int], dict], steps: int, lr: float,
-        muon: bool = False, ema: float = 0.0, device: str = "cpu", save_every: float = 120.0,
-        log_every: int = 50, rate: Callable[[float], float] = cosine_rate) -> nn.Module:
-    """Train `module` for `steps` steps and return it (with averaged weights if `ema`), in eval mode, on `device`.
+def progress(step: int, steps: int, seconds: float, minutes: float | None) -> float:
+    """The fraction of a run that is done: of its steps or of its minutes, whichever is further."""
+    return max(step / steps, seconds / (60 * minutes) if minutes else 0.0)
 
-    `loss_at(step)` gives a dict of scalars whose "loss" is minimised. Every `save_every`
-    seconds the whole state goes to `folder/<stage>.pt`, and a later call goes on from there;
-    it may ask for another number of steps, and the rate then follows the new schedule.
+
+def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int, float], dict], steps: int,
+        lr: float, minutes: float | None = None, muon: bool = False, ema: float = 0.0, device: str = "cpu",
+        save_every: float = 120.0, log_every: int = 50,
+        rate: Callable[[float], float] = cosine_rate) -> nn.Module:
+    """Train `module` and return it (with averaged weights if `ema`), in eval mode, on `device`.
+
+    It ends after `steps` steps or, where they are given, after `minutes` of training, whichever is first.
+    `loss_at(step, progress)` gives a dict of scalars whose "loss" is minimised; the learning rate is
+    `lr * rate(progress)`, with progress in [0, 1]. Every `save_every` seconds and at the end the whole
+    state goes to `folder/<stage>.pt`, and a later call goes on from there: steps and minutes are those of
+    all calls together. It may ask for more of them, and the rate then follows the new schedule.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, module = folder / f"{stage}.pt", module.to(device)
@@ -150,23 +158,19 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int], di
     step, spent = load_state(path, module, optimizers, average) if path.exists() else (0, 0.0)
     module.train()
     began = saved = time.monotonic()
-    while step < steps:
+    seconds = spent
+    while (done := progress(step, steps, seconds, minutes)) < 1:
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-            group["lr"] = lr * rate((step + 1) / steps)
-        terms = loss_at(step)
-        terms["loss"].backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+            group["lr"] = lr * rate(progress(step + 1, steps, seconds, minutes))
+        terms = take_step(module, optimizers, loss_at(step, done))
         step += 1
         if average:
-            average.update(module, step)
+            average.update(step)
         seconds = spent + time.monotonic() - began
-        if step % log_every == 0 or step == steps:
-            print(json.dumps({"stage": stage, "step": step, "of": steps, "seconds": round(seconds, 1),
-                              **{k: round(float(v.detach()), 5) for k, v in terms.items()}}), flush=True)
-        if time.monotonic() - saved > save_every or step == steps:
+        last = progress(step, steps, seconds, minutes) >= 1
+        if step % log_every == 0 or last:
+            log(stage, step, steps, seconds, terms)
+        if time.monotonic() - saved > save_every or last:
             state = {"module": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                      "average": average and average.values, "step": step, "seconds": seconds}
             with whole_file(path) as partial:
@@ -177,12 +181,39 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int], di
     return module.eval()
 
 
+def take_step(module: nn.Module, optimizers: list, terms: dict) -> dict:
+    """One step down the gradient of `terms["loss"]`, clipped at norm 1; `terms` again."""
+    terms["loss"].backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return terms
+
+
+def log(stage: str, step: int, steps: int, seconds: float, terms: dict) -> None:
+    """One line of JSON; on a GPU, the only thing in the loop that waits for it."""
+    numbers = {name: round(float(value.detach()), 5) for name, value in terms.items()}
+    print(json.dumps({"stage": stage, "step": step, "of": steps, "seconds": round(seconds, 1), **numbers}),
+          flush=True)
+
+
+def steps_done(folder: Path, stage: str) -> int:
+    """The steps that the stage's checkpoint in `folder` has behind it; 0 where there is none."""
+    path = folder / f"{stage}.pt"
+    return torch.load(path, map_location="cpu", weights_only=True)["step"] if path.exists() else 0
+
+
 def load_state(path: Path, module: nn.Module, optimizers: list, average: Average | None) -> tuple[int, float]:
-    """Put a checkpoint back; returns the steps done and the seconds they took."""
+    """Put a checkpoint back; returns the steps done and the seconds they took.
+
+    One without optimizers, as `weights.py` writes them, starts those anew.
+    """
     held = torch.load(path, map_location="cpu", weights_only=True)
     module.load_state_dict(held["module"])
-    for optimizer, state in zip(optimizers, held["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
+    if held["optimizers"]:
+        for optimizer, state in zip(optimizers, held["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
     if average:
         for name, value in average.values.items():
             value.copy_(held["average"][name])

@@ -74,13 +74,13 @@ def answer_table(scenes: list) -> dict[str, torch.Tensor]:
     return {q: torch.tensor([a.index(t[q]) if q in t else UNASKED for t in truths]) for q, a in ANSWERS.items()}
 
 
-def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 2000, batch: int = 64,
-                 lr: float = 1e-3, device: str = "cpu") -> Reader:
+def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 2000,
+                 minutes: float | None = None, batch: int = 64, lr: float = 1e-3, device: str = "cpu") -> Reader:
     """Cross-entropy on every question that has an answer, on renders blurred and slightly recoloured at random."""
     torch.manual_seed(seed + 3)
     net, answers = Reader(), answer_table(scenes)
 
-    def loss_at(step):
+    def loss_at(step, progress):
         rng, torch_rng = step_rng(seed, "reader", step)
         picks = np.sort(rng.integers(0, len(pictures), batch))
         x = disturbed(to_tensor(pictures[picks]), rng, torch_rng)
@@ -92,7 +92,7 @@ def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, st
                              for q in ANSWERS])
         return {"loss": loss, "worst": right.min()}
 
-    return fit("reader", folder, net, loss_at, steps, lr, muon=True, ema=0.99, device=device)
+    return fit("reader", folder, net, loss_at, steps, lr, minutes, muon=True, ema=0.99, device=device)
 
 
 def disturbed(x: torch.Tensor, rng: np.random.Generator, torch_rng: torch.Generator) -> torch.Tensor:

@@ -21,7 +21,7 @@ def network():
 def train(folder, steps=12, die_at=None, **options):
     net = network()
 
-    def loss_at(step):
+    def loss_at(step, progress):
         if step == die_at:
             raise Killed
         _, rng = step_rng(0, "test", step)
@@ -45,6 +45,34 @@ def test_a_killed_run_ends_at_the_same_weights(tmp_path, options):
 def test_a_finished_run_takes_no_step_more(tmp_path):
     first = train(tmp_path)
     assert all(torch.equal(first[k], v) for k, v in train(tmp_path, die_at=12).items())
+
+
+def test_a_run_ends_when_its_minutes_are_up_and_goes_on_when_given_more(tmp_path, monkeypatch):
+    now = iter(range(10_000))  # each look at the clock is a second later
+    monkeypatch.setattr(fitting.time, "monotonic", lambda: float(next(now)))
+    seen = []
+
+    def rate(progress):
+        seen.append(progress)
+        return 1.0
+
+    train(tmp_path, steps=10_000, minutes=0.5, rate=rate)
+    first = torch.load(tmp_path / "test.pt", weights_only=True)
+    assert 30 <= first["seconds"] < 33
+    assert seen == sorted(seen)
+    assert 0.9 < seen[-1] <= 1
+    train(tmp_path, steps=10_000, minutes=0.5, die_at=first["step"])  # no step more
+    train(tmp_path, steps=10_000, minutes=1.0, rate=rate)
+    second = torch.load(tmp_path / "test.pt", weights_only=True)
+    assert second["step"] > first["step"]
+    assert 60 <= second["seconds"] < 63
+    assert seen[first["step"]] == pytest.approx(0.5, abs=0.1)  # the schedule is that of the longer run
+
+
+def test_few_steps_end_a_run_before_its_minutes(tmp_path):
+    train(tmp_path, steps=5, minutes=60)
+    assert fitting.steps_done(tmp_path, "test") == 5
+    assert fitting.steps_done(tmp_path, "other") == 0
 
 
 def test_a_kill_in_the_middle_of_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
