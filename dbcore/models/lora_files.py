@@ -184,7 +184,7 @@ def _split(key):
 class Names:
     """The names of one base's modules, by the converter of its diffusers pipeline class."""
 
-    def __init__(self, base):
+    def __init__(self, base: str | Path | None):
         self.base = base
         families = [family_of({"_class_name": kind}) for kind in FAMILIES]
         self.components = {component for family in families for component in family.lora_targets}
@@ -197,12 +197,15 @@ class Names:
     def modules(self):
         return modules_by_name(self.family.modules)
 
-    def are_diffusers(self, key):
+    def are_diffusers(self, key: str) -> bool:
         """Whether a key begins as diffusers' do, with the name of a network."""
         return key.partition(".")[0] in self.components
 
-    def to_diffusers(self, halves):
-        """One layer's tensors under diffusers' names, and its alpha where it is not in them."""
+    def to_diffusers(self, halves: dict[str, torch.Tensor]) -> tuple[dict, float | None]:
+        """One layer's tensors under diffusers' names, and its alpha where it is not in them.
+
+        Raises `LoraFileError` where the base has no such layer, as far as the names tell.
+        """
         key = next(iter(halves))
         if self.are_diffusers(key):
             return halves, None
@@ -219,7 +222,7 @@ class Names:
             raise self.stranger(key)
         return renamed, next(iter((alphas or {}).values()), None)
 
-    def check(self, component, module, layer, key):
+    def check(self, component: str, module: str, layer: Layer, key: str) -> None:
         """A name that the converter has guessed must be there, and of the layer's size."""
         if not self.are_diffusers(key) and not fits(self.modules.get((component, module)), layer):
             raise self.stranger(key)

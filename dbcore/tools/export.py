@@ -73,16 +73,17 @@ def main(args):
     counts = ", ".join(f"{len(named)} layers of the {name}" for name, named in adapter.layers.items())
     print(f"{args.format}: {counts} -> {output}")
     if args.format == "kohya" and (left_out := kohya_leaves_out(adapter)):
-        print(f"A1111, ComfyUI and diffusers use all of them; kohya's scripts leave out {', '.join(left_out)}")
+        print("A1111, ComfyUI and diffusers use all of them; "
+              f"kohya's scripts leave out {', '.join(left_out)}")
     if args.format == "kohya" and adapter.has_dora:
         print("diffusers leaves DoRA's magnitudes out of such a file: give it one of --format diffusers")
 
 
 def free_path(text, overwrite=False, is_file=True):
-    """The path, if nothing is there or it may be replaced, and a LoRA file can be called so; else InputError."""
+    """The path to write to. Raises InputError if it must not be replaced, or names no LoRA file."""
     path = Path(text)
     if is_file and path.suffix.lower() != ".safetensors":
-        raise InputError(f"--output {path}: give a name that ends in .safetensors, as every tool wants it")
+        raise InputError(f"--output {path}: give a name that ends in .safetensors, or it is not read")
     if path.exists() and not overwrite:
         raise InputError(f"--output {path} exists: choose another name, or add --overwrite")
     if path.exists() and (theirs := what_no_export_wrote(path)):

@@ -13,7 +13,7 @@ def add_arguments(parser):
     )
     parser.add_argument("--output", required=True, help="the new .safetensors file, in diffusers' format")
     parser.add_argument(
-        "--rank", type=int, help="cut to this rank by SVD; without it the ranks add up, exactly"
+        "--rank", type=int, help="truncate to this rank by SVD; without it the ranks add up, exactly"
     )
     parser.add_argument("--pretrained_model_name_or_path", help="the base's folder, to read kohya's names")
     add_overwrite(parser)
