@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dbcore.toybox.autoencoder import to_tensor
-from dbcore.toybox.fit import fit, step_rng
+from dbcore.toybox.fit import fit, half_where_fast, step_rng
 from dbcore.toybox.scene import caption
 
 WIDTH = 128
@@ -106,8 +106,9 @@ def train_clip(tokenizer, pictures: np.ndarray, scenes: list, folder: Path, seed
         picks = rng.integers(0, len(pictures), batch)
         x = to_tensor(pictures[np.sort(picks)])
         texts = [caption(*scenes[k], rng, drop=0.1, drop_details=0.3) for k in np.sort(picks)]
-        logits = clip(tokenize(tokenizer, texts).to(device), x.to(device))
-        truth = torch.arange(batch, device=device)
+        with half_where_fast(device):
+            logits = clip(tokenize(tokenizer, texts).to(device), x.to(device))
+        logits, truth = logits.float(), torch.arange(batch, device=device)
         loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
         return {"loss": loss, "accuracy": (logits.detach().argmax(0) == truth).float().mean()}
 
