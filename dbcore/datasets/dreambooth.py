@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from dbcore.datasets.cache import TensorStore
-from dbcore.datasets.photos import Photo, PhotoError, crop_to_square, shown
-from dbcore.utils.seeding import integer, normal, permutation
+from dbcore.datasets.photos import Photo, PhotoError, crop_to_square, shown, square_box
+from dbcore.utils.seeding import integer, normal, permutation, uniform
 
 CROPS = 4  # places along the longer side that a random crop chooses from, so that each is encoded once
 
@@ -36,6 +36,15 @@ class Sample:
     def view(self):
         """What its latents depend on."""
         return self.photo.path, self.place, self.mirrored
+
+    def geometry(self, resolution):
+        """Height and width of the photo, top and left of the crop once resized, height and width of the crop."""
+        width, height = self.photo.size
+        left, top, right, bottom = square_box(self.photo.size, self.place)
+        if self.mirrored:
+            left = width - right
+        scale = resolution / (bottom - top)
+        return [height, width, round(top * scale), round(left * scale), resolution, resolution]
 
 
 class DreamBoothData:
@@ -91,28 +100,30 @@ class DreamBoothData:
     def batch(self, base, samples, step):
         """Tensors of a batch on the base's device.
 
-        x0, noise: (n, c, h, w); t: (n,) integers; mask: (n, 1, h, w) in [0, 1]; prompts: n strings.
-        x0 is drawn from the posterior: mean + std * epsilon, as the autoencoder defines it.
+        x0, noise: (n, c, h, w); t: (n,); mask: (n, 1, h, w) in [0, 1]; prompts: n strings; geometry: (n, 6)
+        pixels, as `Family.predict` takes it. x0 is drawn from the posterior: mean + std * epsilon.
         """
         if self.config.cache_latents:
             rows = [self.latents.get(s.view, base.device) for s in samples]
         else:
             rows = encode_views(base, samples, self.config)
         mean, std, mask = (torch.stack([row[name] for row in rows]) for name in ("mean", "std", "mask"))
-        draw = [self.draws(s, step, mean.shape[1:], base.num_timesteps) for s in samples]
-        eps, noise = (torch.stack(column).to(base.device) for column in list(zip(*draw))[:2])
-        t = torch.tensor([row[2] for row in draw], device=base.device)
-        return {"x0": mean + std * eps, "noise": noise, "t": t, "mask": mask, "prompts": [s.prompt for s in samples]}
+        epsilons, noises, us = zip(*(self.draws(s, step, mean.shape[1:]) for s in samples))
+        eps, noise = (torch.stack(column).to(base.device) for column in (epsilons, noises))
+        t = base.process.timestep(torch.tensor(us, dtype=torch.float64), mean[0, 0].numel()).to(base.device)
+        geometry = torch.tensor([s.geometry(self.config.resolution) for s in samples], dtype=torch.float32)
+        return {"x0": mean + std * eps, "noise": noise, "t": t, "mask": mask, "prompts": [s.prompt for s in samples],
+                "geometry": geometry.to(base.device)}
 
-    def draws(self, sample, step, shape, num_timesteps):
-        """(posterior's epsilon, noise, timestep) of one sample, functions of (seed, stream, step, sample)."""
+    def draws(self, sample, step, shape):
+        """(posterior's epsilon, noise, u of the timestep) of one sample, functions of (seed, stream, step, sample)."""
         kind, seed = ("class " if sample.is_class else ""), self.config.seed
         epsilon = normal(shape, seed, kind + "posterior", step, [sample.number])[0]
         noise = normal(shape, seed, kind + "noise", step, [sample.number])[0]
         if self.config.noise_offset:
             shift = normal((shape[0], 1, 1), seed, kind + "noise offset", step, [sample.number])[0]
             noise = noise + self.config.noise_offset * shift
-        return epsilon, noise, integer(num_timesteps, seed, kind + "timestep", step, sample.number)
+        return epsilon, noise, uniform(seed, kind + "timestep", step, sample.number)
 
 
 def refuse_shared(photos, class_photos):

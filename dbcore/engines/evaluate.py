@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from dbcore.config import ConfigError
 from dbcore.datasets.dreambooth import to_pixels
-from dbcore.models.base import best_device, recommended
+from dbcore.models.base import Family, best_device, recommended
 from dbcore.models.reading import first_line, hub_answer, reading
 from dbcore.utils.errors import InputError
 from dbcore.utils.seeding import key
@@ -62,7 +62,7 @@ class Encoder:
 def load_encoder(base_or_name):
     """One `Encoder`: the first for a base, or the one of that name.
 
-    `base_or_name`: a `StableDiffusion`, its folder, or a CLIP or a ViT (DINO) of transformers, as a folder
+    `base_or_name`: a `Family`, its folder, or a CLIP or a ViT (DINO) of transformers, as a folder
     or a name on the hub. Raises ConfigError if it is none of these.
     """
     return load_encoders(base_or_name)[0]
@@ -70,7 +70,7 @@ def load_encoder(base_or_name):
 
 def load_encoders(base_or_name):
     """Every encoder for a base, the one that also reads prompts first; see `load_encoder`."""
-    is_base = hasattr(base_or_name, "encode_prompts")
+    is_base = isinstance(base_or_name, Family)
     folder = Path(base_or_name.name if is_base else base_or_name)
     if not is_base and not (folder / "model_index.json").is_file():
         return [load_hub_encoder(str(base_or_name))]

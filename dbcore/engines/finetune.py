@@ -1,7 +1,7 @@
-"""Full fine-tuning of the UNet, as DreamBooth was first done (Ruiz et al. 2023): what a LoRA is held against.
+"""Full fine-tuning of the denoiser, as DreamBooth was first done (Ruiz et al. 2023): what a LoRA is held against.
 
 Photos, steps and random numbers are those of `train`; only what is trained, and therefore what is written, differs:
-every weight of the UNet, and a whole pipeline.
+every weight of the denoiser, and a whole pipeline.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from dbcore.config import need
 from dbcore.datasets.photos import gather_photos
 from dbcore.engines.run_folder import held, holds_run, prepare_folder
 from dbcore.engines.train import Run, tf32
-from dbcore.models.base import SETTINGS_FILE, settle
+from dbcore.models.base import SETTINGS_FILE, checkpoint_gradients, settle
 from dbcore.utils.errors import Interrupted
 from dbcore.utils.files import whole_folder
 
@@ -22,7 +22,7 @@ PIPELINE = "pipeline"  # in the run's folder
 
 
 def finetune(config):
-    """Teach the UNet itself a subject as `config` (TrainConfig) says; returns the folder of the new pipeline.
+    """Teach the denoiser itself a subject as `config` (TrainConfig) says; returns the folder of the new pipeline.
 
     In float32, whatever `mixed_precision` and `low_vram` say: steps as small as these are lost in less. One that is
     finished is returned as it is; one that was stopped begins anew, for no checkpoints are kept. Raises ConfigError, and
@@ -46,13 +46,14 @@ def finetune(config):
 
 
 class FullRun(Run):
-    """A run that trains the UNet's own weights."""
+    """A run that trains the denoiser's own weights."""
 
     def inject(self):
-        unet = self.base.unet.requires_grad_(True).train()
+        denoiser = self.base.denoiser.requires_grad_(True).train()
         if self.config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        self.trained_modules, self.parameters = {"unet": unet}, list(unet.parameters())
+            checkpoint_gradients(denoiser)
+        self.trained_modules = {self.base.roles["denoiser"][0]: denoiser}
+        self.parameters = list(denoiser.parameters())
         self.groups = [{"params": self.parameters, "lr": self.scaled(self.config.learning_rate)}]
         self.predict = self.faster(self.base.predict)
 
@@ -62,7 +63,7 @@ class FullRun(Run):
     def finish(self):
         """The whole pipeline, with the base's recommendations; the folder appears whole."""
         folder, recommendations = self.folder / PIPELINE, Path(self.base.name) / SETTINGS_FILE
-        self.base.text_encoder  # noqa: B018 - was let go once the prompts were encoded
+        self.base.text_encoders  # noqa: B018 - were let go once the prompts were encoded
         with self.averaged(), whole_folder(folder) as partial:
             self.base.pipeline().save_pretrained(partial)
             if recommendations.is_file():

@@ -1,7 +1,5 @@
 """DreamBooth's loss: how far the network's word is from the target, on the subject and on its class."""
 
-import torch
-
 
 def dreambooth_loss(prediction, target, mask, weight, num_instance, prior_loss_weight):
     """E |w (y - y_theta)|^2 over the subject + lambda E |w (y' - y'_theta)|^2 over the class.
@@ -17,13 +15,3 @@ def dreambooth_loss(prediction, target, mask, weight, num_instance, prior_loss_w
     if len(losses) > num_instance:
         loss = loss + prior_loss_weight * weighted[num_instance:].mean()
     return loss, losses.detach()
-
-
-def min_snr_weight(snr, gamma, prediction_type):
-    """Min-SNR-gamma (Hang et al. 2023) as a factor on the error of what the network predicts; all (n,).
-
-    The paper weights the error of x0 by min(SNR, gamma). An error in the noise is one in x0 divided by SNR,
-    one in v divided by SNR + 1.
-    """
-    clipped = torch.clamp(snr, max=gamma)
-    return {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[prediction_type]

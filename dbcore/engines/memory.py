@@ -9,6 +9,7 @@ import dataclasses
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -155,11 +156,9 @@ class Shadow(Run):
 
     def __init__(self, config):
         self.config, self.world = config, 1
-        self.base = shadow_base(config, config.mixed_precision)
+        self.base, self.fake = shadow_base(config, config.mixed_precision), FakeTensorMode(allow_non_fake_inputs=True)
         self.inject()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        for part in ("unet", "vae", "text_encoder"):
-            materialise(getattr(self.base, part), self.fake)
+        materialise(self.base, self.fake)
         self.trained = sum(p.numel() for p in self.parameters)
         self.state = sum(state_bytes(config.optimizer, p) for p in self.parameters)
 
@@ -170,46 +169,45 @@ class Shadow(Run):
     # --- phases, in the order of a run
 
     def loading(self):
-        """The UNet's weights, before they are quantized, beside the file that they are copied from."""
-        c = self.config
-        name = f"diffusion_pytorch_model{'.' + c.variant if c.variant else ''}.safetensors"
-        file = Path(self.base.name) / "unet" / name
-        weights = sum(p.numel() for p in self.base.unet.parameters()) * self.base.dtype.itemsize
-        return Phase("loading", weights, 0, pages=file.stat().st_size if file.is_file() else weights)
+        """The denoiser's weights, before they are quantized, beside the file that they are copied from."""
+        variant, folder = self.config.variant, Path(self.base.name, self.base.roles["denoiser"][0])
+        ending = f".{variant}.safetensors" if variant else ".safetensors"
+        files = [path for path in folder.glob(f"*{ending}") if "." not in path.name.removesuffix(ending)]
+        weights = sum(p.numel() for p in self.base.denoiser.parameters()) * self.base.dtype.itemsize
+        return Phase("loading", weights, 0, pages=sum(path.stat().st_size for path in files) or weights)
 
     def class_images(self):
         """Pictures are drawn `sample_batch_size` at a time; the text encoder stays, unless memory is short."""
         c, base = self.config, self.base
         if c.prior_generation_precision != c.mixed_precision:
             base = shadow_base(c, c.prior_generation_precision)
-            for part in ("unet", "vae", "text_encoder"):
-                materialise(getattr(base, part), self.fake)
-        parts = ("unet", "vae") if c.low_vram else ("unet", "vae", "text_encoder")
-        weights = sum(size(getattr(base, part)) for part in parts)
+            materialise(base, self.fake)
+        roles = ("denoiser", "autoencoder") if c.low_vram else base.roles
+        weights = sum(map(size, base.loaded(*roles).values()))
         return Phase("class images", weights, self.drawing(base, c.sample_batch_size))
 
     def encoding(self):
-        """Photos through the autoencoder, before the UNet is loaded, unless class images were drawn with it."""
+        """Photos through the autoencoder, before the denoiser is loaded, unless class images were drawn with it."""
         c, base = self.config, self.base
         drawn = c.with_prior_preservation and c.prior_generation_precision == c.mixed_precision and not c.low_vram
         count = min(ENCODED, self.batch * c.gradient_accumulation_steps)
         with self.traced(base) as live:
             base.encode_images(torch.empty(count, 3, c.resolution, c.resolution))
-        return Phase("encoding photos", self.resident("vae", *["unet"] * drawn), live.peak)
+        return Phase("encoding photos", self.resident("autoencoder", *["denoiser"] * drawn), live.peak)
 
     def steps(self):
-        """Forward and backward through the UNet, and the text encoder if it is trained."""
+        """Forward and backward through the denoiser, and the text encoders if they are trained."""
         c, base = self.config, self.base
         with self.traced(base) as live:
             x_t, target = (torch.empty(self.batch, *base.latent_shape(c.resolution)) for _ in range(2))
             mask = torch.ones_like(target[:, :1])
-            prediction = self.predict(x_t, torch.zeros(self.batch, dtype=torch.long), self.words(self.batch))
+            prediction = self.predict(x_t, timesteps(base, x_t), self.words(self.batch))
             loss, _ = dreambooth_loss(prediction, target, mask, torch.ones(self.batch), c.train_batch_size,
                                       c.prior_loss_weight)
             loss.backward()
-        keep = [] if c.cache_latents and not c.validation_prompt else ["vae"]
+        keep = [] if c.cache_latents and not c.validation_prompt else ["autoencoder"]
         means = 4 * self.trained if c.use_ema else 0
-        return Phase("steps", self.resident("unet", *keep), live.peak - 4 * self.trained, 4 * self.trained,
+        return Phase("steps", self.resident("denoiser", *keep), live.peak - 4 * self.trained, 4 * self.trained,
                      self.state + means)
 
     def pictures(self):
@@ -219,9 +217,9 @@ class Shadow(Run):
         for module in self.trained_modules.values():
             module.eval()
         activations = self.drawing(self.base, count) if count else 0
-        drawer = ["vae"] if count else []
+        drawer = ["autoencoder"] if count else []
         means = 2 * 4 * self.trained if c.use_ema else 0
-        return Phase("validation and report", self.resident("unet", *drawer), activations,
+        return Phase("validation and report", self.resident("denoiser", *drawer), activations,
                      optimizer=self.state + means)
 
     def in_a_heap(self, phase):
@@ -241,36 +239,41 @@ class Shadow(Run):
     def batch(self):
         return self.config.train_batch_size * (2 if self.config.with_prior_preservation else 1)
 
-    def resident(self, *parts):
-        """Bytes of the weights of `parts`, and of the text encoder where each step needs it."""
+    def resident(self, *roles):
+        """Bytes of the weights of networks, and of the text encoders where each step needs them."""
         c = self.config
-        words = [] if c.pre_compute_text_embeddings and not c.train_text_encoder else ["text_encoder"]
-        return sum(size(getattr(self.base, part)) for part in {*words, *parts})
+        words = [] if c.pre_compute_text_embeddings and not c.train_text_encoder else ["text_encoders"]
+        return sum(map(size, self.base.loaded(*words, *roles).values()))
 
     def words(self, count):
-        """Encoded prompts, with all that the text encoder keeps for its gradients if it is trained."""
-        length, width = self.base.tokenizer.model_max_length, self.base.text_encoder.config.hidden_size
-        if not self.config.train_text_encoder:
-            return {"encoder_hidden_states": torch.empty(count, length, width)}
-        return {"encoder_hidden_states": self.base.text_encoder(torch.zeros(count, length, dtype=torch.long))[0]}
+        """Encoded prompts, with all that the text encoders keep for their gradients if they are trained."""
+        if self.config.train_text_encoder:
+            return self.base.encode_text([""] * count)
+        return {name: torch.empty(count, *shape) for name, shape in self.word_shapes.items()}
+
+    @cached_property
+    def word_shapes(self):
+        """{name: shape} of one encoded prompt."""
+        with self.fake, torch.no_grad():
+            return {name: tensor.shape[1:] for name, tensor in self.base.encode_text([""]).items()}
 
     def drawing(self, base, count):
         """Bytes beside the weights while `count` pictures are drawn with guidance."""
-        length, width = base.tokenizer.model_max_length, base.text_encoder.config.hidden_size
-        count = base.at_once(count)
+        count, shapes = base.at_once(count), self.word_shapes
         with self.traced(base) as live, torch.no_grad():
             latents = torch.empty(count, *base.latent_shape(self.config.resolution))
-            cond = {"encoder_hidden_states": torch.empty(2 * count, length, width)}
-            base.predict(torch.cat([latents, latents]), torch.zeros(2 * count, dtype=torch.long), cond)
+            both = torch.cat([latents, latents])
+            cond = {name: torch.empty(2 * count, *shape) for name, shape in shapes.items()}
+            base.predict(both, timesteps(base, both), cond)
             base.decode(latents)
         return live.peak
 
     @contextmanager
     def traced(self, base):
         """Counts what lives, beside the weights, in the code of the block."""
-        with self.fake, Live([base.unet, base.vae, base.text_encoder]) as live:
+        with self.fake, Live(base.loaded().values()) as live:
             yield live
-        for parameter in base.unet.parameters():
+        for parameter in base.denoiser.parameters():
             parameter.grad = None
 
 
@@ -303,33 +306,20 @@ class Live(TorchDispatchMode):
 
 
 def shadow_base(config, precision):
-    """The base with its three networks on PyTorch's `meta` device: shapes, no numbers, no memory."""
-    from accelerate import init_empty_weights
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
+    """The base with its networks on PyTorch's `meta` device: shapes, no numbers, no memory."""
     c = config
-    base = load_base(c.pretrained_model_name_or_path, c.revision, c.variant, c.tokenizer_name,
-                     dtype=torch_dtype(precision), low_vram=c.low_vram)
-    where = {"subfolder": "unet", "revision": base.revision}
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base.name, **where))
-        where["subfolder"] = "vae"
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(base.name, **where))
-        where["subfolder"] = "text_encoder"
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(base.name, **where))
-    own = torch.float32 if base.dtype == torch.float16 else base.dtype  # as `StableDiffusion.vae` does
-    for part, module, dtype in (("unet", unet, base.dtype), ("vae", vae, own), ("text_encoder", text_encoder, base.dtype)):
-        # diffusers' own `to` warns of layers to be kept in float32, and names none
-        module = torch.nn.Module.to(module, dtype=dtype, memory_format=torch.channels_last)
-        vars(base)[part] = base.lighten(part, module.requires_grad_(False).eval())
+    base = load_base(c.pretrained_model_name_or_path, c.revision, c.variant, c.tokenizer_name, "meta",
+                     torch_dtype(precision), c.tokenizer_max_length, c.low_vram)
+    for name in base.networks():
+        getattr(base, name)
     return base
 
 
-def materialise(module, fake):
-    """Give the tensors of a `meta` module a pretended CPU, so that attention takes the path it takes there."""
+def materialise(base, fake):
+    """Give the networks of a `meta` base a pretended CPU, so that attention takes the path it takes there."""
+    base.device = torch.device("cpu")
     with fake:
-        for part in module.modules():
+        for part in (part for network in base.loaded().values() for part in network.modules()):
             for name, p in part._parameters.items():
                 if p is not None:
                     empty = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype)
@@ -337,6 +327,11 @@ def materialise(module, fake):
             for name, b in part._buffers.items():
                 if b is not None:
                     part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def timesteps(base, x_t):
+    """A timestep for each of a batch of latents, as training takes them."""
+    return base.process.timestep(torch.full((len(x_t),), 0.5), x_t[0, 0].numel())
 
 
 def state_bytes(optimizer, parameter):

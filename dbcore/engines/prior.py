@@ -57,7 +57,7 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     write_whole(folder / MANIFEST, json.dumps(about, indent=1))
     if base.low_vram:
         base.remember([config.class_prompt, ""])
-        base.release("text_encoder")
+        base.release("text_encoders")
     size = config.sample_batch_size
     batches = [range(first, min(first + size, config.num_class_images))
                for first in range(0, config.num_class_images, size)]

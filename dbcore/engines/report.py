@@ -59,7 +59,7 @@ class Evidence:
 def write_report(modules, draw, config, output_dir, history, seconds):
     """Measure what the run did, write the model card, and return the `Evidence`.
 
-    `modules`: {"unet": UNet with LoRA layers, and "text_encoder" if that was trained};
+    `modules`: {name: network with LoRA layers}, those that were trained;
     `draw(prompts, seeds) -> list of PIL images`, one a pair, with the modules as they are;
     `config`: the run's TrainConfig; `history`: the records of log.jsonl, each {"step", "loss"} and, for the
     plot by band, "timesteps" and "losses", one value a sample; `seconds`: wall time of the run.
@@ -127,7 +127,7 @@ def adapters_off(modules):
 
 
 def lora_layers(modules):
-    """[(name such as "unet.mid_block...to_q", peft layer)] of {name: module}."""
+    """[(network and module as one name, peft layer)] of {name: network}."""
     return [(f"{part}.{name}", layer) for part, module in modules.items()
             for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
 
@@ -147,12 +147,12 @@ def update_sizes(modules):
 
 
 def by_block(update):
-    """{block and kind: mean size}: the 128 layers of a large UNet do not fit in one readable plot."""
+    """{block and kind: mean size}: the hundred layers of a large network do not fit in one readable plot."""
     blocks = {}
     for name, size in update.items():
         parts = name.split(".")
-        kinds = [part for part in parts if part in ("attn1", "attn2", "ff")]
-        depth = 3 if parts[1] in ("down_blocks", "up_blocks") else 2
+        kinds = [part for part in parts if part.startswith(("attn", "ff"))]
+        depth = 3 if parts[2:] and parts[2].isdigit() else 2  # the network, its list of blocks, and which of them
         blocks.setdefault(" ".join([".".join(parts[:depth]), *kinds[:1]]), []).append(size)
     return {name: float(np.mean(sizes)) for name, sizes in blocks.items()}
 

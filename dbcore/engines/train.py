@@ -27,7 +27,7 @@ from dbcore.datasets.dreambooth import DreamBoothData, refuse_shared
 from dbcore.datasets.photos import gather_photos
 from dbcore.datasets.prompts import check_fit, texts_of
 from dbcore.engines import checkpoint
-from dbcore.engines.losses import dreambooth_loss, min_snr_weight
+from dbcore.engines.losses import dreambooth_loss
 from dbcore.engines.prior import class_images, class_photos, own_folder
 from dbcore.engines.report import report_prompts, shown, write_report
 from dbcore.engines.resume import circumstances, compare, say_changes
@@ -43,8 +43,8 @@ from dbcore.engines.run_folder import (
     prepare_folder,
     replace_run,
 )
-from dbcore.models.base import best_device, load_base, settle, torch_dtype
-from dbcore.models.lora import add_lora, lora_parameters, save_lora, set_dropout
+from dbcore.models.base import best_device, checkpoint_gradients, load_base, settle, torch_dtype
+from dbcore.models.lora import PRESETS, add_lora, lora_parameters, save_lora, set_dropout
 from dbcore.models.replay import Replay, can_replay, replayed
 from dbcore.utils.console import printable
 from dbcore.utils.errors import Diverged, Interrupted
@@ -187,11 +187,11 @@ class Run:
         if apart:
             base = load_base(base.name, base.revision, base.variant, self.config.tokenizer_name, base.device,
                              torch_dtype(self.config.prior_generation_precision), low_vram=base.low_vram)
-        with replayed(base.unet):
+        with replayed(base.denoiser):
             folder = class_images(base, self.config, self.rank, self.world, self.accelerator.wait_for_everyone,
                                   lambda batches: self.bar(batches, desc="class images"))
         if base.low_vram:
-            base.release("unet")  # so that it is not there while photos are encoded
+            base.release("denoiser")  # so that it is not there while photos are encoded
         return folder
 
     def prepare(self):
@@ -203,34 +203,20 @@ class Run:
         self.mean = [p.detach().clone() for p in self.parameters] if self.config.use_ema else None
 
     def inject(self):
-        """LoRA on the UNet, and on the text encoder if it is to be trained; everything else stays frozen."""
+        """LoRA on the denoiser, and on the text encoders if they are to be trained; everything else stays frozen."""
         c = self.config
-        more = {"layers": c.lora_layers, "dropout": c.lora_dropout, "use_dora": c.use_dora,
-                "use_rslora": c.use_rslora, "seed": c.seed}
-        add_lora(self.base.unet, c.rank, c.lora_alpha, **more)
-        self.trained_modules = {"unet": self.base.unet}
-        self.groups = [{"params": lora_parameters(self.base.unet), "lr": self.scaled(c.learning_rate)}]
-        if c.train_text_encoder:
-            more["layers"] = c.lora_layers if c.lora_layers in ("attention", "attention+ff", "all") else "attention"
-            ratio = c.lora_alpha / c.rank
-            add_lora(self.base.text_encoder, c.text_encoder_rank, c.text_encoder_rank * ratio, **more)
-            self.trained_modules["text_encoder"] = self.base.text_encoder
-            self.groups.append({"params": lora_parameters(self.base.text_encoder),
-                                "lr": self.scaled(c.text_encoder_lr)})
+        self.trained_modules = inject(self.base, c)
+        rates = {name: c.text_encoder_lr for name in self.base.roles["text_encoders"]}
+        self.groups = [{"params": lora_parameters(module), "lr": self.scaled(rates.get(name, c.learning_rate))}
+                       for name, module in self.trained_modules.items()]
         self.parameters = [p for group in self.groups for p in group["params"]]
-        if c.gradient_checkpointing:
-            self.base.unet.enable_gradient_checkpointing()
-            if c.train_text_encoder:
-                self.base.text_encoder.gradient_checkpointing_enable()
-        for module in self.trained_modules.values():
-            module.train()
         self.predict = self.faster(self.base.predict)
 
     def faster(self, predict):
-        """The same function of the UNet, compiled if that was asked for, else without Python where that can be."""
+        """The same function of the denoiser, compiled if that was asked for, else without Python where that can be."""
         if self.config.compile:
             return torch.compile(predict)
-        return Replay(predict, self.base.unet) if can_replay(self.base.unet) else predict
+        return Replay(predict, self.base.denoiser) if can_replay(self.base.denoiser) else predict
 
     def scaled(self, rate):
         c = self.config
@@ -241,12 +227,12 @@ class Run:
         c = self.config
         if c.pre_compute_text_embeddings and not c.train_text_encoder:
             self.base.remember([*self.data.prompts(), *c.validation_prompt, *report_prompts(c), ""])
-            self.base.release("text_encoder")
+            self.base.release("text_encoders")
         if c.cache_latents:
             for step in self.bar(range(start, c.max_train_steps), desc="encoding photos"):
                 self.data.encode(self.base, self.batch_samples(step))
             if not c.validation_prompt:
-                self.base.release("vae")
+                self.base.release("autoencoder")
 
     def bar(self, items, **words):
         """A progress bar, of the first process alone, and of none where TQDM_DISABLE is set."""
@@ -260,7 +246,7 @@ class Run:
 
     def go(self, resume, should_stop):
         c, start = self.config, checkpoint.steps_done(resume) if resume else 0
-        self.encode_ahead(start)  # before there is a UNet, so that it and the encoders are not in memory together
+        self.encode_ahead(start)  # before there is a denoiser, so that it and the encoders are not in memory together
         self.prepare()
         if resume is not None:
             checkpoint.load_checkpoint(resume, self)
@@ -300,14 +286,15 @@ class Run:
         for micro in range(c.gradient_accumulation_steps):
             samples = self.data.samples(step, micro, self.rank, self.world)
             batch = self.data.batch(self.base, samples, step)
-            x_t = self.base.add_noise(batch["x0"], batch["noise"], batch["t"])
-            target = self.base.target(batch["x0"], batch["noise"], batch["t"])
+            x_t = self.base.process.corrupt(batch["x0"], batch["noise"], batch["t"])
+            target = self.base.process.target(batch["x0"], batch["noise"], batch["t"])
             if c.lora_dropout:
                 set_dropout(self.trained_modules, [key(c.seed, ("class " if s.is_class else "") + "dropout", step,
                                                        s.number) for s in samples])
-            prediction = self.predict(x_t, batch["t"], self.encode(batch["prompts"], step))
-            loss, losses = dreambooth_loss(prediction, target, batch["mask"], self.weight(batch["t"]),
-                                           c.train_batch_size, c.prior_loss_weight)
+            prediction = self.predict(x_t, batch["t"], self.encode(batch["prompts"], step), batch["geometry"])
+            weight = self.base.process.weight(batch["t"], c.snr_gamma)
+            loss, losses = dreambooth_loss(prediction, target, batch["mask"], weight, c.train_batch_size,
+                                           c.prior_loss_weight)
             self.scaler.scale(loss / c.gradient_accumulation_steps).backward()
             records.append((loss.detach(), batch["t"], losses))
         self.average_gradients()
@@ -350,12 +337,6 @@ class Run:
         with torch.set_grad_enabled(c.train_text_encoder and step < c.train_text_encoder_frac * c.max_train_steps):
             return self.base.encode_prompts(prompts)
 
-    def weight(self, t):
-        if self.config.snr_gamma is None:
-            return torch.ones(len(t), device=t.device)
-        kind = self.base.noise_scheduler.config.prediction_type
-        return min_snr_weight(self.base.snr(t), self.config.snr_gamma, kind)
-
     def set_rates(self, step):
         """The learning rates of a step, a function of the step alone."""
         for group, rate, factor in zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas):
@@ -379,13 +360,13 @@ class Run:
         """
         if self.world == 1:
             return loss, t, losses
-        own = torch.cat([loss[:, None], t, losses], dim=1)
+        own, timesteps = torch.cat([loss[:, None], t, losses], dim=1), t.dtype
         everyones = [torch.empty_like(own) for _ in range(self.world)]
         torch.distributed.all_gather(everyones, own)
         loss, *samples = torch.stack(everyones).split([1, t.shape[1], t.shape[1]], dim=2)  # (process, batch, ...)
         size = self.config.train_batch_size  # instance samples of all processes come before the class's
         t, losses = (x.unflatten(2, (-1, size)).movedim(0, 2).flatten(1) for x in samples)
-        return loss, t.long(), losses
+        return loss, t.to(timesteps), losses
 
     def agree(self, stop):
         """Whether any process was told to stop: all leave at the same step."""
@@ -513,6 +494,24 @@ class Run:
 
 
 # --- setting up ---------------------------------------------------------------------------------------
+
+
+def inject(base, config):
+    """LoRA on the denoiser and, where they are to be trained, the text encoders: {name: network}, in training mode."""
+    c, denoiser = config, base.roles["denoiser"][0]
+    more = {"dropout": c.lora_dropout, "use_dora": c.use_dora, "use_rslora": c.use_rslora, "seed": c.seed}
+    add_lora(base.denoiser, c.rank, c.lora_alpha, c.lora_layers, presets=base.lora_targets[denoiser], **more)
+    trained = {denoiser: base.denoiser}
+    if c.train_text_encoder:
+        rank, layers = c.text_encoder_rank, c.lora_layers if c.lora_layers in PRESETS else "attention"
+        for name, module in base.text_encoders.items():
+            add_lora(module, rank, rank * c.lora_alpha / c.rank, layers, presets=base.lora_targets[name], **more)
+            trained[name] = module
+    for module in trained.values():
+        module.train()
+        if c.gradient_checkpointing:
+            checkpoint_gradients(module)
+    return trained
 
 
 def with_lengths(config, steps_per_epoch):

@@ -128,6 +128,8 @@ def settle(config, device=None):
     config = dataclasses.replace(config, **chosen)
     if "resolution" in names:
         check_resolution(config.resolution, base.side_multiple)
+    need(not getattr(config, "train_text_encoder", False) or {*base.roles["text_encoders"]} <= {
+        *base.lora_targets}, "--train_text_encoder: this base's text encoder is used as it is; leave it out")
     if "rank" in names:
         follow = {"lora_alpha": float(config.rank)}
         if config.train_text_encoder:
@@ -191,6 +193,12 @@ def leave_file(module):
         layout = torch.channels_last if weight.ndim == 4 else torch.preserve_format
         weight.data = weight.data.clone(memory_format=layout)
     return module
+
+
+def checkpoint_gradients(module):
+    """Have activations computed again in the backward pass instead of kept (Chen et al. 2016)."""
+    switch = getattr(module, "enable_gradient_checkpointing", None)  # diffusers' name for it
+    (switch or module.gradient_checkpointing_enable)()
 
 
 def give_back():

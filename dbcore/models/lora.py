@@ -16,40 +16,36 @@ from dbcore.models.adapter import Adapter, Layer, LoraFileError, plain_name
 from dbcore.models.lora_files import fits, lora_config, modules_by_name, read_adapter, save_diffusers
 from dbcore.utils.seeding import key
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
-TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
-TEXT_FEED_FORWARD = ["fc1", "fc2"]
+# How diffusers' denoisers and transformers' text encoders call their projections: no network has both.
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "fc1", "fc2"]
+PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD, "all": [""]}
 
 
-def target_modules(module, layers):
-    """Names or name endings of the modules of a network that a choice of `lora_layers` means.
+def target_modules(module, layers, presets=PRESETS):
+    """Names of the linear layers and convolutions of a network that a choice of `lora_layers` means.
 
-    `layers`: "attention", "attention+ff", "all" (every linear layer and convolution), or names with
+    `layers`: "attention", "attention+ff" (see `presets`), "all" of them, or endings of names with
     commas. Raises ConfigError if nothing in the network has such a name.
     """
-    fitting = [name for name, m in module.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
-    is_text = any(name.endswith("q_proj") for name in fitting)
-    wanted = {
-        "attention": TEXT_ATTENTION if is_text else ATTENTION,
-        "attention+ff": TEXT_ATTENTION + TEXT_FEED_FORWARD if is_text else ATTENTION + FEED_FORWARD,
-        "all": fitting,
-    }.get(layers) or [name.strip() for name in layers.split(",") if name.strip()]
-    found = [name for name in fitting if any(name == w or name.endswith("." + w) for w in wanted)]
+    wanted = {**PRESETS, **presets}.get(layers) or [n.strip() for n in layers.split(",") if n.strip()]
+    endings = tuple("." + name for name in wanted)
+    found = [name for name, m in module.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+             and ("" in wanted or f".{name}".endswith(endings))]
     need(found, f"--lora_layers {layers}: no linear layer or convolution of {type(module).__name__} has such a name; "
-         f"choose attention, attention+ff, all, or endings such as {', '.join(ATTENTION[:3])}")
+         f"choose {', '.join(PRESETS)}, or endings such as {', '.join(ATTENTION[:3])}")
     return found
 
 
 def add_lora(module, rank, alpha, layers="attention", dropout=0.0, use_dora=False, use_rslora=False, seed=0,
-             name="default"):
+             name="default", presets=PRESETS):
     """Put a LoRA on a network in place; the base's weights are frozen, A and B are float32.
 
-    A is drawn from N(0, 1 / rank^2) by `seed`, B is 0, as in diffusers' scripts. Returns the trainable
-    parameters in a fixed order.
+    A is drawn from N(0, 1 / rank^2) by `seed`, B is 0, as in diffusers' scripts. `presets`: what names of
+    choices mean in this network (`Family.lora_targets`). Returns the trainable parameters in a fixed order.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=use_dora, use_rslora=use_rslora,
-                        init_lora_weights="gaussian", target_modules=target_modules(module, layers))
+                        init_lora_weights="gaussian", target_modules=target_modules(module, layers, presets))
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # the seed below is every device's
         torch.manual_seed(key(seed, "lora", sample=type(module).__name__))
         module.add_adapter(config, adapter_name=name)

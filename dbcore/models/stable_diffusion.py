@@ -7,7 +7,7 @@ import torch
 
 from dbcore.config import need
 from dbcore.models.base import INPAINTING, Family
-from dbcore.models.lora import ATTENTION, FEED_FORWARD, TEXT_ATTENTION, TEXT_FEED_FORWARD
+from dbcore.models.lora import PRESETS
 from dbcore.models.process import Diffusion
 
 
@@ -19,11 +19,7 @@ class StableDiffusion(Family):
         "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     roles: ClassVar = {
         "denoiser": ("unet",), "autoencoder": ("vae",), "text_encoders": ("text_encoder",)}
-    lora_targets: ClassVar = {
-        "unet": {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD},
-        "text_encoder": {"attention": TEXT_ATTENTION,
-                         "attention+ff": TEXT_ATTENTION + TEXT_FEED_FORWARD},
-    }
+    lora_targets: ClassVar = {"unet": PRESETS, "text_encoder": PRESETS}
     samplers: ClassVar = {
         "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler",
         "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
@@ -111,18 +107,3 @@ class StableDiffusion(Family):
     def pipeline_inputs(self, cond, negative):
         return {"prompt_embeds": cond["encoder_hidden_states"],
                 "negative_prompt_embeds": negative["encoder_hidden_states"]}
-
-    # --- until the engines ask `process` themselves
-
-    @property
-    def num_timesteps(self):
-        return self.process.num_timesteps
-
-    def add_noise(self, x0, noise, t):
-        return self.process.corrupt(x0, noise, t)
-
-    def target(self, x0, noise, t):
-        return self.process.target(x0, noise, t)
-
-    def snr(self, t):
-        return self.process.snr(t)

@@ -150,18 +150,17 @@ def weight_of(base, word, prompt, other=None):
 
     said = prompt if other is None else prompt.replace(word, other)
     texts = [said, " ".join(prompt.replace(word, " ").split())]
-    ids = base.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt",
-                         max_length=base.tokenizer.model_max_length).input_ids
     with torch.no_grad():
-        pooled = base.text_encoder(ids).pooler_output
+        pooled = base.pooled_text(texts)
     return 1 - torch.cosine_similarity(pooled[0], pooled[1], dim=0).item()
 
 
 def neighbours(base, token):
-    """[(token, cosine)]: the nearest in the text encoder's own table of word vectors."""
+    """[(token, cosine)]: the nearest in the first text encoder's own table of word vectors."""
     import torch
 
-    table = torch.nn.functional.normalize(base.text_encoder.get_input_embeddings().weight, dim=1)
+    encoder = next(iter(base.text_encoders.values()))
+    table = torch.nn.functional.normalize(encoder.get_input_embeddings().weight, dim=1)
     own = base.tokenizer.convert_tokens_to_ids(token)
     cosines, ids = (table @ table[own]).topk(NEIGHBOURS + 1)
     names = base.tokenizer.convert_ids_to_tokens(ids.tolist())

@@ -32,6 +32,12 @@ def integer(high, seed, stream, step=0, sample=0):
     return key(seed, stream, step, sample) % high
 
 
+def uniform(seed, stream, step=0, sample=0):
+    """One number strictly between 0 and 1, float64, whose first three decimals are `integer(1000, ...)`."""
+    rest, first = divmod(key(seed, stream, step, sample), 1000)
+    return (first + (rest % 2**32 + 0.5) / 2**32) / 1000
+
+
 def permutation(count, seed, stream, epoch=0):
     """A list: 0 .. count - 1 in random order."""
     return np.random.default_rng(key(seed, stream, epoch)).permutation(count).tolist()

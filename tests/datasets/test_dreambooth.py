@@ -12,9 +12,10 @@ from PIL import Image
 from pipelines import make_tiny_pipeline
 
 from dbcore.config import TrainConfig
-from dbcore.datasets.dreambooth import CROPS, DreamBoothData, refuse_shared
+from dbcore.datasets.dreambooth import CROPS, DreamBoothData, Sample, refuse_shared
 from dbcore.datasets.photos import Photo, PhotoError, gather_photos
 from dbcore.models.base import load_base
+from dbcore.utils.seeding import integer
 
 OPTIONS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog", "resolution": 32,
            "train_batch_size": 1}
@@ -114,15 +115,15 @@ def test_processes_and_accumulation_draw_what_one_large_batch_draws(base, photos
         subject, of_class = ([s for part in got for s in part if s.is_class == kind] for kind in (False, True))
         assert subject + of_class == wanted
         for sample in wanted:
-            ours, theirs = (d.draws(sample, step, (4, 16, 16), 1000) for d in (whole, parts))
+            ours, theirs = (d.draws(sample, step, (4, 16, 16)) for d in (whole, parts))
             assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2])) and ours[2] == theirs[2]
 
 
 def test_every_draw_is_its_own():
     data = DreamBoothData(config(train_batch_size=2), named(2), named(2, "class"))
     samples = data.samples(0)
-    noises = [data.draws(s, step, (4, 4, 4), 1000)[1] for step in (0, 1) for s in samples]
-    epsilons = [data.draws(s, 0, (4, 4, 4), 1000)[0] for s in samples]
+    noises = [data.draws(s, step, (4, 4, 4))[1] for step in (0, 1) for s in samples]
+    epsilons = [data.draws(s, 0, (4, 4, 4))[0] for s in samples]
     different = [tuple(t.flatten().tolist()) for t in noises + epsilons]
     assert len(set(different)) == len(different)
 
@@ -132,7 +133,7 @@ def test_class_pictures_change_nothing_for_the_subject():
     for step in range(6):
         (one, *_), (two, *_) = alone.samples(step), beside.samples(step)
         assert one == two
-        assert torch.equal(alone.draws(one, step, (4, 4, 4), 1000)[1], beside.draws(two, step, (4, 4, 4), 1000)[1])
+        assert torch.equal(alone.draws(one, step, (4, 4, 4))[1], beside.draws(two, step, (4, 4, 4))[1])
 
 
 # --- words and views -------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def test_x0_is_drawn_from_the_posterior(base, photos):
     data = DreamBoothData(config(), photos)
     data.encode(base, samples := data.samples(0))
     entry = data.latents.get(samples[0].view)
-    epsilon = data.draws(samples[0], 0, (4, 16, 16), 1000)[0]
+    epsilon = data.draws(samples[0], 0, (4, 16, 16))[0]
     torch.testing.assert_close(data.batch(base, samples, 0)["x0"][0], entry["mean"] + entry["std"] * epsilon)
     assert entry["std"].min() > 0
 
@@ -226,3 +227,25 @@ def test_five_thousand_photos_do_not_grow_memory():
     grown = psutil.Process().memory_info().rss - before
     assert len(data.latents.where) == 5000
     assert grown < 40e6, f"{grown / 1e6:.0f} MB for 180 MB of latents"
+
+
+# --- what a sample says of itself ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, place, mirrored, wanted", [
+    ((400, 300), 1.0, False, [300, 400, 0, 50, 150, 150]),  # the right end, at half size
+    ((400, 300), 1.0, True, [300, 400, 0, 0, 150, 150]),  # which is the left end in a mirror
+    ((300, 600), 0.5, False, [600, 300, 75, 0, 150, 150]),
+])  # fmt: skip
+def test_geometry_is_that_of_the_photo_and_of_the_crop_once_resized(size, place, mirrored, wanted):
+    sample = Sample(Photo("photo.png", size), "a dog", place, mirrored, 0)
+    assert sample.geometry(150) == wanted
+
+
+def test_a_batch_carries_each_samples_geometry_and_time(base, photos):
+    data = DreamBoothData(config(train_batch_size=3), photos)
+    samples = data.samples(0)
+    data.encode(base, samples)
+    batch = data.batch(base, samples, 0)
+    assert batch["geometry"].tolist() == [sample.geometry(data.config.resolution) for sample in samples]
+    assert batch["t"].tolist() == [integer(1000, 0, "timestep", 0, sample.number) for sample in samples]

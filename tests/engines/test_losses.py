@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dbcore.engines.losses import dreambooth_loss, min_snr_weight
+from dbcore.engines.losses import dreambooth_loss
 
 ONES = torch.ones(4, 1, 4, 4)
 
@@ -91,30 +91,3 @@ def test_a_black_mask_gives_nothing_to_learn_and_no_nan(pair):
     loss, losses = dreambooth_loss(y, target, mask, torch.ones(4), 4, 1.0)
     loss.backward()
     assert losses[0] == 0 and loss.isfinite() and not y.grad[0].any() and y.grad[1].any()
-
-
-# --- min-SNR-gamma ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("abar", [0.999, 0.9, 0.5, 0.1, 0.004])
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_min_snr_weights_the_error_of_x0_whatever_is_predicted(kind, abar):
-    """The paper's weight is min(SNR, gamma) on |x0 - x0_theta|^2; a prediction of another kind is turned into x0."""
-    gamma, abar = 5.0, torch.tensor(abar, dtype=torch.float64)
-    a, s = abar.sqrt(), (1 - abar).sqrt()
-    numbers = torch.Generator().manual_seed(1)
-    x0, noise, error = (torch.randn(64, generator=numbers, dtype=torch.float64) for _ in range(3))
-    x_t = a * x0 + s * noise
-    target = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[kind]
-    prediction = target + 0.1 * error
-    x0_of = {"epsilon": lambda y: (x_t - s * y) / a, "v_prediction": lambda y: a * x_t - s * y, "sample": lambda y: y}
-    snr = abar / (1 - abar)
-    wanted = torch.clamp(snr, max=gamma) * (x0_of[kind](prediction) - x0).square().mean()
-    got = min_snr_weight(snr, gamma, kind) * (prediction - target).square().mean()
-    torch.testing.assert_close(got, wanted)
-
-
-def test_min_snr_lowers_the_easy_timesteps_alone():
-    snr = torch.tensor([100.0, 5.0, 1.0, 0.01])
-    weight = min_snr_weight(snr, 5.0, "epsilon")
-    assert weight[0] < 0.1 and weight[1:].tolist() == [1.0, 1.0, 1.0]

@@ -77,7 +77,7 @@ def loads_and_lets_go(config, monkeypatch):
     load, release, encode = StableDiffusion.load_network, StableDiffusion.release, StableDiffusion.encode_images
     monkeypatch.setattr(StableDiffusion, "load_network", lambda base, part: (order.append(part), load(base, part))[1])
     monkeypatch.setattr(StableDiffusion, "release", lambda base, *parts: (
-        order.extend("-" + part for part in parts if part in vars(base)), release(base, *parts)))
+        order.extend("-" + part for role in parts for part in base.networks(role) if part in vars(base)), release(base, *parts)))
     monkeypatch.setattr(StableDiffusion, "encode_images", lambda *a: (encode(*a), order.append("photos"))[0])
     monkeypatch.setattr(StableDiffusion, "draw", lambda *a, **more: (draw(*a, **more), order.append("drawn"))[0])
     train(config)

@@ -156,11 +156,12 @@ def test_the_target_is_what_the_base_was_trained_to_say(kind, tmp_path):
     base = load_base(make_tiny_pipeline(tmp_path, kind))
     x0, noise, t = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16), torch.tensor([0, 400, 999])
     abar = base.noise_scheduler.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+    process = base.process
     x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
-    assert torch.allclose(base.add_noise(x0, noise, t), x_t, atol=1e-5)
+    assert torch.allclose(process.corrupt(x0, noise, t), x_t, atol=1e-5)
     wanted = {"epsilon": noise, "sample": x0, "v_prediction": abar.sqrt() * noise - (1 - abar).sqrt() * x0}[kind]
-    assert torch.allclose(base.target(x0, noise, t), wanted, atol=1e-5)
-    assert torch.allclose(base.snr(t), (abar / (1 - abar)).flatten())
+    assert torch.allclose(process.target(x0, noise, t), wanted, atol=1e-5)
+    assert torch.allclose(process.snr(t), (abar / (1 - abar)).flatten())
 
 
 def test_everything_is_frozen(base):

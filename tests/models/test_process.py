@@ -41,17 +41,18 @@ def test_flow_goes_straight_from_image_to_noise(numbers):
 
 
 @pytest.mark.parametrize("process", processes())
-def test_the_target_leads_back_to_x0_and_min_snr_weighs_its_error(process, numbers):
+def test_the_target_leads_back_to_x0(process, numbers):
     (x0, noise), t = numbers, process.timestep((T + 1) / 1001.0)
-    x_t, target = process.corrupt(x0, noise, t), process.target(x0, noise, t)
-    assert torch.allclose(process.guess(target, x_t, t), x0, atol=1e-3)
-    # Hang et al. 2023: min(SNR, gamma) (x0's error)^2, whatever is predicted
-    error = 0.01 * noise
-    of_x0 = (process.guess(target + error, x_t, t) - process.guess(target, x_t, t)).square()
-    snr = process.snr(t).clamp(max=5.0).view(-1, 1, 1, 1)
-    weighed = process.weight(t, 5.0).view(-1, 1, 1, 1) * error.square()
-    assert torch.allclose(weighed, snr * of_x0, rtol=0.05, atol=1e-8)
+    guess = process.guess(process.target(x0, noise, t), process.corrupt(x0, noise, t), t)
+    assert torch.allclose(guess, x0, atol=1e-3)
     assert torch.equal(process.weight(t), torch.ones(len(t)))
+
+
+def test_flow_weighs_the_error_of_x0_too():
+    """An error of 1 in the velocity is one of t in x0."""
+    t = torch.tensor([0.1, 0.5, 0.9])
+    snr = ((1 - t) / t) ** 2
+    assert torch.allclose(Flow().weight(t, 5.0), snr.clamp(max=5.0) * t**2)
 
 
 def test_diffusion_draws_each_timestep_equally_often():
@@ -70,3 +71,30 @@ def test_larger_images_are_shifted_towards_noise():
     flow = Flow("uniform", mu=lambda positions: positions / 100)
     t = flow.timestep(U, 200).double()
     assert torch.allclose(t / (1 - t), math.exp(2) * U / (1 - U), rtol=1e-3)
+
+
+# --- min-SNR-gamma ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("abar", [0.999, 0.9, 0.5, 0.1, 0.004])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weights_the_error_of_x0_whatever_is_predicted(kind, abar):
+    """The paper's weight is min(SNR, gamma) on |x0 - x0_theta|^2; a prediction of another kind is turned into x0."""
+    gamma, abar = 5.0, torch.tensor(abar, dtype=torch.float64)
+    a, s = abar.sqrt(), (1 - abar).sqrt()
+    numbers = torch.Generator().manual_seed(1)
+    x0, noise, error = (torch.randn(64, generator=numbers, dtype=torch.float64) for _ in range(3))
+    x_t = a * x0 + s * noise
+    target = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[kind]
+    prediction = target + 0.1 * error
+    x0_of = {"epsilon": lambda y: (x_t - s * y) / a, "v_prediction": lambda y: a * x_t - s * y, "sample": lambda y: y}
+    snr = abar / (1 - abar)
+    wanted = torch.clamp(snr, max=gamma) * (x0_of[kind](prediction) - x0).square().mean()
+    got = Diffusion(abar[None], kind).weight(torch.tensor([0]), gamma)[0] * (prediction - target).square().mean()
+    torch.testing.assert_close(got, wanted)
+
+
+def test_min_snr_lowers_the_easy_timesteps_alone():
+    snr = torch.tensor([100.0, 4.99, 1.0, 0.01])
+    weight = Diffusion(snr / (1 + snr)).weight(torch.arange(4), 5.0)
+    assert weight[0] < 0.1 and weight[1:].eq(1).all()

@@ -2,7 +2,7 @@
 
 import torch
 
-from dbcore.utils.seeding import generator, integer, key, normal, permutation
+from dbcore.utils.seeding import generator, integer, key, normal, permutation, uniform
 
 
 def test_each_argument_matters_and_none_leaks_into_another():
@@ -48,3 +48,9 @@ def test_every_pass_has_an_order_of_its_own():
 def test_a_generator_is_new_each_time():
     one, two = generator(0, "a"), generator(0, "a")
     assert torch.equal(torch.randn(3, generator=one), torch.randn(3, generator=two))
+
+
+def test_uniform_numbers_fill_the_unit_interval_and_agree_with_integers():
+    drawn = [uniform(3, "time", step) for step in range(2000)]
+    assert 0 < min(drawn) < 0.002 and 0.998 < max(drawn) < 1 and len(set(drawn)) == 2000
+    assert [int(1000 * u) for u in drawn] == [integer(1000, 3, "time", step) for step in range(2000)]
