@@ -9,7 +9,6 @@ import dataclasses
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -159,6 +158,8 @@ class Shadow(Run):
         self.base, self.fake = shadow_base(config, config.mixed_precision), FakeTensorMode(allow_non_fake_inputs=True)
         self.inject()
         materialise(self.base, self.fake)
+        with self.fake, torch.no_grad():  # the shape of each of one encoded prompt's tensors
+            self.word_shapes = {name: tensor.shape[1:] for name, tensor in self.base.encode_text([""]).items()}
         self.trained = sum(p.numel() for p in self.parameters)
         self.state = sum(state_bytes(config.optimizer, p) for p in self.parameters)
 
@@ -250,12 +251,6 @@ class Shadow(Run):
         if self.config.train_text_encoder:
             return self.base.encode_text([""] * count)
         return {name: torch.empty(count, *shape) for name, shape in self.word_shapes.items()}
-
-    @cached_property
-    def word_shapes(self):
-        """{name: shape} of one encoded prompt."""
-        with self.fake, torch.no_grad():
-            return {name: tensor.shape[1:] for name, tensor in self.base.encode_text([""]).items()}
 
     def drawing(self, base, count):
         """Bytes beside the weights while `count` pictures are drawn with guidance."""

@@ -40,7 +40,7 @@ def test_flow_goes_straight_from_image_to_noise(numbers):
     assert torch.allclose(x_t - velocity * t.view(-1, 1, 1, 1), x0, atol=1e-5)
 
 
-@pytest.mark.parametrize("process", processes())
+@pytest.mark.parametrize("process", processes(), ids=str)
 def test_the_target_leads_back_to_x0(process, numbers):
     (x0, noise), t = numbers, process.timestep((T + 1) / 1001.0)
     guess = process.guess(process.target(x0, noise, t), process.corrupt(x0, noise, t), t)

@@ -69,8 +69,8 @@ def test_pictures_drawn_from_a_replay_are_the_same(base, monkeypatch):
             ["a dog", "a cat"][:count], [1, 2][:count], num_inference_steps=3)]
 
     record, recorded = Replay.record, []
-    monkeypatch.setattr(Replay, "record", lambda self, inputs, names: (
-        recorded.append(len(inputs[0])), record(self, inputs, names))[1])
+    monkeypatch.setattr(Replay, "record", lambda self, inputs, *rest: (
+        recorded.append(len(inputs[0])), record(self, inputs, *rest))[1])
     plain, calls = draw(), []
     base.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
     with replayed(base.unet):
