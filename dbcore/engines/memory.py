@@ -257,9 +257,8 @@ class Shadow(Run):
         count, shapes = base.at_once(count), self.word_shapes
         with self.traced(base) as live, torch.no_grad():
             latents = torch.empty(count, *base.latent_shape(self.config.resolution))
-            both = torch.cat([latents, latents])
             cond = {name: torch.empty(2 * count, *shape) for name, shape in shapes.items()}
-            base.predict(both, timesteps(base, both), cond)
+            base.predict(torch.cat([latents, latents]), timesteps(base, latents).repeat(2), cond)
             base.decode(latents)
         return live.peak
 
@@ -305,8 +304,8 @@ def shadow_base(config, precision):
     c = config
     base = load_base(c.pretrained_model_name_or_path, c.revision, c.variant, c.tokenizer_name, "meta",
                      torch_dtype(precision), c.tokenizer_max_length, c.low_vram)
-    for name in base.networks():
-        getattr(base, name)
+    for part in (*base.networks(), "process"):  # made here, and not counted where they are first used
+        getattr(base, part)
     return base
 
 

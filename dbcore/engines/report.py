@@ -176,17 +176,24 @@ def loss_by_band(history, edges):
     for low, high in pairwise(edges):
         inside = [loss for timestep, loss in samples if low <= timestep < high]
         if inside:
-            bands[f"t {low} to {high - 1}"] = float(np.mean(inside))
+            name = f"t {low} to {high - 1}" if isinstance(high, int) else f"t {low:.1f} to {high:.1f}"
+            bands[name] = float(np.mean(inside))
     return bands
+
+
+def band_edges(history):
+    """Edges of `BANDS` equal bands of timesteps: whole numbers from 0, or in (0, 1), as they were logged."""
+    times = [t for record in history for t in record.get("timesteps", [])]
+    if all(isinstance(t, int) for t in times):
+        return [round(edge) for edge in np.linspace(0, max(times, default=0) + 1, BANDS + 1)]
+    return np.linspace(0, 1, BANDS + 1).tolist()
 
 
 def plot_loss(path, history, parts=6):
     """Loss over the run, a line a band of timesteps; where no timesteps were logged, the plain loss."""
     from dbcore.utils.grids import line_plot, save_figure
 
-    last = max((t for record in history for t in record.get("timesteps", [])), default=0)
-    edges = [round(edge) for edge in np.linspace(0, last + 1, BANDS + 1)]
-    series = {}
+    edges, series = band_edges(history), {}
     for rows in np.array_split(np.arange(len(history)), min(parts, len(history))):
         piece = [history[row] for row in rows]
         bands = loss_by_band(piece, edges) or {"all timesteps": float(np.mean([r["loss"] for r in piece]))}

@@ -6,7 +6,7 @@ to train get the same subjects, prompts and seeds, and differences are taken sub
 in the output folder: a bench that was stopped goes on where it was.
 
 A way to train has the options of `train`, and two of the bench's own: --num_photos, how many photos of the subject it
-gets, and --full_finetuning, which trains the UNet's own weights instead of a LoRA. Whatever a way was taught with, its
+gets, and --full_finetuning, which trains the denoiser's own weights instead of a LoRA. Whatever a way was taught with, its
 pictures are measured against the same photos.
 """
 

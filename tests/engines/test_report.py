@@ -115,6 +115,13 @@ def test_loss_is_told_apart_by_timestep():
     bands = report.loss_by_band(history, [0, 500, 1000])
     assert bands == {"t 0 to 499": pytest.approx(0.8), "t 500 to 999": pytest.approx(0.1)}
     assert report.loss_by_band([{"step": 1, "loss": 1.0}], [0, 500]) == {}
+    assert report.band_edges(history) == [0, 180, 360, 541, 721, 901]
+
+
+def test_loss_is_told_apart_by_a_flows_times_too():
+    history = [{"step": 1, "loss": 0.5, "timesteps": [0.05, 0.95], "losses": [0.9, 0.1]}]
+    bands = report.loss_by_band(history, report.band_edges(history))
+    assert bands == {"t 0.0 to 0.2": pytest.approx(0.9), "t 0.8 to 1.0": pytest.approx(0.1)}
 
 
 def test_plots_and_pictures_are_there_and_linked(tmp_path):

@@ -1,0 +1,48 @@
+"""The contract of model families: what the rooms above `models` must not know."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOMS = ("engines", "datasets", "tools")
+# What would betray a family. Options that users know (--train_text_encoder, --text_encoder_lr) may be
+# named, and roles (text_encoders, autoencoder, denoiser), which every family has.
+BETRAYED = re.compile(
+    r"\b((unet|UNet)\w*|vae|transformer|text_encoder(_\d)?|CLIPText\w+|AutoencoderKL\w*|alphas_cumprod"
+    r"|(num_)?train_timesteps|noise_scheduler|encoder_hidden_states|prompt_embeds|added_cond_kwargs"
+    r"|latent_channels|in_channels|scaling_factor|shift_factor|attn[12]|(down|mid|up)_blocks?"
+    r"|StableDiffusion\w*|Flux\w*)\b")  # fmt: skip
+# Measured against diffusers' own script of one family, or the numbers of one network.
+ALLOWED = {"bench.py", "bench_memory.py", "bench_report.py"}
+
+
+def betrayals(path):
+    """Its lines, with their numbers, that name a part of one family."""
+    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    return [f"{path.name}:{number}: {line.strip()}" for number, line in lines if BETRAYED.search(line)]
+
+
+def sources():
+    return sorted(path for room in ROOMS for path in Path("dbcore", room).glob("*.py")
+                  if path.name not in ALLOWED)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_engines_datasets_and_tools_know_no_family(path):
+    assert betrayals(path) == []
+
+
+@pytest.mark.parametrize("line", [
+    "unet = base.unet", 'getattr(base, "vae")', "base.text_encoder(ids)", 'release("text_encoder")',
+    "t = randint(noise_scheduler.config.num_train_timesteps)", "from diffusers import UNet2DConditionModel",
+])  # fmt: skip
+def test_a_line_that_names_a_part_is_found(line, tmp_path):
+    (tmp_path / "engine.py").write_text(f"x = 1\n{line}\n")
+    assert betrayals(tmp_path / "engine.py") == [f"engine.py:2: {line}"]
+
+
+def test_options_and_roles_are_no_betrayal(tmp_path):
+    (tmp_path / "engine.py").write_text(
+        "config.train_text_encoder, config.text_encoder_lr\nbase.text_encoders, base.denoiser\n")
+    assert betrayals(tmp_path / "engine.py") == []
