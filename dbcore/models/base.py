@@ -201,6 +201,14 @@ def checkpoint_gradients(module):
     (switch or module.gradient_checkpointing_enable)()
 
 
+def not_finite(module):
+    """The name of the first weight with an infinite number or a NaN in it, or None."""
+    weights = ((name, weight) for name, weight in module.state_dict().items()
+               if weight.is_floating_point() and weight.numel())
+    return next((name for name, weight in weights
+                 if not torch.stack(torch.aminmax(weight)).isfinite().all()), None)
+
+
 def give_back():
     """Hand freed memory back to the system, or to the GPU: PyTorch and the C library keep it."""
     if torch.cuda.is_available():
@@ -418,9 +426,14 @@ class Family(ABC):
         kind = self.component_class(component)
         dtype = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
         with self.reading(component, " from safetensors files"):
-            return kind.from_pretrained(
+            module = kind.from_pretrained(
                 self.name, subfolder=component, revision=self.revision, variant=self.variant,
                 use_safetensors=True, **{dtype: self.precision(component)})
+        odd = not_finite(module)
+        need(not odd, f"--pretrained_model_name_or_path {self.name}: {odd} of its {component} has numbers "
+             f"that are not finite in {self.precision(component)}: copy it again, choose another base, or "
+             "try --mixed_precision no")
+        return module
 
     def reading(self, part, how=""):
         """Within it, what cannot be read of the base is a ConfigError."""
@@ -591,7 +604,11 @@ class Family(ABC):
             pipeline, self.encode_prompts(prompts), self.encode_prompts([negative_prompt] * len(prompts)),
             noise.to(self.device, self.dtype),
             generator=[generator(seed, f"{stream} sampler") for seed in seeds], **options)
-        return to_images(self.decode(latents.float()))  # in the autoencoder's own precision
+        pixels = self.decode(latents.float())  # in the autoencoder's own precision
+        need(pixels.isfinite().all(), "the images are not finite numbers, and would be black: "
+             f"{str(self.dtype).removeprefix('torch.')} has overflowed; try --mixed_precision no, "
+             "a smaller --guidance_scale, or a smaller --lora_scale")
+        return to_images(pixels)
 
 
 @contextmanager

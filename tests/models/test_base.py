@@ -1,6 +1,7 @@
 """The frozen base behind its few methods, and what `auto` becomes."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -79,6 +80,26 @@ def test_a_prompt_without_a_seed_is_refused(base, prompts, seeds):
 def test_more_denoising_steps_than_timesteps_are_refused(base):
     with pytest.raises(ConfigError, match="--num_inference_steps 1001: this base was trained with 1000 timesteps"):
         base.draw(["a dog"], [0], num_inference_steps=1001)
+
+
+@pytest.mark.parametrize("component, file", [
+    ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_a_base_with_weights_that_are_not_finite_is_refused_by_their_name(component, file, number, tmp_path):
+    """Its images would be black, and its losses no numbers."""
+    path = make_tiny_pipeline(tmp_path) / component / f"{file}.safetensors"
+    weights = load_file(path)
+    name = max(weights)
+    weights[name].view(-1)[-1] = number
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match=f"{re.escape(name)} of its {component} has numbers that are not finite"):
+        load_base(tmp_path).draw(["a dog"], [0], num_inference_steps=1)
+
+
+def test_images_that_are_not_finite_are_refused_and_not_black(base, monkeypatch):
+    monkeypatch.setattr(base, "decode", lambda latents: torch.full((1, 3, 8, 8), float("nan")))
+    with pytest.raises(ConfigError, match="not finite numbers.*float32 has overflowed.*smaller --lora_scale"):
+        base.draw(["a dog"], [0], num_inference_steps=1)
 
 
 def test_the_recommended_settings_are_used(tmp_path):
