@@ -221,6 +221,48 @@ def make_sdxl_miniature(folder, seed=0):
     return folder
 
 
+def make_sdxl_shape(folder):
+    """Write the configs of Stable Diffusion XL at its true size, without weights: for forecasts."""
+    folder = Path(folder)
+    index = {"_class_name": "StableDiffusionXLPipeline",
+             "scheduler": ["diffusers", "EulerDiscreteScheduler"]}  # fmt: skip
+    for number, (width, layers, kind) in enumerate(
+        [(768, 12, "CLIPTextModel"), (1280, 32, "CLIPTextModelWithProjection")]
+    ):
+        end = "_2" * number
+        tokenizer = make_tokenizer(folder / f"tokenizer{end}", 77)
+        CLIPTextConfig(
+            vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+            num_attention_heads=width // 64, max_position_embeddings=77, projection_dim=width,
+            eos_token_id=tokenizer.eos_token_id,
+        ).save_pretrained(folder / f"text_encoder{end}")  # fmt: skip
+        index |= {f"text_encoder{end}": ["transformers", kind],
+                  f"tokenizer{end}": ["transformers", "CLIPTokenizer"]}  # fmt: skip
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=1024,
+            scaling_factor=0.13025, force_upcast=True,
+        )  # fmt: skip
+        unet = UNet2DConditionModel(
+            sample_size=128, cross_attention_dim=2048, block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=6 * 256 + 1280,
+        )  # fmt: skip
+    for name, network in (("vae", vae), ("unet", unet)):
+        network.save_config(folder / name)
+        index[name] = ["diffusers", type(network).__name__]
+    EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        timestep_spacing="leading",
+    ).save_config(folder / "scheduler")  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 # Qwen3's template for one message of the user, an answer asked for, without thinking.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -128,7 +128,7 @@ def new_word(instance_prompt, class_prompt):
 
 def describe_word(base, word, prompt):
     """The report on one identifier: its pieces, its weight in the prompt, and the words next to it."""
-    pieces = base.tokenizer.tokenize(word)
+    pieces = base.tokenizer.tokenize(f" {word}")  # as within a prompt: to some, a space is part of it
     moved, ordinary = weight_of(base, word, prompt), [weight_of(base, word, prompt, other) for other in ORDINARY]
     lines = [f"{word!r} is {len(pieces)} token{'s' * (len(pieces) > 1)}: {' '.join(pieces)}"]
     if len(pieces) > 1:
