@@ -2,11 +2,15 @@
 
 render -> autoencoder -> toy CLIP -> UNet -> reader -> subject encoder -> the base's folder -> gates and card.
 Each stage leaves its result in `--work_dir`; what is there is not made again.
+
+With `--minutes` each stage gets its share of them, and the UNet learns from scenes that are made while it
+trains: eight minutes of one GPU are enough for millions of samples.
 """
 
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,35 +20,51 @@ from dbcore.toybox.corpus import render_corpus, sample_held_out, scenes
 
 SEED, HELD_OUT_SEED = 0, 1  # two worlds: what is learnt from, and what is only tested on
 COUNT, TEST_COUNT, READER_COUNT = 20_000, 1_000, 2_000
-BATCH = 32
+BATCH, GPU_BATCH = 32, 512
 STAGES = ("render", "autoencoder", "clip", "unet", "reader", "subject", "save", "gates")
+SHARES = {"autoencoder": 1.5 / 8, "clip": 1 / 8, "unet": 4.5 / 8, "reader": 0.5 / 8, "subject": 0.5 / 8}
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m dbcore.toybox", description=__doc__.split("\n")[0])
-    parser.add_argument("--work_dir", type=Path, default=Path("work_dirs/toybox"), help="checkpoints and corpus")
-    parser.add_argument("--output_dir", type=Path, default=dbcore.TOY_BASE, help="the base's folder")
-    parser.add_argument("--count", type=int, default=COUNT, help="renders for all but the UNet, which asks for more as it goes (%(default)s)")
-    parser.add_argument("--unet_steps", type=int, default=47_000, help="steps of the UNet, 32 samples each")
-    parser.add_argument("--device", default=None, help="cpu or cuda; without it, cuda where there is one")
-    parser.add_argument("--until", choices=STAGES, default="gates", help="stop after this stage")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--work_dir", type=Path, default=Path("work_dirs/toybox"), help="checkpoints and corpus")
+    add("--output_dir", type=Path, default=dbcore.TOY_BASE, help="the base's folder")
+    add("--count", type=int, default=COUNT,
+        help="renders for all but the UNet, which asks for more as it goes (%(default)s)")
+    add("--unet_steps", type=int, default=47_000, help="steps of the UNet (%(default)s)")
+    add("--unet_batch", type=int, default=None,
+        help=f"samples a step of the UNet ({BATCH}; with --minutes on a GPU {GPU_BATCH})")
+    add("--minutes", type=float, default=None,
+        help="minutes of training of all stages together, on all occasions; without it, steps alone count")
+    add("--weights_dir", type=Path, default=None,
+        help="where each stage's weights are put in half precision, in files under 16 MiB; "
+             "what is there at the start is taken up")
+    add("--device", default=None, help="cpu or cuda; without it, cuda where there is one")
+    add("--until", choices=STAGES, default="gates", help="stop after this stage")
+    return parser.parse_args(argv)
 
 
 class Toybox:
     """The stages, each a property that makes what it needs first, or takes it from the work folder."""
 
-    def __init__(self, work: Path, count: int, unet_steps: int, device: str):
-        self.work, self.count, self.unet_steps, self.device = work, count, unet_steps, device
+    def __init__(self, work: Path, count: int, unet_steps: int, unet_batch: int, minutes: float | None, device: str):
+        self.work, self.count, self.device = work, count, device
+        self.unet_steps, self.unet_batch, self.minutes = unet_steps, unet_batch, minutes
+
+    def budget(self, stage: str) -> dict:
+        """What `fit` is to know of a stage's time and device."""
+        return {"minutes": self.minutes and self.minutes * SHARES[stage], "device": self.device}
 
     def render(self):
-        self.pictures = render_corpus(self.work / "corpus", SEED, self.count)
+        self.pictures = render_corpus(self.work / "corpus", SEED, self.count, device=self.device)
         self.world = scenes(SEED, self.count)
 
     def autoencoder(self):
         from dbcore.toybox.autoencoder import train_autoencoder
 
-        self.vae = train_autoencoder(self.pictures, self.work, SEED, device=self.device)
+        batch = max(BATCH, self.unet_batch // 4)  # a GPU has room for more
+        self.vae = train_autoencoder(self.pictures, self.work, SEED, batch=batch, **self.budget("autoencoder"))
 
     def clip(self):
         from transformers import CLIPTokenizer
@@ -54,29 +74,38 @@ class Toybox:
 
         folder = self.work / "tokenizer"
         self.tokenizer = CLIPTokenizer.from_pretrained(folder if folder.exists() else train_tokenizer(folder))
-        self.pair = train_clip(self.tokenizer, self.pictures, self.world, self.work, SEED, device=self.device)
+        self.pair = train_clip(self.tokenizer, self.pictures, self.world, self.work, SEED, **self.budget("clip"))
 
     def unet(self):
-        from dbcore.toybox.denoiser import Latents, train_unet
+        from dbcore.toybox.denoiser import train_unet
 
-        latents = Latents(self.vae, self.work, SEED, BATCH)
-        self.denoiser = train_unet(self.tokenizer, self.pair.text, latents, self.work, SEED,
-                                   steps=self.unet_steps, device=self.device)
+        with closing(self.latents()) as latents:
+            self.denoiser = train_unet(self.pair.text, latents, self.work, SEED, self.unet_steps, **self.budget("unet"))
+
+    def latents(self):
+        from dbcore.toybox.denoiser import Latents
+        from dbcore.toybox.fit import steps_done
+        from dbcore.toybox.fresh import FreshLatents
+
+        if self.minutes is None:
+            return Latents(self.vae, self.tokenizer, self.work, SEED, self.unet_batch)
+        return FreshLatents(self.vae, self.work / "tokenizer", SEED, self.unet_batch, first=self.count,
+                            capacity=25 * self.count, steps_done=steps_done(self.work, "unet"))
 
     def reader(self):
         from dbcore.toybox.reader import train_reader
 
         # the reader must know what the base never saw: it also learns from the combinations held out
-        others = render_corpus(self.work / "reader", SEED, READER_COUNT, draw=sample_held_out)
+        others = render_corpus(self.work / "reader", SEED, READER_COUNT, sample_held_out, self.device)
         self.eye = train_reader(np.concatenate([self.pictures, others]),
                                 self.world + [sample_held_out(SEED, k) for k in range(READER_COUNT)],
-                                self.work, SEED, device=self.device)
+                                self.work, SEED, **self.budget("reader"))
 
     def subject(self):
         from dbcore.toybox.encoder import SUBJECTS, VIEWS, sample_view, train_subject_encoder
 
-        views = render_corpus(self.work / "subjects", SEED, SUBJECTS * VIEWS, draw=sample_view)
-        self.encoder = train_subject_encoder(views, self.work, SEED, device=self.device)
+        views = render_corpus(self.work / "subjects", SEED, SUBJECTS * VIEWS, sample_view, self.device)
+        self.encoder = train_subject_encoder(views, self.work, SEED, **self.budget("subject"))
 
     def save(self, folder: Path):
         from dbcore.toybox.ship import save_base
@@ -92,17 +121,24 @@ class Toybox:
         subjects = render_corpus(self.work / "subjects", HELD_OUT_SEED, TEST_SUBJECTS * VIEWS,
                                  draw=sample_view)
         gates = measure(folder, self.work / "gates", pictures, scenes(HELD_OUT_SEED, TEST_COUNT), subjects)
-        write_card(folder, gates, self.work, self.count, self.device)
+        write_card(folder, gates, self.work, self.count, self.unet_batch, self.device)
 
 
-def main():
+def main(argv=None):
     import torch
 
-    args = parse_args()
+    from dbcore.toybox.weights import read_weights, write_weights
+
+    args = parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    toybox = Toybox(args.work_dir, args.count, args.unet_steps, device)
+    batch = args.unet_batch or (GPU_BATCH if args.minutes and device != "cpu" else BATCH)
+    if args.weights_dir:
+        read_weights(args.weights_dir, args.work_dir)
+    toybox = Toybox(args.work_dir, args.count, args.unet_steps, batch, args.minutes, device)
     for stage in STAGES[: STAGES.index(args.until) + 1]:
         getattr(toybox, stage)(*([args.output_dir] if stage in ("save", "gates") else []))
+        if args.weights_dir and stage in SHARES:
+            write_weights(args.work_dir, args.weights_dir)
 
 
 if __name__ == "__main__":

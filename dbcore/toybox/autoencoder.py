@@ -28,7 +28,12 @@ def make_autoencoder():
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     """uint8 (n, h, w, 3) to float (n, 3, h, w) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return to_pixels(torch.from_numpy(np.ascontiguousarray(pictures)))
+
+
+def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 (n, h, w, 3) to float (n, 3, h, w) in [-1, 1], on the same device."""
+    return pictures.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 class PatchPCA(nn.Module):
@@ -142,14 +147,19 @@ def latent_shard(net, folder: Path, seed: int, number: int) -> np.ndarray:
 
 
 @torch.no_grad()
+def scaled_latents(net, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels (n, 3, h, w) in [-1, 1] to posterior means of about unit variance, float (n, c, h/4, w/4)."""
+    with half_where_fast(net.device):
+        return net.encode(pixels).latent_dist.mean.float() * net.config.scaling_factor
+
+
 def encode_both_ways(net, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
     """Renders, uint8 (n, 64, 64, 3), to float16 latents (2, n, c, 16, 16), the second of the mirror images."""
     views = []
     for view in (pictures, pictures[:, :, ::-1]):
-        with half_where_fast(net.device):
-            parts = [net.encode(to_tensor(view[k:k + batch]).to(net.device)).latent_dist.mean.float()
-                     for k in range(0, len(view), batch)]
-        views.append((torch.cat(parts) * net.config.scaling_factor).half().cpu().numpy())
+        parts = [scaled_latents(net, to_tensor(view[k:k + batch]).to(net.device)).half()
+                 for k in range(0, len(view), batch)]
+        views.append(torch.cat(parts).cpu().numpy())
     return np.stack(views)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from dbcore.toybox.autoencoder import CHANNELS, latent_shard
@@ -13,6 +15,8 @@ from dbcore.toybox.clip import WIDTH, tokenize
 from dbcore.toybox.corpus import SHARD, sample
 from dbcore.toybox.fit import fit, half_where_fast, step_rng, trapezoid_rate
 from dbcore.toybox.scene import caption, mirror
+
+NO_CAPTION, WHOLE_CAPTION = 0.1, 0.4  # below which a number in [0, 1) means no caption, and the whole truth
 
 
 def make_unet():
@@ -44,9 +48,13 @@ class Latents:
 
     REUSE, FIRST = 8, 20_000
 
-    def __init__(self, autoencoder, folder: Path, seed: int, batch: int):
-        self.autoencoder, self.folder, self.seed, self.batch = autoencoder, folder, seed, batch
+    def __init__(self, autoencoder, tokenizer, folder: Path, seed: int, batch: int):
+        self.autoencoder, self.tokenizer, self.folder = autoencoder, tokenizer, folder
+        self.seed, self.batch = seed, batch
         self.shards, self.scenes = [], []
+
+    def close(self) -> None:
+        """Nothing is held open; `FreshLatents` has workers to send home."""
 
     def available(self, step: int) -> int:
         """How many scenes a step may choose from; whole shards."""
@@ -67,13 +75,26 @@ class Latents:
         return torch.from_numpy(z).float(), [mirror(*self.scenes[k]) if m else self.scenes[k]
                                              for k, m in zip(picks, mirrored)]
 
+    def inputs(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents (n, 8, 16, 16), noise like them, timesteps (n,) and token ids (n, length) of a batch."""
+        rng, torch_rng = step_rng(self.seed, "unet", step)
+        z, scenes = self.batch_at(step, rng)
+        ids = tokenize(self.tokenizer, [training_caption(scene, rng) for scene in scenes])
+        # one timestep from each of `batch` equal bands: the same mean, less variance
+        t = ((np.arange(self.batch) + rng.random(self.batch)) * (1000 / self.batch)).astype(np.int64)
+        return z, near_noise(z, torch_rng), torch.from_numpy(t), ids
+
 
 def training_caption(scene, rng: np.random.Generator) -> str:
     """None at all for one in ten (Ho & Salimans 2022), the whole truth for three in ten, else a part of it."""
     share = rng.random()
-    if share < 0.1:
+    if share < NO_CAPTION:
         return ""
-    return caption(*scene) if share < 0.4 else caption(*scene, rng, drop=0.15, drop_details=0.6)
+    return caption(*scene) if share < WHOLE_CAPTION else partial_caption(scene, rng)
+
+
+def partial_caption(scene, rng: np.random.Generator) -> str:
+    return caption(*scene, rng, drop=0.15, drop_details=0.6)
 
 
 def near_noise(z: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -85,30 +106,63 @@ def near_noise(z: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return noise[nearest]
 
 
-def train_unet(tokenizer, text_encoder, latents: Latents, folder: Path, seed: int, steps: int = 47_000,
-               lr: float = 1e-3, device: str = "cpu"):
-    """Minimise |v - v_theta(z_t, t, caption)|^2."""
+def greedy_noise(z: torch.Tensor, group: int = 32) -> torch.Tensor:
+    """Noise like `z`, on its device: within groups, each sample in its turn takes the nearest that is left.
+
+    An exact assignment (`near_noise`) comes nearer by a fifth of the gain, and makes the device wait.
+    """
+    z = z.unflatten(0, (-1, math.gcd(group, len(z))))
+    noise = torch.randn_like(z)
+    distance = torch.cdist(z.flatten(2), noise.flatten(2))
+    groups, nearest = torch.arange(len(z), device=z.device), []
+    for row in distance.unbind(1):
+        nearest.append(row.argmin(1))
+        distance[groups, :, nearest[-1]] = torch.inf  # taken: nobody's nearest from now on
+    return noise[groups[:, None], torch.stack(nearest, 1)].flatten(0, 1)
+
+
+class Velocity(nn.Module):
+    """The UNet as the loss asks for it: noisy latents, timesteps and encoded captions to v."""
+
+    def __init__(self, net, device: str):
+        super().__init__()
+        self.net, self.device = net, device
+
+    def forward(self, noisy, t, hidden):
+        with half_where_fast(self.device):
+            return self.net(noisy, t, hidden).sample
+
+
+def train_unet(text_encoder, data, folder: Path, seed: int, steps: int = 47_000,
+               minutes: float | None = None, lr: float = 1e-3, device: str = "cpu"):
+    """Minimise |v - v_theta(z_t, t, caption)|^2.
+
+    `data` is a `Latents` or a `FreshLatents`. `lr` is for batches of 32; it grows with the square root of the
+    batch (Malladi et al. 2022), and the mean of the weights is taken over that many steps fewer.
+    """
     torch.manual_seed(seed + 2)
-    net = make_unet().to(memory_format=torch.channels_last)
-    schedule, batch = make_scheduler(), latents.batch
+    net = make_unet().to(device, memory_format=torch.channels_last)
+    schedule, faster = make_scheduler(), (data.batch / 32) ** 0.5
     text_encoder.eval().requires_grad_(False).to(device)
 
-    def loss_at(step, progress):
-        rng, torch_rng = step_rng(seed, "unet", step)
-        z, scenes = latents.batch_at(step, rng)
-        ids = tokenize(tokenizer, [training_caption(scene, rng) for scene in scenes]).to(device)
-        # one timestep from each of `batch` equal bands: the same mean, less variance
-        t = torch.from_numpy(((np.arange(batch) + rng.random(batch)) * (1000 / batch)).astype(np.int64))
-        noise = near_noise(z, torch_rng)
+    def example(step):
+        """(noisy latents, timesteps, encoded captions), what the UNet is given, and v, what it is to say."""
+        z, noise, t, ids = data.inputs(step)
         noisy, v = schedule.add_noise(z, noise, t), schedule.get_velocity(z, noise, t)
-        noisy, v, t = noisy.to(device, memory_format=torch.channels_last), v.to(device), t.to(device)
-        with half_where_fast(device):
-            with torch.no_grad():
-                hidden = text_encoder(ids).last_hidden_state
-            guess = net(noisy, t, hidden).sample
-        return {"loss": F.mse_loss(guess.float(), v)}
+        with half_where_fast(device), torch.no_grad():
+            hidden = text_encoder(ids.to(device)).last_hidden_state
+        return (noisy.to(device, memory_format=torch.channels_last), t.to(device), hidden), v.to(device)
 
-    return fit("unet", folder, net, loss_at, steps, lr, muon=True, ema=0.9995, device=device, rate=trapezoid_rate)
+    velocity = Velocity(net, device)
+    if torch.device(device).type == "cuda":  # a step is hundreds of small kernels: launch them as two graphs
+        velocity = torch.cuda.make_graphed_callables(velocity, example(0)[0])
+
+    def loss_at(step, progress):
+        given, v = example(step)
+        return {"loss": F.mse_loss(velocity(*given).float(), v)}
+
+    return fit("unet", folder, net, loss_at, steps, lr * faster, minutes, muon=True, ema=1 - 0.0005 * faster,
+               device=device, rate=trapezoid_rate)
 
 
 def make_pipeline(tokenizer, text_encoder, autoencoder, unet):

@@ -174,7 +174,7 @@ def test_more_scenes_come_as_the_training_goes_on(monkeypatch):
     monkeypatch.setattr(denoiser.Latents, "FIRST", 8)
     monkeypatch.setattr(denoiser, "latent_shard", lambda net, folder, seed, number: asked.append(number) or
                         np.full((2, 4, 4, 16, 16), number, np.float16) + np.array([0, 0.5])[:, None, None, None, None])
-    latents = denoiser.Latents(None, None, 0, batch=16)
+    latents = denoiser.Latents(None, None, None, 0, batch=16)
     z, scenes = latents.batch_at(0, np.random.default_rng(0))
     assert asked == [0, 1]
     assert latents.available(10) == 20

@@ -1,0 +1,119 @@
+"""Scenes for a UNet that learns by the minute: made while it trains, and held on the device that trains it.
+
+Other processes think of scenes and word their captions; the device renders and encodes them between two steps,
+and no step waits for either.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import os
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dbcore.toybox.autoencoder import CHANNELS, scaled_latents, to_pixels
+from dbcore.toybox.clip import tokenize
+from dbcore.toybox.corpus import SIZE, sample
+from dbcore.toybox.denoiser import NO_CAPTION, WHOLE_CAPTION, greedy_noise, partial_caption
+from dbcore.toybox.scene import caption, mirror
+
+CHUNK, CAPTIONS = 256, 4  # scenes that are made at once; captions of each image, the first tells all
+
+
+@functools.cache
+def load_tokenizer(folder: Path):
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def captions(scene, rng: np.random.Generator) -> list[str]:
+    return [caption(*scene), *(partial_caption(scene, rng) for _ in range(CAPTIONS - 1))]
+
+
+def prepare(folder: Path, seed: int, number: int) -> tuple[list[np.ndarray], torch.Tensor]:
+    """Chunk `number` of a world, all that needs no device.
+
+    The scenes as `tracer.pack` gives them, and token ids, int16 (CHUNK, 2, CAPTIONS, length), of the
+    captions of each image and of its mirror image. `folder`: the tokenizer's.
+    """
+    from dbcore.toybox.tracer import pack
+
+    rng = np.random.default_rng((seed, number, 41))
+    scenes = [sample(seed, k) for k in range(number * CHUNK, (number + 1) * CHUNK)]
+    texts = [text for scene in scenes for side in (scene, mirror(*scene)) for text in captions(side, rng)]
+    return pack(scenes), tokenize(load_tokenizer(folder), texts).short().view(CHUNK, 2, CAPTIONS, -1)
+
+
+def start_workers(device: torch.device):
+    """All cores but two for a GPU's scenes; beside a CPU's training, one thread."""
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
+    return ProcessPoolExecutor(max(1, os.cpu_count() - 2), multiprocessing.get_context("spawn"))
+
+
+class FreshLatents:
+    """Latents and captions on the autoencoder's device, `first` scenes at once and more with every few steps.
+
+    Each scene is used about `REUSE` times as long as the workers keep up; where they do not, those that are there
+    are used again. Beyond `capacity` the newest take the places of the oldest. `steps_done` says how far an
+    earlier run came: scenes go on from there.
+    """
+
+    REUSE = 16
+
+    def __init__(self, autoencoder, tokenizer_folder: Path, seed: int, batch: int, first: int, capacity: int,
+                 steps_done: int = 0):
+        self.autoencoder, self.device = autoencoder, autoencoder.device
+        self.batch, self.first, self.steps_done = batch, first, steps_done
+        self.workers = start_workers(self.device)
+        self.make = functools.partial(self.workers.submit, prepare, tokenizer_folder, seed)
+        seen = first + steps_done * batch // self.REUSE if steps_done else 0
+        self.numbers = itertools.count(-(-seen // CHUNK))
+        ahead = 2 * getattr(self.workers, "_max_workers", 1)
+        self.waiting = deque(self.make(next(self.numbers)) for _ in range(ahead))
+        rows = -(-capacity // CHUNK) * CHUNK
+        self.empty = tokenize(load_tokenizer(tokenizer_folder), [""]).to(self.device)
+        self.ids = torch.empty(rows, 2, CAPTIONS, self.empty.shape[1], dtype=torch.int16, device=self.device)
+        self.latents = torch.empty(rows, 2, CHANNELS, SIZE // 4, SIZE // 4, dtype=torch.half, device=self.device)
+        self.count = 0
+        while self.count < first:
+            self.add()
+
+    def close(self) -> None:
+        self.workers.shutdown(wait=False, cancel_futures=True)
+
+    def add(self) -> None:
+        """Render and encode the next chunk, once it has been prepared, and ask for another."""
+        from dbcore.toybox.tracer import render_packed
+
+        packed, ids = self.waiting.popleft().result()
+        self.waiting.append(self.make(next(self.numbers)))
+        pixels = to_pixels(render_packed(packed, SIZE, self.device))
+        first = self.count % len(self.latents)
+        rows = slice(first, first + CHUNK)
+        for side, view in enumerate((pixels, pixels.flip(-1))):
+            self.latents[rows, side] = scaled_latents(self.autoencoder, view).half()
+        self.ids[rows] = ids.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else ids
+        self.count += CHUNK
+
+    def inputs(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents, noise, timesteps and token ids of a batch, as `denoiser.Latents` gives them."""
+        due = self.first + (step - self.steps_done) * self.batch // self.REUSE
+        if self.count < due and self.waiting[0].done():
+            self.add()
+        draw = functools.partial(torch.randint, size=(self.batch,), device=self.device)
+        scene, side, part = draw(min(self.count, len(self.latents))), draw(2), draw(CAPTIONS - 1) + 1
+        share = torch.rand(self.batch, device=self.device)
+        ids = self.ids[scene, side, torch.where(share < WHOLE_CAPTION, 0, part)].long()
+        ids = torch.where(share[:, None] < NO_CAPTION, self.empty, ids)
+        z = self.latents[scene, side].float()
+        bands = torch.arange(self.batch, device=self.device) + torch.rand(self.batch, device=self.device)
+        return z, greedy_noise(z), (bands * (1000 / self.batch)).long().clamp(max=999), ids

@@ -1,0 +1,47 @@
+"""What the stages have learnt, in files small enough to be sent anywhere, and back as checkpoints."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+
+from dbcore.utils.files import whole_file, write_whole
+
+PART = 15 * 2**20  # bytes a file
+
+
+def write_weights(work: Path, folder: Path) -> list[Path]:
+    """The weights of all checkpoints in `work`, in half precision, as files `weights.00`, ... of up to 15 MiB."""
+    held = {path.stem: halved(torch.load(path, map_location="cpu", weights_only=True))
+            for path in sorted(work.glob("*.pt"))}
+    buffer = io.BytesIO()
+    torch.save(held, buffer)
+    data = buffer.getvalue()
+    parts = [folder / f"weights.{k:02d}" for k in range(-(-len(data) // PART))]
+    for k, part in enumerate(parts):
+        write_whole(part, data[k * PART:(k + 1) * PART])
+    return parts
+
+
+def halved(state: dict) -> dict:
+    """A checkpoint of `fit` without its optimizers; averaged weights, where there are any, count for both."""
+    average = state["average"] is not None
+    weights = {name: value.half() if value.is_floating_point() else value
+               for name, value in (state["average"] if average else state["module"]).items()}
+    return {"module": weights, "average": weights if average else None, "optimizers": [],
+            "step": state["step"], "seconds": state["seconds"]}
+
+
+def read_weights(folder: Path, work: Path) -> None:
+    """Put what `write_weights` wrote into `work` as checkpoints; one that is there already stays."""
+    parts = sorted(folder.glob("weights.[0-9][0-9]"))
+    if not parts:
+        return
+    held = torch.load(io.BytesIO(b"".join(part.read_bytes() for part in parts)), weights_only=True)
+    for stage, state in held.items():
+        path = work / f"{stage}.pt"
+        if not path.exists():
+            with whole_file(path) as partial:
+                torch.save(state, partial)
