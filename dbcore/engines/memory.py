@@ -147,6 +147,33 @@ def savings(config, device):
     yield {"resolution": config.resolution * 3 // 4 // 64 * 64 or config.resolution // 16 * 8 or 8}
 
 
+def flags(changes):
+    """{option: value} as a command line takes them."""
+    return " ".join(f"--{name} {value}" for name, value in changes.items()).replace(" True", "")
+
+
+def remedy(config, device):
+    """A sentence on what makes a run smaller whose memory was full, as little as will do.
+
+    Where the forecast says that it fits, something else holds memory: then the cheapest change that there is.
+    """
+    changes = advise(config, there(device), device)
+    if changes == {}:
+        changes = next(savings(settle(config, device), device))
+    if changes is None:
+        return "No option makes it small enough: take a larger card"
+    return f"It takes less with {flags(changes)}; `dbcore doctor` with the same options counts the memory"
+
+
+def there(device):
+    """Bytes of memory that this process has or can have, beside what others hold."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 # --- a run of shapes ----------------------------------------------------------------------------------
 
 

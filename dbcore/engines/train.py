@@ -43,11 +43,11 @@ from dbcore.engines.run_folder import (
     prepare_folder,
     replace_run,
 )
-from dbcore.models.base import best_device, checkpoint_gradients, load_base, settle, torch_dtype
+from dbcore.models.base import best_device, checkpoint_gradients, give_back, load_base, settle, torch_dtype
 from dbcore.models.lora import PRESETS, add_lora, lora_parameters, save_lora, set_dropout
 from dbcore.models.replay import Replay, can_replay, replayed
 from dbcore.utils.console import printable
-from dbcore.utils.errors import Diverged, Interrupted
+from dbcore.utils.errors import Diverged, Interrupted, MemoryFull
 from dbcore.utils.files import is_of_files, whole_folder, write_whole
 from dbcore.utils.seeding import key
 
@@ -130,6 +130,12 @@ def train_in_folder(config, accelerator, photos, callback, should_stop):
         raise checkpoint.CheckpointError(f"the run has stopped: {getattr(error, 'fault', error)}. "
                                          f"{checkpoint.last_good(folder)}; put this right, then "
                                          "--resume_from_checkpoint latest") from error
+    except torch.OutOfMemoryError as error:
+        from dbcore.engines.memory import remedy  # which imports this module
+
+        raise MemoryFull(f"the run has stopped: the memory of the {accelerator.device.type} device is full. "
+                         f"{remedy(config, accelerator.device.type)}. {checkpoint.last_good(folder)}; give the same "
+                         "command with these options and --resume_from_checkpoint latest") from error
 
 
 @contextlib.contextmanager
@@ -271,7 +277,7 @@ class Run:
             if self.base.device.type != "cuda" or done % SYNC_EVERY == 0 or save or draw:
                 bar.set_postfix(loss=f"{self.look():.4f}")
             if draw:
-                self.validate(done)
+                self.validate_or_keep(done)
             if save:
                 self.save(done)
             if stop and not last:
@@ -419,6 +425,15 @@ class Run:
 
     def validates(self, done):
         return bool(self.config.validation_prompt) and done % self.config.validation_steps == 0
+
+    def validate_or_keep(self, done):
+        """`validate`; where that fills the memory, the steps until then are saved before it ends the run."""
+        try:
+            self.validate(done)
+        except torch.OutOfMemoryError:
+            give_back()
+            self.save(done)
+            raise
 
     def validate(self, done):
         """Draw every validation prompt with the modules in memory; only the first process does."""

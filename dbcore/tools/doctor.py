@@ -192,7 +192,8 @@ def verdict(needed, there, advice):
     """One sentence; `advice()` is asked only if the run does not fit."""
     if needed <= there:
         return f"It fits: {needed / 1e9:.1f} of {there / 1e9:.1f} GB."
+    from dbcore.engines.memory import flags
+
     changes = advice()
-    words = " ".join(f"--{name} {value}" for name, value in (changes or {}).items()).replace(" True", "")
     return f"It does not fit: {needed / 1e9:.1f} of {there / 1e9:.1f} GB. " + (
-        f"It would with {words}." if changes else "No option makes it small enough: take a larger card.")
+        f"It would with {flags(changes)}." if changes else "No option makes it small enough: take a larger card.")

@@ -18,3 +18,7 @@ class Interrupted(DBCoreError):
 
 class Diverged(DBCoreError, FloatingPointError):
     """Training has left the numbers: the loss, or a weight, is infinite or not a number."""
+
+
+class MemoryFull(DBCoreError, MemoryError):
+    """The device's memory did not hold a run; the message says which options make it smaller."""

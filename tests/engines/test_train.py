@@ -19,10 +19,11 @@ from dbcore.config import OPTIMIZERS, ConfigError, TrainConfig
 from dbcore.engines.checkpoint import TRAINING
 from dbcore.engines.finetune import finetune
 from dbcore.engines.losses import dreambooth_loss
+from dbcore.engines.memory import remedy
 from dbcore.engines.train import PACKAGES, Run, train
 from dbcore.models.lora_files import HEADER_KEY, read_safetensors
 from dbcore.models.stable_diffusion import StableDiffusion
-from dbcore.utils.errors import Diverged
+from dbcore.utils.errors import Diverged, MemoryFull
 
 PROMPTS = ["a photo of sks dog", "a red car"]
 VALIDATED = {"validation_prompt": PROMPTS, "num_validation_images": 2, "validation_steps": 2}
@@ -117,6 +118,33 @@ def test_a_trained_text_encoder_is_heard_though_low_vram_had_remembered_the_froz
 def test_full_finetuning_has_whole_weights_whatever_low_vram_says(options, tmp_path):
     folder = finetune(TrainConfig(**options, low_vram=True, output_dir=tmp_path))
     assert {p.dtype for p in StableDiffusion(folder).unet.parameters()} == {torch.float32}
+
+
+# --- a device whose memory is full ---------------------------------------------------------------------
+
+
+def full(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+def test_memory_that_is_full_ends_the_run_with_the_doctors_advice_and_its_checkpoints(options, tmp_path, monkeypatch):
+    step = Run.step
+    monkeypatch.setattr(Run, "step", lambda run, number: full() if number == 1 else step(run, number))
+    with pytest.raises(MemoryFull, match=r"full\. It takes less with --gradient_checkpointing; .*checkpoint-1 is intact"):
+        train(TrainConfig(**options, checkpointing_steps=1, output_dir=tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setattr("dbcore.engines.memory.there", lambda device: 1)
+    assert "No option makes it small enough" in remedy(TrainConfig(**options), "cpu")
+
+
+def test_memory_that_a_validation_fills_costs_no_step(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "validate", full)
+    with pytest.raises(MemoryFull, match="checkpoint-2 is intact"):
+        train(TrainConfig(**options, **VALIDATED, output_dir=tmp_path))
+    monkeypatch.undo()
+    leave_out_report(monkeypatch)
+    assert train(TrainConfig(**options, resume_from_checkpoint="latest", output_dir=tmp_path)).is_file()
+    assert len(read_run(tmp_path)["log"]) == 2
 
 
 # --- gradients that are no numbers --------------------------------------------------------------------
