@@ -132,6 +132,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     batch = args.unet_batch or (GPU_BATCH if args.minutes and device != "cpu" else BATCH)
+    torch.backends.cudnn.benchmark = True  # few shapes, each met thousands of times
     if args.weights_dir:
         read_weights(args.weights_dir, args.work_dir)
     toybox = Toybox(args.work_dir, args.count, args.unet_steps, batch, args.minutes, device)

@@ -109,16 +109,17 @@ def near_noise(z: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def greedy_noise(z: torch.Tensor, group: int = 32) -> torch.Tensor:
     """Noise like `z`, on its device: within groups, each sample in its turn takes the nearest that is left.
 
-    An exact assignment (`near_noise`) comes nearer by a fifth of the gain, and makes the device wait.
+    An exact assignment (`near_noise`) comes nearer by a fifth of the gain, and makes the GPU wait.
     """
     z = z.unflatten(0, (-1, math.gcd(group, len(z))))
     noise = torch.randn_like(z)
     distance = torch.cdist(z.flatten(2), noise.flatten(2))
-    groups, nearest = torch.arange(len(z), device=z.device), []
+    taken, nearest = torch.zeros_like(distance[:, 0]), []
     for row in distance.unbind(1):
-        nearest.append(row.argmin(1))
-        distance[groups, :, nearest[-1]] = torch.inf  # taken: nobody's nearest from now on
-    return noise[groups[:, None], torch.stack(nearest, 1)].flatten(0, 1)
+        nearest.append((row + taken).argmin(1, keepdim=True))
+        taken.scatter_(1, nearest[-1], torch.inf)
+    groups = torch.arange(len(z), device=z.device)[:, None]
+    return noise[groups, torch.cat(nearest, 1)].flatten(0, 1)
 
 
 class Velocity(nn.Module):

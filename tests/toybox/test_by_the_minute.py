@@ -131,3 +131,28 @@ def test_greedy_noise_is_like_the_free_one_but_nearer():
         some = slice(32 * group, 32 * group + 32)
         assert torch.equal(noise[some].flatten(1).sort(0).values, free[some].flatten(1).sort(0).values)
     assert (noise - z).square().mean() < 0.95 * (free - z).square().mean()
+
+
+@pytest.mark.gpu
+def test_no_step_on_a_gpu_waits_for_it(tmp_path, monkeypatch):
+    from dbcore.toybox import denoiser
+    from dbcore.toybox.autoencoder import make_autoencoder
+    from dbcore.toybox.clip import make_text_encoder
+
+    folder = train_tokenizer(tmp_path)
+    data = fresh.FreshLatents(make_autoencoder().to("cuda"), folder, 0, batch=64, first=256, capacity=512)
+    losses = []
+
+    def steps(stage, folder, net, loss_at, *args, **options):
+        for step in range(100):
+            torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+            loss = loss_at(step, 0.0)["loss"]
+            loss.backward()
+            losses.append(loss.detach())
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(denoiser, "fit", steps)
+    denoiser.train_unet(make_text_encoder(fresh.load_tokenizer(folder)), data, tmp_path, 0, device="cuda")
+    data.close()
+    assert data.count > 256
+    assert torch.isfinite(torch.stack(losses)).all()
