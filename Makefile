@@ -67,10 +67,10 @@ lab: setup ## open the course in JupyterLab
 BENCH ?=
 
 bench: setup ## time and memory on this CPU against diffusers' own script
-	$(BIN)/python -m dbcore bench $(BENCH)
+	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
 
 bench-gpu: setup ## the same on a GPU, with Stable Diffusion 1.5's shape at 512 pixels
-	$(BIN)/python -m dbcore bench --gpu $(BENCH)
+	PYTHONPATH=tests $(BIN)/python -m bench --gpu $(BENCH)
 
 badges: ## write REPO=owner/name (on GitHub) into the notebooks' Colab badges and set-up cells
 	$(PYTHON) -m dbcore.tools.badges $(REPO)

@@ -11,7 +11,7 @@ from pathlib import Path
 from dbcore.utils.console import printable
 from dbcore.utils.errors import DBCoreError, Interrupted
 
-TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge", "extract", "bench",
+TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge", "extract",
          "toybench")
 
 

@@ -24,7 +24,7 @@ from dbcore.models.base import load_base, settle, torch_dtype
 CARDS = {"T4": (16e9, "fp16"), "RTX 4060": (8e9, "bf16"), "A100": (40e9, "bf16"), "H200": (141e9, "bf16")}
 OVERHEAD = {"cpu": 0.6e9, "cuda": 0.5e9}  # Python and its libraries; a CUDA context with its kernels
 # A CPU's heap keeps the gaps between tensors that came and went: half as much again as they took, over the runs of
-# `dbcore bench --memory`. With MALLOC_MMAP_THRESHOLD_=1048576 there are no gaps, but steps of 256 pixels take 1.6 times as long.
+# `make bench BENCH=--memory`. With MALLOC_MMAP_THRESHOLD_=1048576 there are no gaps, but steps of 256 pixels take 1.6 times as long.
 # Where blocks are computed again, what is kept lies between what comes and goes, and the gaps are larger: 2.3 times what
 # was traced for the toy base, 3.0 for Stable Diffusion's shape.
 GAPS, GAPS_CHECKPOINTING = 1.5, 2.4

@@ -127,7 +127,7 @@ TRAIN = """
 from dbcore import SUBJECTS, TOY_BASE
 from dbcore.config import TrainConfig
 from dbcore.engines.train import train
-from dbcore.utils.widgets import Dashboard
+from dbcore.course.widgets import Dashboard
 
 dashboard = Dashboard()
 config = TrainConfig(

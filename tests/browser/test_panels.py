@@ -11,7 +11,7 @@ pytestmark = pytest.mark.browser
 
 SWATCH = """
 from PIL import Image
-from dbcore.utils.widgets import explore
+from dbcore.course.widgets import explore
 
 def swatch(red=0, place="snow"):
     if red > 250:
@@ -23,7 +23,7 @@ panel"""
 
 TRAIN = """
 import time
-from dbcore.utils.widgets import Dashboard
+from dbcore.course.widgets import Dashboard
 
 dashboard = Dashboard()
 

@@ -69,7 +69,7 @@ def test_a_cpu_holds_the_file_while_it_loads_and_gaps_in_its_heap(folder):
     add_lora(unet, 4, 4)
     assert here[0].name == "loading" and (here[0].weights, here[0].pages) == (memory.size(unet), file)
     assert [phase.name for phase in here[1:]] == [phase.name for phase in card]
-    # measured with `dbcore bench --memory`: 1.5 times what was traced, and 2.3 to 3.0 times with checkpointing
+    # measured with `make bench BENCH=--memory`: 1.5 times what was traced, and 2.3 to 3.0 times with checkpointing
     assert all(1.35 < a.activations / b.activations < 1.65 for a, b in zip(here[1:], card))
     again = {device: memory.forecast(config(folder, gradient_checkpointing=True), device).phases for device in ("cpu", "cuda")}
     (a,), (b,) = ([phase for phase in again[device] if phase.name == "steps"] for device in ("cpu", "cuda"))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dbcore.course import widgets
 from dbcore.datasets.photos import Photo, Problem, check_box
 from dbcore.toybox.scene import CLASSES, COLORS, PATTERNS, PROPORTIONS, Character
-from dbcore.utils import widgets
 
 ipywidgets = pytest.importorskip("ipywidgets")
 

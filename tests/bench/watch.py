@@ -1,7 +1,7 @@
-"""One program as a process of its own, timed and watched from outside; `dbcore bench` compares two.
+"""One program as a process of its own, timed and watched from outside; `make bench` compares two.
 
 Its progress bars tell its stages apart, the system tells its highest resident memory. The process itself is
-this file too, `python -m dbcore.tools.measure NOTES PROGRAM ...`, which imports nothing heavy, so that the
+this file too, `python -m bench.watch NOTES PROGRAM ...`, which imports nothing heavy, so that the
 program's own start-up is measured.
 """
 
@@ -37,6 +37,8 @@ def watch(program, folder, environment=None):
     notes, marks = Path(folder, "notes.json"), {}
     environment = {**os.environ, **(environment or {})}
     environment.pop("TQDM_DISABLE", None)  # bars are read
+    tests = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [tests, environment.get("PYTHONPATH")]))
     clock, began = time.time(), time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", __name__, str(notes), *program], stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)

@@ -1,4 +1,4 @@
-"""What `dbcore bench` has measured, as report.json and report.md."""
+"""What `make bench` has measured, as report.json and report.md."""
 
 import json
 import statistics

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dbcore.utils import checks
-from dbcore.utils.checks import CHECKS, exercise, expect, same
+from dbcore.course import checks
+from dbcore.course.checks import CHECKS, exercise, expect, same
 
 
 @exercise

@@ -1,9 +1,10 @@
-"""`dbcore bench`: dbcore and diffusers' own DreamBooth script do the same work in turn; one report.
+"""`make bench`: dbcore and diffusers' own DreamBooth script do the same work in turn; one report.
 
-Each run is a process of its own (tools/measure.py). The script is fetched as it is needed, or given with --script;
+Each run is a process of its own (watch.py). The script is fetched as it is needed, or given with --script;
 its options are dbcore's too, so both get the same words.
 """
 
+import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -18,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import dbcore
+from bench import memory as forecast
+from bench.memory import PRIOR
+from bench.report import SIDES, words, write
+from bench.watch import rate, stages, watch
 from dbcore.config import need
-from dbcore.tools import bench_memory
-from dbcore.tools.bench_memory import PRIOR
-from dbcore.tools.bench_report import SIDES, words, write
-from dbcore.tools.measure import rate, stages, watch
+from dbcore.utils.errors import DBCoreError
 
 HELP = "measure dbcore against diffusers' own DreamBooth script: speed and memory, the same work in turn"
 SCRIPT = "https://raw.githubusercontent.com/huggingface/diffusers/v{}/examples/dreambooth/train_dreambooth_lora.py"
@@ -65,7 +67,17 @@ def add_arguments(parser):
                         help="where report.md, report.json and the programs' words go (%(default)s)")
 
 
-def main(args):
+def main(argv=None):
+    """Run the cases that are asked for; what cannot be run ends the program with a line."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=HELP)
+    add_arguments(parser)
+    try:
+        run(parser.parse_args(argv))
+    except DBCoreError as error:
+        sys.exit(f"bench: {error}")
+
+
+def run(args):
     need(args.rounds > 0, f"--rounds {args.rounds}: it must be at least 1")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.memory:
@@ -206,12 +218,12 @@ def machine():
 
 
 def memory(args):
-    """The table of `bench_memory`, over the toy base and, unless it is to be quick, Stable Diffusion 1.5's shape."""
-    bases = {args.toy: dict([*bench_memory.TOY.items()][:2] if args.smoke else bench_memory.TOY)}
+    """The table of `forecast`, over the toy base and, unless it is to be quick, Stable Diffusion 1.5's shape."""
+    bases = {args.toy: dict([*forecast.TOY.items()][:2] if args.smoke else forecast.TOY)}
     if not args.smoke:
-        bases[args.sd15 or sd15_base(args.output_dir / "sd15")] = bench_memory.SD15
+        bases[args.sd15 or sd15_base(args.output_dir / "sd15")] = forecast.SD15
     pictures = photos(args.output_dir / "photos-5", 5)
-    plain = {"instance_prompt": BOTH["instance_prompt"], "max_train_steps": bench_memory.STEPS, "report_to": "none"}
+    plain = {"instance_prompt": BOTH["instance_prompt"], "max_train_steps": forecast.STEPS, "report_to": "none"}
     runs = {(base, name): {"pretrained_model_name_or_path": base, "instance_data_dir": pictures, **plain, **options}
             for base, grid in bases.items() for name, options in grid.items()}
 
@@ -222,7 +234,7 @@ def memory(args):
         seen = costs(["dbcore", "train", *words({**options, "output_dir": folder / "run"})], folder, where)
         return 1e9 * seen["GPU memory, GB" if args.gpu else "resident memory, GB"]
 
-    return bench_memory.check(runs, measure, args.output_dir, args.gpu)
+    return forecast.check(runs, measure, args.output_dir, args.gpu)
 
 
 # --- one case -----------------------------------------------------------------------------------------
@@ -301,3 +313,7 @@ for k in range(2):  # the first time to warm up
 print(2 * {side} ** 3 * {times} / (time.perf_counter() - began))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)
+
+
+if __name__ == "__main__":
+    main()

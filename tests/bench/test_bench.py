@@ -13,10 +13,9 @@ from PIL import Image
 from pipelines import make_tiny_pipeline
 
 import dbcore
-from dbcore.__main__ import main
+from bench import __main__ as bench
+from bench.watch import BAR, photo_transforms, rate, stages, watch
 from dbcore.datasets.dreambooth import to_pixels
-from dbcore.tools import bench
-from dbcore.tools.measure import BAR, photo_transforms, rate, stages, watch
 
 ROOT = Path(dbcore.__file__).parents[1]
 # In the place of diffusers' script: its options, bars and file, and its use of torchvision, but no training.
@@ -53,14 +52,14 @@ def words(tmp_path):
     base = make_tiny_pipeline(tmp_path / "base")
     (base / "recommended.json").write_text(json.dumps({"num_inference_steps": 2, "resolution": 32}))
     (tmp_path / "script.py").write_text(SCRIPT)
-    return ["bench", "--smoke", "--script", str(tmp_path / "script.py"), "--toy", str(base),
+    return ["--smoke", "--script", str(tmp_path / "script.py"), "--toy", str(base),
             "--output_dir", str(tmp_path / "bench")]
 
 
 @pytest.mark.parametrize("names", [["prior"], pytest.param(["toy", "prior", "validation"], marks=pytest.mark.slow)])
 def test_smoke(names, words, tmp_path, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")  # as `make test` has it: the bars are read all the same
-    main([*words, "--cases", *names, "answers"])
+    bench.main([*words, "--cases", *names, "answers"])
     report = json.loads((tmp_path / "bench" / "report.json").read_text())
     cases = {case["name"]: case for case in report["cases"]}
     assert list(cases) == names and report["script"]["asks for diffusers"] == "0.1.0"
@@ -76,7 +75,7 @@ def test_smoke(names, words, tmp_path, monkeypatch):
 
 def test_the_forecast_is_held_against_runs(words, tmp_path):
     # from a process of its own: Linux counts in what the parent holds as it forks, and tests hold gigabytes
-    done = subprocess.run([sys.executable, "-m", "dbcore", *words, "--memory"], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "bench", *words, "--memory"], cwd=ROOT / "tests", capture_output=True, text=True,
                           check=True)
     rows = json.loads((tmp_path / "bench" / "memory.json").read_text())
     assert [row["run"] for row in rows] == ["plain", "batch 32"]
@@ -90,14 +89,14 @@ def test_the_forecast_is_held_against_runs(words, tmp_path):
 def test_a_script_that_fails_is_quoted(words, tmp_path, capsys):
     (tmp_path / "script.py").write_text("raise SystemExit('it needs diffusers 9.9')")
     with pytest.raises(SystemExit, match=r"(?s)script.py ended with code 1.*it needs diffusers 9.9"):
-        main([*words, "--cases", "toy"])
+        bench.main([*words, "--cases", "toy"])
 
 
 def test_a_wrong_case_and_a_missing_script_are_named(words):
     with pytest.raises(SystemExit, match="--cases tay: choose from toy, prior"):
-        main([*words, "--cases", "tay"])
+        bench.main([*words, "--cases", "tay"])
     with pytest.raises(SystemExit, match="--script nowhere.py: not there"):
-        main([*words, "--script", "nowhere.py"])
+        bench.main([*words, "--script", "nowhere.py"])
 
 
 def test_the_script_is_fetched_for_the_installed_diffusers_and_kept(tmp_path, monkeypatch):

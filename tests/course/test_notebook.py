@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dbcore
-from dbcore.utils import notebook
+from dbcore.course import notebook
 
 ROOT = Path(dbcore.__file__).parents[1]
 
@@ -134,6 +134,6 @@ def test_subjects_that_ship_and_ones_own(tmp_path):
 
 
 def test_nothing_but_the_standard_library_is_needed_to_import_it():
-    code = "import sys; import dbcore.utils.notebook; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
+    code = "import sys; import dbcore.course.notebook; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

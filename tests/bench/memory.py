@@ -1,9 +1,9 @@
-"""`dbcore bench --memory`: the memory forecast held against what runs took, over a grid of options."""
+"""`make bench BENCH=--memory`: the memory forecast held against what runs took, over a grid of options."""
 
 import json
 
+from bench.report import words
 from dbcore.config import TrainConfig
-from dbcore.tools.bench_report import words
 
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog"}
 LARGE = {"resolution": 256, "train_batch_size": 4}  # activations of several times the weights
