@@ -145,6 +145,9 @@ def _read_layers(tensors, configs, names):
                 raise LoraFileError(f"{keys['down']} is there twice, under two names")
             named[module] = Layer(down, up, scale, rows)
             names.check(component, module, named[module], keys["down"])
+    if strange := configs.keys() - layers.keys():
+        raise LoraFileError(f"its header has a LoraConfig of {min(strange)!r}, a network that none of "
+                            "its tensors belongs to, so their scale is in doubt: copy it again")
     for component, named in layers.items():
         _check_dora(component, named, configs.get(component))
     return layers
@@ -159,6 +162,9 @@ def _grouped(tensors):
             raise LoraFileError(f"{key} and {groups[module][part]} are two names of one thing")
         if not torch.isfinite(tensors[key].float()).all():
             raise LoraFileError(f"{key} has numbers that are not finite: the training diverged")
+        if part == "alpha" and tensors[key].numel() != 1:
+            raise LoraFileError(f"{key} of shape {tuple(tensors[key].shape)} is not one number: "
+                                "the file is damaged")
         groups[module][part] = key
     for keys in groups.values():
         if missing := [f"lora_{half}" for half in ("down", "up") if half not in keys]:
@@ -228,6 +234,10 @@ class Names:
             raise self.stranger(key)
 
     def stranger(self, key):
+        module = _split(key)[0]
+        if bare := [component for component, name in self.modules if name == module]:
+            return LoraFileError(f"{key} does not say which network it is of, as one that a network "
+                                 f"alone has saved: rename each key to {bare[0]}.{key}")
         return LoraFileError(f"{key} fits no module of {self.base}: "
                              "it was trained on another model family")
 

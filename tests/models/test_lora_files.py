@@ -441,6 +441,9 @@ REFUSED = {  # what is put into a sound file beside the rest, in kohya's names, 
     "unknown": ({f"{KOHYA}.something": HALF}, "something, which is no LoRA key"),
     "nan": ({f"{KOHYA}.lora_up.weight": torch.full((16, 4), torch.nan)}, "lora_up.weight has numbers that are not"),
     "infinite": ({f"{KOHYA}.alpha": torch.tensor(torch.inf)}, f"{KOHYA}.alpha has numbers that are not finite"),
+    "alphas": ({f"{KOHYA}.alpha": torch.ones(2)}, r"alpha of shape \(2,\) is not one number"),
+    "no network": ({f"{TO_Q}.lora_A.weight": HALF, f"{TO_Q}.lora_B.weight": HALF.T.contiguous()},
+                   f"does not say which network it is of.*rename each key to unet.{TO_Q}.lora_"),
     "third encoder": ({"lora_te3_a.lora_down.weight": HALF, "lora_te3_a.lora_up.weight": HALF.T.contiguous()},
                       "lora_te3_a.lora_down.weight fits no module"),
     "larger": ({f"{KOHYA}.lora_up.weight": torch.ones(32, 4)}, f"{KOHYA}.lora_down.weight fits no module"),
@@ -467,6 +470,8 @@ HEADERS = {  # what the header's LoraConfig says, and what its refusal says
     "alpha": ({"unet.lora_alpha": "much"}, "cannot be used"),
     "pattern": ({"unet.alpha_pattern": {"to_(q": 2}}, "cannot be used"),
     "dora": ({"unet.use_dora": True}, "use_dora True"),
+    "another network": ({"transformer.r": 4, "transformer.lora_alpha": 8}, "LoraConfig of 'transformer'"),
+    "no network": ({"r": 4, "lora_alpha": 8}, "so their scale is in doubt"),
     "pissa": ({"unet.init_lora_weights": "pissa"}, "pissa, which changes the base too"),
 }
 
