@@ -3,8 +3,8 @@
 render -> autoencoder -> toy CLIP -> UNet -> reader -> subject encoder -> the base's folder -> gates and card.
 Each stage leaves its result in `--work_dir`; what is there is not made again.
 
-With `--minutes` each stage gets its share of them, and the UNet learns from scenes that are made while it
-trains: eight minutes of one GPU are enough for millions of samples.
+With `--minutes` each stage gets its share of them, and the UNet learns from scenes that are made
+while it trains: for a GPU, which sees millions of samples in minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SEED, HELD_OUT_SEED = 0, 1  # two worlds: what is learnt from, and what is only 
 COUNT, TEST_COUNT, READER_COUNT = 20_000, 1_000, 2_000
 BATCH, GPU_BATCH = 32, 512
 STAGES = ("render", "autoencoder", "clip", "unet", "reader", "subject", "save", "gates")
-SHARES = {"autoencoder": 1.5 / 8, "clip": 1 / 8, "unet": 4.5 / 8, "reader": 0.5 / 8, "subject": 0.5 / 8}
+SHARES = {"autoencoder": 1.5 / 8, "clip": 1 / 8, "unet": 4.5 / 8, "reader": 0.5 / 8,
+          "subject": 0.5 / 8}  # of the minutes
 
 
 def parse_args(argv=None):
@@ -36,7 +37,8 @@ def parse_args(argv=None):
     add("--unet_batch", type=int, default=None,
         help=f"samples a step of the UNet ({BATCH}; with --minutes on a GPU {GPU_BATCH})")
     add("--minutes", type=float, default=None,
-        help="minutes of training of all stages together, on all occasions; without it, steps alone count")
+        help="minutes of training of all stages together, on all occasions; "
+             "without it, steps alone count")
     add("--weights_dir", type=Path, default=None,
         help="where each stage's weights are put in half precision, in files under 16 MiB; "
              "what is there at the start is taken up")
@@ -48,7 +50,8 @@ def parse_args(argv=None):
 class Toybox:
     """The stages, each a property that makes what it needs first, or takes it from the work folder."""
 
-    def __init__(self, work: Path, count: int, unet_steps: int, unet_batch: int, minutes: float | None, device: str):
+    def __init__(self, work: Path, count: int, unet_steps: int, unet_batch: int,
+                 minutes: float | None, device: str):
         self.work, self.count, self.device = work, count, device
         self.unet_steps, self.unet_batch, self.minutes = unet_steps, unet_batch, minutes
 
@@ -64,7 +67,8 @@ class Toybox:
         from dbcore.toybox.autoencoder import train_autoencoder
 
         batch = max(BATCH, self.unet_batch // 4)  # a GPU has room for more
-        self.vae = train_autoencoder(self.pictures, self.work, SEED, batch=batch, **self.budget("autoencoder"))
+        self.vae = train_autoencoder(self.pictures, self.work, SEED, batch=batch,
+                                     **self.budget("autoencoder"))
 
     def clip(self):
         from transformers import CLIPTokenizer
@@ -74,13 +78,15 @@ class Toybox:
 
         folder = self.work / "tokenizer"
         self.tokenizer = CLIPTokenizer.from_pretrained(folder if folder.exists() else train_tokenizer(folder))
-        self.pair = train_clip(self.tokenizer, self.pictures, self.world, self.work, SEED, **self.budget("clip"))
+        self.pair = train_clip(self.tokenizer, self.pictures, self.world, self.work, SEED,
+                               **self.budget("clip"))
 
     def unet(self):
         from dbcore.toybox.denoiser import train_unet
 
         with closing(self.latents()) as latents:
-            self.denoiser = train_unet(self.pair.text, latents, self.work, SEED, self.unet_steps, **self.budget("unet"))
+            self.denoiser = train_unet(self.pair.text, latents, self.work, SEED, self.unet_steps,
+                                       **self.budget("unet"))
 
     def latents(self):
         from dbcore.toybox.denoiser import Latents
@@ -89,14 +95,15 @@ class Toybox:
 
         if self.minutes is None:
             return Latents(self.vae, self.tokenizer, self.work, SEED, self.unet_batch)
-        return FreshLatents(self.vae, self.work / "tokenizer", SEED, self.unet_batch, first=self.count,
-                            capacity=25 * self.count, steps_done=steps_done(self.work, "unet"))
+        return FreshLatents(self.vae, self.work / "tokenizer", SEED, self.unet_batch, self.count,
+                            25 * self.count, steps_done(self.work, "unet"))
 
     def reader(self):
         from dbcore.toybox.reader import train_reader
 
         # the reader must know what the base never saw: it also learns from the combinations held out
-        others = render_corpus(self.work / "reader", SEED, READER_COUNT, sample_held_out, self.device)
+        others = render_corpus(self.work / "reader", SEED, READER_COUNT, sample_held_out,
+                               self.device)
         self.eye = train_reader(np.concatenate([self.pictures, others]),
                                 self.world + [sample_held_out(SEED, k) for k in range(READER_COUNT)],
                                 self.work, SEED, **self.budget("reader"))
@@ -104,7 +111,8 @@ class Toybox:
     def subject(self):
         from dbcore.toybox.encoder import SUBJECTS, VIEWS, sample_view, train_subject_encoder
 
-        views = render_corpus(self.work / "subjects", SEED, SUBJECTS * VIEWS, sample_view, self.device)
+        views = render_corpus(self.work / "subjects", SEED, SUBJECTS * VIEWS, sample_view,
+                              self.device)
         self.encoder = train_subject_encoder(views, self.work, SEED, **self.budget("subject"))
 
     def save(self, folder: Path):

@@ -78,7 +78,8 @@ def laplacian(x: torch.Tensor) -> torch.Tensor:
 
 
 def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 9000,
-                      minutes: float | None = None, batch: int = 32, lr: float = 2e-3, device: str = "cpu"):
+                      minutes: float | None = None, batch: int = 32, lr: float = 2e-3,
+                      device: str = "cpu"):
     """Three phases: learn the PCA's codes, then free both halves, then whole pictures.
 
     The loss is the squared error in [-1, 1], a tenth of the absolute error and a twentieth of that of the edges,
@@ -148,7 +149,7 @@ def latent_shard(net, folder: Path, seed: int, number: int) -> np.ndarray:
 
 @torch.no_grad()
 def scaled_latents(net, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels (n, 3, h, w) in [-1, 1] to posterior means of about unit variance, float (n, c, h/4, w/4)."""
+    """Pixels (n, 3, h, w) in [-1, 1] to means of unit variance, float (n, c, h/4, w/4)."""
     with half_where_fast(net.device):
         return net.encode(pixels).latent_dist.mean.float() * net.config.scaling_factor
 

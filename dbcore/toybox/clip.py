@@ -97,7 +97,8 @@ def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def train_clip(tokenizer, pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 1500,
-               minutes: float | None = None, batch: int = 128, lr: float = 1e-3, device: str = "cpu") -> ToyCLIP:
+               minutes: float | None = None, batch: int = 128, lr: float = 1e-3,
+               device: str = "cpu") -> ToyCLIP:
     torch.manual_seed(seed + 1)
     clip = ToyCLIP(make_text_encoder(tokenizer))
 

@@ -40,13 +40,15 @@ def scenes(seed: int, count: int) -> list[tuple[Character, View]]:
     return [sample(seed, k) for k in range(count)]
 
 
-def render_corpus(folder: Path, seed: int, count: int, draw=sample, device: str = "cpu") -> np.ndarray:
+def render_corpus(folder: Path, seed: int, count: int, draw=sample,
+                  device: str = "cpu") -> np.ndarray:
     """Renders of the scenes `draw(seed, k)`, k = 0..count-1: uint8 (count, 64, 64, 3), kept in shards in `folder`."""
-    shards = -(-count // SHARD)
-    return np.concatenate([render_shard(folder, seed, number, draw, device) for number in range(shards)])[:count]
+    numbers = range(-(-count // SHARD))
+    return np.concatenate([render_shard(folder, seed, k, draw, device) for k in numbers])[:count]
 
 
-def render_shard(folder: Path, seed: int, number: int, draw=sample, device: str = "cpu") -> np.ndarray:
+def render_shard(folder: Path, seed: int, number: int, draw=sample,
+                 device: str = "cpu") -> np.ndarray:
     """Renders `number * SHARD` and the following of a world, uint8 (SHARD, 64, 64, 3), read if they are there.
 
     A shard is written whole or not at all, so a killed run, or a second one beside it, goes on where it was.

@@ -16,7 +16,7 @@ from dbcore.toybox.corpus import SHARD, sample
 from dbcore.toybox.fit import fit, half_where_fast, step_rng, trapezoid_rate
 from dbcore.toybox.scene import caption, mirror
 
-NO_CAPTION, WHOLE_CAPTION = 0.1, 0.4  # below which a number in [0, 1) means no caption, and the whole truth
+NO_CAPTION, WHOLE_CAPTION = 0.1, 0.4  # a number below means no caption, and the whole truth
 
 
 def make_unet():
@@ -76,13 +76,13 @@ class Latents:
                                              for k, m in zip(picks, mirrored)]
 
     def inputs(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents (n, 8, 16, 16), noise like them, timesteps (n,) and token ids (n, length) of a batch."""
+        """Latents (n, 8, 16, 16), noise like them, timesteps (n,), token ids (n, length)."""
         rng, torch_rng = step_rng(self.seed, "unet", step)
         z, scenes = self.batch_at(step, rng)
         ids = tokenize(self.tokenizer, [training_caption(scene, rng) for scene in scenes])
         # one timestep from each of `batch` equal bands: the same mean, less variance
-        t = ((np.arange(self.batch) + rng.random(self.batch)) * (1000 / self.batch)).astype(np.int64)
-        return z, near_noise(z, torch_rng), torch.from_numpy(t), ids
+        t = (np.arange(self.batch) + rng.random(self.batch)) * (1000 / self.batch)
+        return z, near_noise(z, torch_rng), torch.from_numpy(t.astype(np.int64)), ids
 
 
 def training_caption(scene, rng: np.random.Generator) -> str:
@@ -107,7 +107,7 @@ def near_noise(z: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def greedy_noise(z: torch.Tensor, group: int = 32) -> torch.Tensor:
-    """Noise like `z`, on its device: within groups, each sample in its turn takes the nearest that is left.
+    """Noise like `z`, on its device: in each group, one sample after another takes the nearest left.
 
     An exact assignment (`near_noise`) comes nearer by a fifth of the gain, and makes the GPU wait.
     """
@@ -138,8 +138,8 @@ def train_unet(text_encoder, data, folder: Path, seed: int, steps: int = 47_000,
                minutes: float | None = None, lr: float = 1e-3, device: str = "cpu"):
     """Minimise |v - v_theta(z_t, t, caption)|^2.
 
-    `data` is a `Latents` or a `FreshLatents`. `lr` is for batches of 32; it grows with the square root of the
-    batch (Malladi et al. 2022), and the mean of the weights is taken over that many steps fewer.
+    `data` is a `Latents` or a `FreshLatents`. `lr` is for batches of 32; it grows with the square
+    root of the batch (Malladi et al. 2022), and the weights are averaged over that many steps fewer.
     """
     torch.manual_seed(seed + 2)
     net = make_unet().to(device, memory_format=torch.channels_last)
@@ -147,23 +147,24 @@ def train_unet(text_encoder, data, folder: Path, seed: int, steps: int = 47_000,
     text_encoder.eval().requires_grad_(False).to(device)
 
     def example(step):
-        """(noisy latents, timesteps, encoded captions), what the UNet is given, and v, what it is to say."""
+        """What the UNet is given (noisy latents, timesteps, encoded captions), and v."""
         z, noise, t, ids = data.inputs(step)
         noisy, v = schedule.add_noise(z, noise, t), schedule.get_velocity(z, noise, t)
         with half_where_fast(device), torch.no_grad():
             hidden = text_encoder(ids.to(device)).last_hidden_state
-        return (noisy.to(device, memory_format=torch.channels_last), t.to(device), hidden), v.to(device)
+        noisy = noisy.to(device, memory_format=torch.channels_last)
+        return (noisy, t.to(device), hidden), v.to(device)
 
     velocity = Velocity(net, device)
-    if torch.device(device).type == "cuda":  # a step is hundreds of small kernels: launch them as two graphs
+    if torch.device(device).type == "cuda":  # hundreds of small kernels, launched as two graphs
         velocity = torch.cuda.make_graphed_callables(velocity, example(0)[0])
 
     def loss_at(step, progress):
         given, v = example(step)
         return {"loss": F.mse_loss(velocity(*given).float(), v)}
 
-    return fit("unet", folder, net, loss_at, steps, lr * faster, minutes, muon=True, ema=1 - 0.0005 * faster,
-               device=device, rate=trapezoid_rate)
+    return fit("unet", folder, net, loss_at, steps, lr * faster, minutes, muon=True,
+               ema=1 - 0.0005 * faster, device=device, rate=trapezoid_rate)
 
 
 def make_pipeline(tokenizer, text_encoder, autoencoder, unet):

@@ -99,7 +99,8 @@ def train_subject_encoder(pictures: np.ndarray, folder: Path, seed: int, steps: 
         owners = torch.from_numpy(np.tile(who, 2)).to(device)
         return {"loss": contrastive_loss(vectors, owners), "right": nearest_is_own(vectors.detach(), owners)}
 
-    return fit("subject", folder, net, loss_at, steps, lr, minutes, muon=True, ema=0.99, device=device)
+    return fit("subject", folder, net, loss_at, steps, lr, minutes, muon=True, ema=0.99,
+               device=device)
 
 
 def nearest_is_own(vectors: torch.Tensor, who: torch.Tensor) -> torch.Tensor:

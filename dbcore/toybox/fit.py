@@ -21,6 +21,13 @@ def step_rng(seed: int, stage: str, step: int) -> tuple[np.random.Generator, tor
     return np.random.default_rng(key), torch.Generator().manual_seed(int(key.generate_state(1)[0]))
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor of the host on `device`; a GPU copies it when it comes to it, and nobody waits."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def half_where_fast(device: str = "cpu"):
     """An autocast to bfloat16 where the processor multiplies it natively; nothing elsewhere."""
     kind = torch.device(device).type
@@ -139,17 +146,17 @@ def progress(step: int, steps: int, seconds: float, minutes: float | None) -> fl
     return max(step / steps, seconds / (60 * minutes) if minutes else 0.0)
 
 
-def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int, float], dict], steps: int,
-        lr: float, minutes: float | None = None, muon: bool = False, ema: float = 0.0, device: str = "cpu",
-        save_every: float = 120.0, log_every: int = 50,
+def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int, float], dict],
+        steps: int, lr: float, minutes: float | None = None, muon: bool = False, ema: float = 0.0,
+        device: str = "cpu", save_every: float = 120.0, log_every: int = 50,
         rate: Callable[[float], float] = cosine_rate) -> nn.Module:
     """Train `module` and return it (with averaged weights if `ema`), in eval mode, on `device`.
 
-    It ends after `steps` steps or, where they are given, after `minutes` of training, whichever is first.
-    `loss_at(step, progress)` gives a dict of scalars whose "loss" is minimised; the learning rate is
-    `lr * rate(progress)`, with progress in [0, 1]. Every `save_every` seconds and at the end the whole
-    state goes to `folder/<stage>.pt`, and a later call goes on from there: steps and minutes are those of
-    all calls together. It may ask for more of them, and the rate then follows the new schedule.
+    It ends after `steps` steps or, where they are given, after `minutes` of training, whichever is
+    first. `loss_at(step, progress)` gives a dict of scalars whose "loss" is minimised; the learning
+    rate is `lr * rate(progress)`, progress in [0, 1]. Every `save_every` seconds and at the end the
+    whole state goes to `folder/<stage>.pt`, and a later call goes on from there: steps and minutes
+    are those of all calls together. It may ask for more; the rate then follows the new schedule.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, module = folder / f"{stage}.pt", module.to(device)
@@ -171,10 +178,7 @@ def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int, flo
         if step % log_every == 0 or last:
             log(stage, step, steps, seconds, terms)
         if time.monotonic() - saved > save_every or last:
-            state = {"module": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                     "average": average and average.values, "step": step, "seconds": seconds}
-            with whole_file(path) as partial:
-                torch.save(state, partial)
+            save_state(path, module, optimizers, average, step, seconds)
             saved = time.monotonic()
     if average:
         module.load_state_dict(average.values)
@@ -193,15 +197,24 @@ def take_step(module: nn.Module, optimizers: list, terms: dict) -> dict:
 
 def log(stage: str, step: int, steps: int, seconds: float, terms: dict) -> None:
     """One line of JSON; on a GPU, the only thing in the loop that waits for it."""
-    numbers = {name: round(float(value.detach()), 5) for name, value in terms.items()}
-    print(json.dumps({"stage": stage, "step": step, "of": steps, "seconds": round(seconds, 1), **numbers}),
-          flush=True)
+    line = {"stage": stage, "step": step, "of": steps, "seconds": round(seconds, 1)}
+    line |= {name: round(float(value.detach()), 5) for name, value in terms.items()}
+    print(json.dumps(line), flush=True)
 
 
 def steps_done(folder: Path, stage: str) -> int:
     """The steps that the stage's checkpoint in `folder` has behind it; 0 where there is none."""
     path = folder / f"{stage}.pt"
     return torch.load(path, map_location="cpu", weights_only=True)["step"] if path.exists() else 0
+
+
+def save_state(path: Path, module: nn.Module, optimizers: list, average: Average | None, step: int,
+               seconds: float) -> None:
+    """A checkpoint that is whole or not there at all."""
+    state = {"module": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+             "average": average and average.values, "step": step, "seconds": seconds}
+    with whole_file(path) as partial:
+        torch.save(state, partial)
 
 
 def load_state(path: Path, module: nn.Module, optimizers: list, average: Average | None) -> tuple[int, float]:

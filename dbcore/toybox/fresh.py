@@ -1,7 +1,7 @@
-"""Scenes for a UNet that learns by the minute: made while it trains, and held on the device that trains it.
+"""Scenes for a UNet that learns by the minute: made while it trains, held on the device that trains.
 
-Other processes think of scenes and word their captions; the device renders and encodes them between two steps,
-and no step waits for either.
+Other processes think of scenes and word their captions; the device renders and encodes them between
+two steps, and no step waits for either.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dbcore.toybox.autoencoder import CHANNELS, scaled_latents, to_pixels
+from dbcore.toybox.autoencoder import CHANNELS, DOWN, scaled_latents, to_pixels
 from dbcore.toybox.clip import tokenize
 from dbcore.toybox.corpus import SIZE, sample
 from dbcore.toybox.denoiser import NO_CAPTION, WHOLE_CAPTION, greedy_noise, partial_caption
+from dbcore.toybox.fit import to_device
 from dbcore.toybox.scene import caption, mirror
 
-CHUNK, CAPTIONS = 256, 4  # scenes that are made at once; captions of each image, the first tells all
+CHUNK, CAPTIONS = 256, 4  # scenes made at once; captions of each image, the first tells all
 
 
 @functools.cache
@@ -40,15 +41,16 @@ def captions(scene, rng: np.random.Generator) -> list[str]:
 def prepare(folder: Path, seed: int, number: int) -> tuple[list[np.ndarray], torch.Tensor]:
     """Chunk `number` of a world, all that needs no device.
 
-    The scenes as `tracer.pack` gives them, and token ids, int16 (CHUNK, 2, CAPTIONS, length), of the
-    captions of each image and of its mirror image. `folder`: the tokenizer's.
+    The scenes as `tracer.pack` gives them, and token ids, int16 (CHUNK, 2, CAPTIONS, length), of
+    the captions of each image and of its mirror image. `folder`: the tokenizer's.
     """
     from dbcore.toybox.tracer import pack
 
     rng = np.random.default_rng((seed, number, 41))
     scenes = [sample(seed, k) for k in range(number * CHUNK, (number + 1) * CHUNK)]
-    texts = [text for scene in scenes for side in (scene, mirror(*scene)) for text in captions(side, rng)]
-    return pack(scenes), tokenize(load_tokenizer(folder), texts).short().view(CHUNK, 2, CAPTIONS, -1)
+    sides = [side for scene in scenes for side in (scene, mirror(*scene))]
+    ids = tokenize(load_tokenizer(folder), [text for side in sides for text in captions(side, rng)])
+    return pack(scenes), ids.short().view(CHUNK, 2, CAPTIONS, -1)
 
 
 def start_workers(device: torch.device):
@@ -60,29 +62,30 @@ def start_workers(device: torch.device):
 
 
 class FreshLatents:
-    """Latents and captions on the autoencoder's device, `first` scenes at once and more with every few steps.
+    """Latents and captions on the autoencoder's device: `first` scenes now, more as steps go by.
 
-    Each scene is used about `REUSE` times as long as the workers keep up; where they do not, those that are there
-    are used again. Beyond `capacity` the newest take the places of the oldest. `steps_done` says how far an
-    earlier run came: scenes go on from there.
+    Each scene is used about `REUSE` times as long as the workers keep up; where they do not, those
+    that are there are used again. Beyond `capacity` scenes the newest take the oldest ones' places.
+    `steps_done` says how far an earlier run came: its scenes do not come again.
     """
 
     REUSE = 16
 
-    def __init__(self, autoencoder, tokenizer_folder: Path, seed: int, batch: int, first: int, capacity: int,
-                 steps_done: int = 0):
+    def __init__(self, autoencoder, tokenizer_folder: Path, seed: int, batch: int, first: int,
+                 capacity: int, steps_done: int = 0):
         self.autoencoder, self.device = autoencoder, autoencoder.device
         self.batch, self.first, self.steps_done = batch, first, steps_done
-        self.workers = start_workers(self.device)
-        self.make = functools.partial(self.workers.submit, prepare, tokenizer_folder, seed)
         seen = first + steps_done * batch // self.REUSE if steps_done else 0
         self.numbers = itertools.count(-(-seen // CHUNK))
+        self.workers = start_workers(self.device)
+        self.make = functools.partial(self.workers.submit, prepare, tokenizer_folder, seed)
         ahead = 2 * getattr(self.workers, "_max_workers", 1)
         self.waiting = deque(self.make(next(self.numbers)) for _ in range(ahead))
-        rows = -(-capacity // CHUNK) * CHUNK
         self.empty = tokenize(load_tokenizer(tokenizer_folder), [""]).to(self.device)
-        self.ids = torch.empty(rows, 2, CAPTIONS, self.empty.shape[1], dtype=torch.int16, device=self.device)
-        self.latents = torch.empty(rows, 2, CHANNELS, SIZE // 4, SIZE // 4, dtype=torch.half, device=self.device)
+        rows, side = -(-capacity // CHUNK) * CHUNK, SIZE // DOWN
+        new = functools.partial(torch.empty, device=self.device)
+        self.ids = new(rows, 2, CAPTIONS, self.empty.shape[1], dtype=torch.int16)
+        self.latents = new(rows, 2, CHANNELS, side, side, dtype=torch.half)
         self.count = 0
         while self.count < first:
             self.add()
@@ -101,7 +104,7 @@ class FreshLatents:
         rows = slice(first, first + CHUNK)
         for side, view in enumerate((pixels, pixels.flip(-1))):
             self.latents[rows, side] = scaled_latents(self.autoencoder, view).half()
-        self.ids[rows] = ids.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else ids
+        self.ids[rows] = to_device(ids, self.device)
         self.count += CHUNK
 
     def inputs(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -110,10 +113,11 @@ class FreshLatents:
         if self.count < due and self.waiting[0].done():
             self.add()
         draw = functools.partial(torch.randint, size=(self.batch,), device=self.device)
-        scene, side, part = draw(min(self.count, len(self.latents))), draw(2), draw(CAPTIONS - 1) + 1
-        share = torch.rand(self.batch, device=self.device)
+        scene, side = draw(min(self.count, len(self.latents))), draw(2)
+        part, share = draw(CAPTIONS - 1) + 1, torch.rand(self.batch, device=self.device)
         ids = self.ids[scene, side, torch.where(share < WHOLE_CAPTION, 0, part)].long()
         ids = torch.where(share[:, None] < NO_CAPTION, self.empty, ids)
         z = self.latents[scene, side].float()
-        bands = torch.arange(self.batch, device=self.device) + torch.rand(self.batch, device=self.device)
-        return z, greedy_noise(z), (bands * (1000 / self.batch)).long().clamp(max=999), ids
+        band = torch.arange(self.batch, device=self.device)  # a timestep from each of equal bands
+        t = (band + torch.rand_like(share)) * (1000 / self.batch)
+        return z, greedy_noise(z), t.long().clamp(max=999), ids

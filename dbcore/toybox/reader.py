@@ -75,7 +75,8 @@ def answer_table(scenes: list) -> dict[str, torch.Tensor]:
 
 
 def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 2000,
-                 minutes: float | None = None, batch: int = 64, lr: float = 1e-3, device: str = "cpu") -> Reader:
+                 minutes: float | None = None, batch: int = 64, lr: float = 1e-3,
+                 device: str = "cpu") -> Reader:
     """Cross-entropy on every question that has an answer, on renders blurred and slightly recoloured at random."""
     torch.manual_seed(seed + 3)
     net, answers = Reader(), answer_table(scenes)
@@ -92,7 +93,8 @@ def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, st
                              for q in ANSWERS])
         return {"loss": loss, "worst": right.min()}
 
-    return fit("reader", folder, net, loss_at, steps, lr, minutes, muon=True, ema=0.99, device=device)
+    return fit("reader", folder, net, loss_at, steps, lr, minutes, muon=True, ema=0.99,
+               device=device)
 
 
 def disturbed(x: torch.Tensor, rng: np.random.Generator, torch_rng: torch.Generator) -> torch.Tensor:

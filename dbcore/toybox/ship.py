@@ -70,7 +70,8 @@ def write_card(folder: Path, gates: list, work: Path, count: int, batch: int, ma
     path = folder / "README.md"
     path.write_text(CARD.format(
         count=count, cost=", ".join(f"{name} {h:.2f}" for name, h in cost.items()), total=sum(cost.values()),
-        steps=unet["step"], batch=batch, samples=unet["step"] * batch, machine=machine, size=size_mib(folder),
+        steps=unet["step"], batch=batch, samples=unet["step"] * batch, machine=machine,
+        size=size_mib(folder),
         parameters=sum(v.numel() for v in unet["module"].values()) / 1e6, table=measured.table(gates),
         subjects=SUBJECTS, views=VIEWS))
     return path
@@ -109,8 +110,8 @@ rendered; the gates ask for them. `sks`, `ohwx` and `zwx` are one token each and
 1. Autoencoder: first to follow a whitened PCA of 4 x 4 patches, then free, then on whole pictures; squared and
    absolute error, a light KL term.
 2. Toy CLIP: contrastive, batch 128; its text tower is frozen from then on.
-3. UNet: {steps:,} steps of {batch} pictures ({samples:,} in all), v-prediction, one caption in ten empty, Muon and AdamW
-   with a rate decayed by a cosine, running mean of the weights.
+3. UNet: {steps:,} steps of {batch} pictures ({samples:,} in all), v-prediction, one caption in ten
+   empty, Muon and AdamW with a rate that falls at the end, running mean of the weights.
 4. Reader: cross-entropy on what is in a render.
 5. Subject encoder: supervised contrastive, on {subjects:,} characters of its own, {views} views of each.
 

@@ -26,7 +26,7 @@ def _render_pixels(starts, prims, turn, eye, tilt, sun, materials, pattern, plac
 
 
 def launch(packed: list, out, stream=0) -> None:
-    """Trace scenes, as `tracer.pack` gives them, into `out`, float32 (n, size, size, 3); all on the GPU."""
+    """Trace scenes, as `tracer.pack` gives them, into `out`, float32 (n, size, size, 3)."""
     count, size = out.shape[:2]
     blocks = -(-size // BLOCK[0])
     _render_pixels[(blocks, blocks, count), BLOCK, stream](*packed, out)
@@ -39,8 +39,10 @@ def render_packed_cuda(packed: list[np.ndarray], size: int, device):
     """
     import torch
 
+    from dbcore.toybox.fit import to_device
+
     out = torch.empty(len(packed[-1]), size, size, 3, device=device)
-    held = [torch.from_numpy(a).pin_memory().to(device, non_blocking=True) for a in packed]
+    held = [to_device(torch.from_numpy(a), device) for a in packed]
     stream = cuda.external_stream(torch.cuda.current_stream(device).cuda_stream)
     launch([cuda.as_cuda_array(a) for a in held], cuda.as_cuda_array(out), stream)
     return out

@@ -1,4 +1,4 @@
-"""What the stages have learnt, in files small enough to be sent anywhere, and back as checkpoints."""
+"""What the stages have learnt, in files small enough to be sent, and back as checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ PART = 15 * 2**20  # bytes a file
 
 
 def write_weights(work: Path, folder: Path) -> list[Path]:
-    """The weights of all checkpoints in `work`, in half precision, as files `weights.00`, ... of up to 15 MiB."""
+    """The weights of all checkpoints in `work`, in half precision, as files `weights.00` and so on.
+
+    They are of at most `PART` bytes each.
+    """
     held = {path.stem: halved(torch.load(path, map_location="cpu", weights_only=True))
             for path in sorted(work.glob("*.pt"))}
     buffer = io.BytesIO()
@@ -26,7 +29,7 @@ def write_weights(work: Path, folder: Path) -> list[Path]:
 
 
 def halved(state: dict) -> dict:
-    """A checkpoint of `fit` without its optimizers; averaged weights, where there are any, count for both."""
+    """A checkpoint of `fit` without its optimizers, of the averaged weights if there are any."""
     average = state["average"] is not None
     weights = {name: value.half() if value.is_floating_point() else value
                for name, value in (state["average"] if average else state["module"]).items()}
@@ -35,7 +38,7 @@ def halved(state: dict) -> dict:
 
 
 def read_weights(folder: Path, work: Path) -> None:
-    """Put what `write_weights` wrote into `work` as checkpoints; one that is there already stays."""
+    """Put what `write_weights` wrote into `work` as checkpoints; those that are there stay."""
     parts = sorted(folder.glob("weights.[0-9][0-9]"))
     if not parts:
         return

@@ -66,7 +66,8 @@ def test_a_run_ends_when_its_minutes_are_up_and_goes_on_when_given_more(tmp_path
     second = torch.load(tmp_path / "test.pt", weights_only=True)
     assert second["step"] > first["step"]
     assert 60 <= second["seconds"] < 63
-    assert seen[first["step"]] == pytest.approx(0.5, abs=0.1)  # the schedule is that of the longer run
+    # the schedule is that of the longer run
+    assert seen[first["step"]] == pytest.approx(0.5, abs=0.1)
 
 
 def test_few_steps_end_a_run_before_its_minutes(tmp_path):

@@ -27,8 +27,8 @@ np.save(sys.argv[1], out)
 def test_packed_scenes_give_the_pictures_of_single_ones():
     from dbcore.toybox.tracer import pack, render_array, render_packed
 
-    alone = np.stack([(render_array(*scene, SIZE) * 255 + 0.5).astype(np.uint8) for scene in SCENES])
-    np.testing.assert_array_equal(render_packed(pack(SCENES), SIZE).numpy(), alone)
+    alone = np.stack([render_array(*scene, SIZE) for scene in SCENES]) * 255 + 0.5
+    np.testing.assert_array_equal(render_packed(pack(SCENES), SIZE), alone.astype(np.uint8))
     assert [view.flip for _, view in SCENES] == [False, True]
 
 
@@ -38,7 +38,8 @@ def test_the_kernel_gives_the_pictures_of_the_cpu(tmp_path):
     from dbcore.toybox.tracer import render_array
 
     # the simulator runs Python, so what the kernel calls must not be compiled either
-    simulated = {} if cuda.is_available() else {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "1"}
+    simulator = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "1"}
+    simulated = {} if cuda.is_available() else simulator
     subprocess.run([sys.executable, "-c", RENDER, str(tmp_path / "out.npy")], check=True,
                    env={**os.environ, **simulated})
     alone = np.stack([render_array(*scene, SIZE) for scene in SCENES])
