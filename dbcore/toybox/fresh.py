@@ -62,7 +62,7 @@ def start_workers(device: torch.device):
 
 
 class FreshLatents:
-    """Latents and captions on the autoencoder's device: `first` scenes now, more as steps go by.
+    """Latents and captions on the autoencoder's device: `first` scenes, then more as steps go by.
 
     Each scene is used about `REUSE` times as long as the workers keep up; where they do not, those
     that are there are used again. Beyond `capacity` scenes the newest take the oldest ones' places.
@@ -87,8 +87,6 @@ class FreshLatents:
         self.ids = new(rows, 2, CAPTIONS, self.empty.shape[1], dtype=torch.int16)
         self.latents = new(rows, 2, CHANNELS, side, side, dtype=torch.half)
         self.count = 0
-        while self.count < first:
-            self.add()
 
     def close(self) -> None:
         self.workers.shutdown(wait=False, cancel_futures=True)
@@ -110,7 +108,7 @@ class FreshLatents:
     def inputs(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents, noise, timesteps and token ids of a batch, as `denoiser.Latents` gives them."""
         due = self.first + (step - self.steps_done) * self.batch // self.REUSE
-        if self.count < due and self.waiting[0].done():
+        while self.count < self.first or (self.count < due and self.waiting[0].done()):
             self.add()
         draw = functools.partial(torch.randint, size=(self.batch,), device=self.device)
         scene, side = draw(min(self.count, len(self.latents))), draw(2)
@@ -118,6 +116,6 @@ class FreshLatents:
         ids = self.ids[scene, side, torch.where(share < WHOLE_CAPTION, 0, part)].long()
         ids = torch.where(share[:, None] < NO_CAPTION, self.empty, ids)
         z = self.latents[scene, side].float()
-        band = torch.arange(self.batch, device=self.device)  # a timestep from each of equal bands
-        t = (band + torch.rand_like(share)) * (1000 / self.batch)
+        # a timestep from each of equal bands, in any order: the first of a group has its choice of noise
+        t = (torch.rand_like(share).argsort() + torch.rand_like(share)) * (1000 / self.batch)
         return z, greedy_noise(z), t.long().clamp(max=999), ids
