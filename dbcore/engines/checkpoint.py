@@ -91,19 +91,21 @@ def digest_of(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def save_checkpoint(output_dir, step, run, limit=None):
-    """Write checkpoint-<step>, then remove the oldest beyond `limit`. `run`: the `Run` of engines/train.py.
+def save_checkpoint(output_dir, trained, notes, circumstances, limit=None):
+    """Write checkpoint-<step>, then remove the oldest beyond `limit`.
 
-    Raises CheckpointError if the disk is full or read-only; the checkpoints before it stand untouched.
+    `trained`: `Trained`. `notes`: texts in the LoRA's file. `circumstances`: see `resume.circumstances`. Raises
+    CheckpointError if the disk is full or read-only; the checkpoints before it stand untouched.
     """
+    step = trained.step
     final = Path(output_dir) / f"checkpoint-{step}"
     try:
         with whole_folder(final, final.with_name(final.name + ".old")) as partial:
-            numbers = write_training(partial / TRAINING, run)
-            with run.averaged():
-                save_lora(run.trained_modules, partial / "pytorch_lora_weights.safetensors", run.notes)
+            numbers = write_training(partial / TRAINING, trained)
+            with trained.averaged():
+                save_lora(trained.modules, partial / "pytorch_lora_weights.safetensors", notes)
             digests = {path.name: digest_of(path) for path in sorted(partial.iterdir())}
-            state = {"step": step, **numbers, "sha256": digests}
+            state = {"step": step, **numbers, "circumstances": circumstances, "sha256": digests}
             (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     except FileError as error:
         raise CheckpointError(f"checkpoint-{step} could not be written to {output_dir}: {error.reason}. "
@@ -119,22 +121,22 @@ def remove(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_training(path, run):
+def write_training(path, trained):
     """The tensors of weights, mean and optimizer; returns what is left, numbers for state.json."""
-    tensors = {f"weight.{i}": p.detach() for i, p in enumerate(run.parameters)}
-    tensors |= {f"mean.{i}": m for i, m in enumerate(run.mean or [])}
+    tensors = {f"weight.{i}": p.detach() for i, p in enumerate(trained.parameters)}
+    tensors |= {f"mean.{i}": m for i, m in enumerate(trained.mean or [])}
     kept = {}
-    for index, parameter in enumerate(run.parameters):
-        for name, value in run.optimizer.state.get(parameter, {}).items():  # bitsandbytes' state_dict wraps its tensors
+    for index, parameter in enumerate(trained.parameters):
+        for name, value in trained.optimizer.state.get(parameter, {}).items():  # bitsandbytes' state_dict wraps its tensors
             if torch.is_tensor(value):
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
                 kept[f"{index}.{name}"] = value
-    groups = [{k: v for k, v in group.items() if plain(v)} for group in run.optimizer.state_dict()["param_groups"]]
+    groups = [{k: v for k, v in group.items() if plain(v)} for group in trained.optimizer.state_dict()["param_groups"]]
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     path.write_bytes(save(whole))
-    return {"optimizer": {"state": kept, "param_groups": groups}, "scaler": run.scaler.state_dict(),
-            "seconds": run.seconds, "circumstances": run.circumstances}
+    return {"optimizer": {"state": kept, "param_groups": groups}, "scaler": trained.scaler.state_dict(),
+            "seconds": trained.seconds}
 
 
 def plain(value):
@@ -143,8 +145,8 @@ def plain(value):
     return False
 
 
-def load_checkpoint(folder, run):
-    """Give a run, set up as it was, what a checkpoint holds.
+def load_checkpoint(folder, trained):
+    """Give a `Trained`, set up as it was, what a checkpoint holds.
 
     Raises CheckpointError if it cannot be read, or the LoRA there is of another shape.
     """
@@ -154,19 +156,19 @@ def load_checkpoint(folder, run):
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}): give an earlier checkpoint") from None
     shapes = [tuple(tensors[f"weight.{i}"].shape) for i in range(sum(k.startswith("weight.") for k in tensors))]
-    if shapes != [tuple(p.shape) for p in run.parameters]:
+    if shapes != [tuple(p.shape) for p in trained.parameters]:
         raise CheckpointError(f"{folder.name} holds a LoRA of another shape: give the rank, lora_layers and "
                               "train_text_encoder that it was trained with (they are in config.yaml)")
-    for i, parameter in enumerate(run.parameters):
+    for i, parameter in enumerate(trained.parameters):
         parameter.data.copy_(tensors[f"weight.{i}"])
-    if run.mean is not None:
+    if trained.mean is not None:
         need("mean.0" in tensors, f"{folder.name} was saved without --use_ema: resume it without, or start anew")
-        for i, mean in enumerate(run.mean):
+        for i, mean in enumerate(trained.mean):
             mean.copy_(tensors[f"mean.{i}"])
-    load_optimizer(run.optimizer, optimizer_state(state["optimizer"], tensors))
+    load_optimizer(trained.optimizer, optimizer_state(state["optimizer"], tensors))
     if state["scaler"]:  # empty unless it was saved in fp16
-        run.scaler.load_state_dict(state["scaler"])
-    run.seconds = state["seconds"]
+        trained.scaler.load_state_dict(state["scaler"])
+    trained.step, trained.seconds = state["step"], state["seconds"]
 
 
 def load_optimizer(optimizer, state):

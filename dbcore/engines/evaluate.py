@@ -219,7 +219,7 @@ def diversity(pictures, encoder):
 
 def load_lpips():
     """LPIPS on AlexNet (Zhang et al. 2018): two (n, 3, h, w) in [-1, 1] -> n distances. Raises ConfigError without it."""
-    from dbcore.engines.train import optional
+    from dbcore.engines.trained import optional
 
     try:
         network = optional("lpips", "--lpips").LPIPS(net="alex", verbose=False)

@@ -14,7 +14,8 @@ from dbcore.config import need
 from dbcore.datasets.photos import gather_photos
 from dbcore.engines.run_folder import held, holds_run, prepare_folder
 from dbcore.engines.train import Run, tf32
-from dbcore.models.base import SETTINGS_FILE, checkpoint_gradients, settle
+from dbcore.engines.trained import in_training
+from dbcore.models.base import SETTINGS_FILE, settle
 from dbcore.utils.errors import Interrupted
 from dbcore.utils.files import whole_folder
 
@@ -49,13 +50,8 @@ class FullRun(Run):
     """A run that trains the denoiser's own weights."""
 
     def inject(self):
-        denoiser = self.base.denoiser.requires_grad_(True).train()
-        if self.config.gradient_checkpointing:
-            checkpoint_gradients(denoiser)
-        self.trained_modules = {self.base.roles["denoiser"][0]: denoiser}
-        self.parameters = list(denoiser.parameters())
-        self.groups = [{"params": self.parameters, "lr": self.scaled(self.config.learning_rate)}]
-        self.predict = self.faster(self.base.predict)
+        denoiser = {self.base.roles["denoiser"][0]: self.base.denoiser.requires_grad_(True)}
+        return in_training(denoiser, self.config)
 
     def save(self, done):
         """Nothing: a checkpoint would hold the weights three times, and the runs compared here take a minute."""
@@ -64,7 +60,7 @@ class FullRun(Run):
         """The whole pipeline, with the base's recommendations; the folder appears whole."""
         folder, recommendations = self.folder / PIPELINE, Path(self.base.name) / SETTINGS_FILE
         self.base.text_encoders  # noqa: B018 - were let go once the prompts were encoded
-        with self.averaged(), whole_folder(folder) as partial:
+        with self.trained.averaged(), whole_folder(folder) as partial:
             self.base.pipeline().save_pretrained(partial)
             if recommendations.is_file():
                 shutil.copy(recommendations, partial)

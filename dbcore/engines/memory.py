@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dbcore.engines.losses import dreambooth_loss
-from dbcore.engines.train import Run
+from dbcore.engines.trained import inject
 from dbcore.models.base import load_base, settle, torch_dtype
+from dbcore.models.lora import lora_parameters
 
 # Memory in vendors' GB (10^9 bytes), and the half precision that the card is good at.
 CARDS = {"T4": (16e9, "fp16"), "RTX 4060": (8e9, "bf16"), "A100": (40e9, "bf16"), "H200": (141e9, "bf16")}
@@ -177,22 +178,19 @@ def there(device):
 # --- a run of shapes ----------------------------------------------------------------------------------
 
 
-class Shadow(Run):
+class Shadow:
     """A run whose networks have shapes and no numbers: LoRA goes where a real run's does."""
 
     def __init__(self, config):
-        self.config, self.world = config, 1
+        self.config = config
         self.base, self.fake = shadow_base(config, config.mixed_precision), FakeTensorMode(allow_non_fake_inputs=True)
-        self.inject()
+        self.modules = inject(self.base, config)
+        parameters = [p for module in self.modules.values() for p in lora_parameters(module)]
+        self.trained = sum(p.numel() for p in parameters)
+        self.state = sum(state_bytes(config.optimizer, p) for p in parameters)
         materialise(self.base, self.fake)
         with self.fake, torch.no_grad():  # the shape of each of one encoded prompt's tensors
             self.word_shapes = {name: tensor.shape[1:] for name, tensor in self.base.encode_text([""]).items()}
-        self.trained = sum(p.numel() for p in self.parameters)
-        self.state = sum(state_bytes(config.optimizer, p) for p in self.parameters)
-
-    def faster(self, predict):
-        """As it is: a replay or a compiled step allocates the same tensors, and these have no numbers to record."""
-        return predict
 
     # --- phases, in the order of a run
 
@@ -229,7 +227,7 @@ class Shadow(Run):
         with self.traced(base) as live:
             x_t, target = (torch.empty(self.batch, *base.latent_shape(c.resolution)) for _ in range(2))
             mask = torch.ones_like(target[:, :1])
-            prediction = self.predict(x_t, timesteps(base, x_t), self.words(self.batch))
+            prediction = base.predict(x_t, timesteps(base, x_t), self.words(self.batch))
             loss, _ = dreambooth_loss(prediction, target, mask, torch.ones(self.batch), c.train_batch_size,
                                       c.prior_loss_weight)
             loss.backward()
@@ -242,7 +240,7 @@ class Shadow(Run):
         """Validation, and the report at the end: the autoencoder is back, gradients are gone."""
         c = self.config
         count = min(DRAWN, max(c.num_report_images, c.num_validation_images * len(c.validation_prompt)))
-        for module in self.trained_modules.values():
+        for module in self.modules.values():
             module.eval()
         activations = self.drawing(self.base, count) if count else 0
         drawer = ["autoencoder"] if count else []

@@ -29,6 +29,7 @@ from dbcore.datasets.prompts import check_fit, texts_of
 from dbcore.engines import checkpoint
 from dbcore.engines.losses import dreambooth_loss
 from dbcore.engines.prior import class_images, class_photos, own_folder
+from dbcore.engines.processes import agree, average_gradients, gather
 from dbcore.engines.report import report_prompts, shown, write_report
 from dbcore.engines.resume import circumstances, compare, say_changes
 from dbcore.engines.run_folder import (
@@ -43,8 +44,9 @@ from dbcore.engines.run_folder import (
     prepare_folder,
     replace_run,
 )
-from dbcore.models.base import best_device, checkpoint_gradients, give_back, load_base, settle, torch_dtype
-from dbcore.models.lora import PRESETS, add_lora, lora_parameters, save_lora, set_dropout
+from dbcore.engines.trained import PACKAGES, inject, optional, start_training
+from dbcore.models.base import best_device, give_back, load_base, settle, torch_dtype
+from dbcore.models.lora import save_lora, set_dropout
 from dbcore.models.replay import Replay, can_replay, replayed
 from dbcore.utils.console import printable
 from dbcore.utils.errors import Diverged, Interrupted, MemoryFull
@@ -55,7 +57,6 @@ STEPS = 150
 VALIDATIONS = 5  # over a run, unless told otherwise
 SKIPS = 10  # steps in a row with gradients that are no numbers; fp16's scale is found after fewer
 SYNC_EVERY = 10  # steps between looks at the loss on a GPU, which waits for it each time
-PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt"}  # optimizers that PyTorch has not
 
 
 def train(config, callback=None, should_stop=None):
@@ -156,8 +157,7 @@ class Run:
     """One run: what is trained, with what, and where it is written."""
 
     def __init__(self, config, accelerator, photos, callback=None, folder=None):
-        self.accelerator, self.callback, self.seconds = accelerator, callback, 0.0
-        self.began = time.monotonic()
+        self.accelerator, self.callback, self.began = accelerator, callback, time.monotonic()
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.folder = Path(folder or config.output_dir)
         self.config = config
@@ -202,31 +202,18 @@ class Run:
 
     def prepare(self):
         """What is trained, and with what."""
-        self.inject()
-        self.optimizer = make_optimizer(self.config, self.groups)
-        self.schedule = make_schedule(self.config, self.optimizer)
-        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=self.config.mixed_precision == "fp16")
-        self.mean = [p.detach().clone() for p in self.parameters] if self.config.use_ema else None
+        self.trained = start_training(self.base, self.inject(), self.config, self.world)
+        self.predict = self.faster(self.base.predict)
 
     def inject(self):
-        """LoRA on the denoiser, and on the text encoders if they are to be trained; everything else stays frozen."""
-        c = self.config
-        self.trained_modules = inject(self.base, c)
-        rates = {name: c.text_encoder_lr for name in self.base.roles["text_encoders"]}
-        self.groups = [{"params": lora_parameters(module), "lr": self.scaled(rates.get(name, c.learning_rate))}
-                       for name, module in self.trained_modules.items()]
-        self.parameters = [p for group in self.groups for p in group["params"]]
-        self.predict = self.faster(self.base.predict)
+        """{name: network} of what is trained: LoRAs; everything else stays frozen."""
+        return inject(self.base, self.config)
 
     def faster(self, predict):
         """The same function of the denoiser, compiled if that was asked for, else without Python where that can be."""
         if self.config.compile:
             return torch.compile(predict)
         return Replay(predict, self.base.denoiser) if can_replay(self.base.denoiser) else predict
-
-    def scaled(self, rate):
-        c = self.config
-        return rate * (c.train_batch_size * c.gradient_accumulation_steps * self.world if c.scale_lr else 1)
 
     def encode_ahead(self, start):
         """Latents and embeddings of everything the steps to come will meet; then the encoders are let go."""
@@ -255,7 +242,7 @@ class Run:
         self.encode_ahead(start)  # before there is a denoiser, so that it and the encoders are not in memory together
         self.prepare()
         if resume is not None:
-            checkpoint.load_checkpoint(resume, self)
+            checkpoint.load_checkpoint(resume, self.trained)
             say_changes(checkpoint.circumstances_of(resume), self.circumstances, c, self.accelerator.print)
             self.accelerator.print(f"Resuming from {resume.name}: step {start} of {c.max_train_steps}.")
         self.log = Log(self.folder, start, self.rank, resume.parent if resume else self.folder)
@@ -272,7 +259,7 @@ class Run:
             done = step + 1
             self.pending.append(record)
             last = done == c.max_train_steps
-            stop = self.agree(should_stop())
+            stop = agree(should_stop(), self.base.device, self.world)
             save, draw = done % c.checkpointing_steps == 0 or last or stop, self.validates(done)
             if self.base.device.type != "cuda" or done % SYNC_EVERY == 0 or save or draw:
                 bar.set_postfix(loss=f"{self.look():.4f}")
@@ -287,100 +274,33 @@ class Run:
     def step(self, step):
         """One optimizer step over all its batches; returns its record for the log, still on the device."""
         c = self.config
-        rates = self.set_rates(step)
-        records = []
+        rates, records = self.trained.set_rates(step), []
         for micro in range(c.gradient_accumulation_steps):
             samples = self.data.samples(step, micro, self.rank, self.world)
             batch = self.data.batch(self.base, samples, step)
             x_t = self.base.process.corrupt(batch["x0"], batch["noise"], batch["t"])
             target = self.base.process.target(batch["x0"], batch["noise"], batch["t"])
             if c.lora_dropout:
-                set_dropout(self.trained_modules, [key(c.seed, ("class " if s.is_class else "") + "dropout", step,
+                set_dropout(self.trained.modules, [key(c.seed, ("class " if s.is_class else "") + "dropout", step,
                                                        s.number) for s in samples])
             prediction = self.predict(x_t, batch["t"], self.encode(batch["prompts"], step), batch["geometry"])
             weight = self.base.process.weight(batch["t"], c.snr_gamma)
             loss, losses = dreambooth_loss(prediction, target, batch["mask"], weight, c.train_batch_size,
                                            c.prior_loss_weight)
-            self.scaler.scale(loss / c.gradient_accumulation_steps).backward()
+            self.trained.scaler.scale(loss / c.gradient_accumulation_steps).backward()
             records.append((loss.detach(), batch["t"], losses))
-        self.average_gradients()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm)
-        skipped = self.update(~norm.isfinite())
-        self.average_weights(step + 1)
-        loss, t, losses = self.of_all(*(torch.stack(column) for column in zip(*records)))
+        average_gradients(self.trained.parameters, self.world)
+        skipped = self.trained.update(self.trained.clip(c.max_grad_norm))
+        self.trained.average_weights(c.ema_decay)
+        loss, t, losses = gather(*map(torch.stack, zip(*records)), c.train_batch_size, self.world)
         return {"step": step + 1, "loss": loss.mean(), "lr": rates, "timesteps": t.flatten(), "losses": losses.flatten(),
                 "skipped": skipped}
-
-    def update(self, skipped):
-        """The optimizer's step, unless a gradient is no number (`skipped`, a bool on the device); returns `skipped`.
-
-        PyTorch's fused optimizers leave their state alone where `found_inf` is 1, and no one waits for the device;
-        others have to be asked for it.
-        """
-        if isinstance(self.optimizer, torch.optim.AdamW):
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
-            self.optimizer.step()
-        elif not skipped:
-            self.optimizer.step()
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return skipped
-
-    def average_weights(self, step):
-        """The running mean of the weights after `step` steps: sum_k d^(step-k) w_k / sum_k d^(step-k), k = 1 ... step.
-
-        The share of the newest is 1 / sum_k d^(step-k), as in Adam's bias correction (Kingma & Ba 2015, section 3), so
-        that the weights before the first step have none.
-        """
-        if self.mean is not None:
-            d = self.config.ema_decay
-            torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], (1 - d) / (1 - d ** step))
 
     def encode(self, prompts, step):
         """Embeddings of a batch; with gradients while the text encoder is being trained."""
         c = self.config
         with torch.set_grad_enabled(c.train_text_encoder and step < c.train_text_encoder_frac * c.max_train_steps):
             return self.base.encode_prompts(prompts)
-
-    def set_rates(self, step):
-        """The learning rates of a step, a function of the step alone."""
-        for group, rate, factor in zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas):
-            group["lr"] = rate * factor(step)
-        return self.optimizer.param_groups[0]["lr"]
-
-    def average_gradients(self):
-        """A LoRA's gradients are a few megabytes: one sum over the processes, and nothing need be wrapped."""
-        if self.world == 1:
-            return
-        have = [p for p in self.parameters if p.grad is not None]
-        flat = torch.cat([p.grad.flatten() for p in have])
-        torch.distributed.all_reduce(flat)
-        for p, part in zip(have, flat.div_(self.world).split([p.numel() for p in have])):
-            p.grad.copy_(part.view_as(p))
-
-    def of_all(self, loss, t, losses):
-        """A step's losses over every process, as one process with the whole batch would have them.
-
-        `loss`: (batches,), `t` and `losses`: (batches, samples of this process).
-        """
-        if self.world == 1:
-            return loss, t, losses
-        own, timesteps = torch.cat([loss[:, None], t, losses], dim=1), t.dtype
-        everyones = [torch.empty_like(own) for _ in range(self.world)]
-        torch.distributed.all_gather(everyones, own)
-        loss, *samples = torch.stack(everyones).split([1, t.shape[1], t.shape[1]], dim=2)  # (process, batch, ...)
-        size = self.config.train_batch_size  # instance samples of all processes come before the class's
-        t, losses = (x.unflatten(2, (-1, size)).movedim(0, 2).flatten(1) for x in samples)
-        return loss, t.to(timesteps), losses
-
-    def agree(self, stop):
-        """Whether any process was told to stop: all leave at the same step."""
-        if self.world == 1:
-            return stop
-        flag = torch.tensor([int(stop)], device=self.base.device)
-        torch.distributed.all_reduce(flag)
-        return bool(flag.item())
 
     # --- between steps --------------------------------------------------------------------------------
 
@@ -421,7 +341,11 @@ class Run:
 
     def tell(self, **what):
         if self.callback and self.rank == 0:
-            self.callback({**what, "seconds": self.seconds + time.monotonic() - self.began})
+            self.callback({**what, "seconds": self.seconds()})
+
+    def seconds(self):
+        """That the run has taken, its earlier parts included."""
+        return self.trained.seconds + time.monotonic() - self.began
 
     def validates(self, done):
         return bool(self.config.validation_prompt) and done % self.config.validation_steps == 0
@@ -441,7 +365,7 @@ class Run:
         if self.rank == 0:
             seeds = [c.seed + k for k in range(c.num_validation_images)]
             prompts = [prompt for prompt in c.validation_prompt for _ in seeds]
-            with self.averaged():
+            with self.trained.averaged():
                 drawn = self.base.draw(prompts, seeds * len(c.validation_prompt), resolution=c.resolution,
                                        stream="validation")
             rows = [drawn[k:k + len(seeds)] for k in range(0, len(drawn), len(seeds))]
@@ -456,39 +380,25 @@ class Run:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({prompt: np.stack(row) for prompt, row in pictures.items()}, step=done, **layout)
 
-    @contextlib.contextmanager
-    def averaged(self):
-        """The LoRA's running mean in place of its weights, where there is one."""
-        if self.mean is None:
-            yield
-            return
-        now = [p.detach().clone() for p in self.parameters]
-        for p, m in zip(self.parameters, self.mean):
-            p.data.copy_(m)
-        try:
-            yield
-        finally:
-            for p, n in zip(self.parameters, now):
-                p.data.copy_(n)
-
     def save(self, done):
-        if not all(p.isfinite().all() for p in self.parameters):
-            rate = self.optimizer.param_groups[0]["lr"]
+        if not all(p.isfinite().all() for p in self.trained.parameters):
+            rate = self.trained.optimizer.param_groups[0]["lr"]
             raise Diverged(self.blame("the LoRA's weights are no longer numbers after", done, rate))
         if self.rank == 0:
-            self.seconds += time.monotonic() - self.began
+            self.trained.seconds = self.seconds()
             self.began = time.monotonic()
-            checkpoint.save_checkpoint(self.folder, done, self, self.config.checkpoints_total_limit)
+            checkpoint.save_checkpoint(self.folder, self.trained, self.notes, self.circumstances,
+                                       self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
     def finish(self):
         """The LoRA under its final name, then the report; the first process writes."""
         output_dir = Path(self.config.output_dir)
         if self.rank == 0:
-            with self.averaged():
-                save_lora(self.trained_modules, self.folder / LORA_FILE, self.notes)
-                evidence = write_report(self.trained_modules, self.draw_for_report, self.config, self.folder,
-                                        self.log.records, self.seconds)
+            with self.trained.averaged():
+                save_lora(self.trained.modules, self.folder / LORA_FILE, self.notes)
+                evidence = write_report(self.trained.modules, self.draw_for_report, self.config, self.folder,
+                                        self.log.records, self.trained.seconds)
             if self.folder != output_dir:
                 replace_run(output_dir)
             print(evidence.verdict())
@@ -511,24 +421,6 @@ class Run:
 # --- setting up ---------------------------------------------------------------------------------------
 
 
-def inject(base, config):
-    """LoRA on the denoiser and, where they are to be trained, the text encoders: {name: network}, in training mode."""
-    c, denoiser = config, base.roles["denoiser"][0]
-    more = {"dropout": c.lora_dropout, "use_dora": c.use_dora, "use_rslora": c.use_rslora, "seed": c.seed}
-    add_lora(base.denoiser, c.rank, c.lora_alpha, c.lora_layers, presets=base.lora_targets[denoiser], **more)
-    trained = {denoiser: base.denoiser}
-    if c.train_text_encoder:
-        rank, layers = c.text_encoder_rank, c.lora_layers if c.lora_layers in PRESETS else "attention"
-        for name, module in base.text_encoders.items():
-            add_lora(module, rank, rank * c.lora_alpha / c.rank, layers, presets=base.lora_targets[name], **more)
-            trained[name] = module
-    for module in trained.values():
-        module.train()
-        if c.gradient_checkpointing:
-            checkpoint_gradients(module)
-    return trained
-
-
 def with_lengths(config, steps_per_epoch):
     """`config` with its length and its validations in steps."""
     steps = config.max_train_steps or (config.num_train_epochs or 0) * steps_per_epoch or STEPS
@@ -546,42 +438,6 @@ def say_too_short(config, say):
     if config.validation_prompt and config.validation_steps > steps:
         say(f"--validation_steps {config.validation_steps}: the run has {steps} steps, so nothing is generated before its "
             f"end. Give fewer, such as {max(1, steps // VALIDATIONS)}.")
-
-
-def make_optimizer(config, groups):
-    """The optimizer over [{"params", "lr"}]. Raises ConfigError, with the command, for a missing package."""
-    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
-    if config.optimizer == "AdamW":
-        return torch.optim.AdamW(groups, betas=betas, weight_decay=decay, eps=config.adam_epsilon, fused=True)
-    if config.optimizer == "AdamW8bit":
-        bitsandbytes = optional("bitsandbytes", "--optimizer AdamW8bit")
-        return bitsandbytes.optim.AdamW8bit(groups, betas=betas, weight_decay=decay, eps=config.adam_epsilon)
-    if config.optimizer == "Prodigy":
-        prodigyopt = optional("prodigyopt", "--optimizer Prodigy")
-        return prodigyopt.Prodigy(groups, lr=1.0, betas=betas, weight_decay=decay, eps=config.adam_epsilon,
-                                  use_bias_correction=True, safeguard_warmup=True)
-    from transformers import Adafactor
-
-    return Adafactor(groups, scale_parameter=False, relative_step=False, weight_decay=decay)
-
-
-def optional(package, option):
-    """The package that an option needs. Raises ConfigError, with the command, where it is not installed."""
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ConfigError(f"{option} needs one more package: pip install {package}") from None
-
-
-def make_schedule(config, optimizer):
-    """diffusers' schedule over optimizer steps, whatever the accumulation or the number of processes."""
-    from diffusers.optimization import get_scheduler
-
-    return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
-                         num_training_steps=config.max_train_steps, num_cycles=config.lr_num_cycles,
-                         power=config.lr_power)
 
 
 def tracker(config):

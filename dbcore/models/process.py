@@ -109,11 +109,12 @@ class Diffusion(Process):
 
 
 class Flow(Process):
-    """Rectified flow (Lipman et al. 2023, Liu et al. 2023): alpha_t = 1 - t, sigma_t = t, t in (0, 1).
+    """Rectified flow (Lipman et al. 2023, Liu et al. 2023): alpha_t = 1 - t, sigma_t = t.
 
-    The target is the velocity, noise - x0. `density` of t: "uniform", or "logit_normal" with its mean
-    and standard deviation (Esser et al. 2024, equation 19). `mu(positions)`: log of the shift towards
-    noise that larger images need (their equation 23); without it there is no shift.
+    t is in (0, 1), the target is the velocity, noise - x0. `density` of t: "uniform", or
+    "logit_normal" with its mean and standard deviation (Esser et al. 2024, equation 19).
+    `mu(positions)`: log of the shift towards noise that larger images need (their equation 23);
+    without it there is no shift.
     """
 
     def __init__(self, density="logit_normal", logit_mean=0.0, logit_std=1.0, mu=None):

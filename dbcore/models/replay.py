@@ -1,7 +1,8 @@
-"""A network's operations recorded once and replayed: the same numbers, without the Python between them.
+"""A network's operations, recorded once and replayed without the Python between them.
 
-A small network on a CPU loses much of its time in the Python around its operations. torch.compile would
-take that away too, after minutes of compiling; recording takes a second at most for the toy base.
+The numbers are the same. A small network on a CPU loses much of its time in that Python.
+torch.compile would take it away too, after minutes of compiling; recording takes a second at most
+for the toy base.
 """
 
 import warnings
@@ -28,7 +29,8 @@ class Replay:
 
     The inputs are tensors, alone or in tuples and dicts, and constants beside them; the output is a
     tensor, or a tuple of tensors. What may change from call to call is the inputs' numbers, and the
-    trainable parameters of `module`, the network. All else stays as it was recorded: see `can_replay`.
+    trainable parameters of `module`, the network. All else stays as it was recorded, and may (see
+    `can_replay`).
     """
 
     def __init__(self, function, module):
@@ -45,7 +47,7 @@ class Replay:
         key, inputs = (structure, shapes), (*tensors, *self.parameters)
         if key not in self.graphs:
             self.graphs[key] = self.record(inputs, leaves, structure)
-        with torch.jit.optimized_execution(False):  # it would rewrite the third replay, and its last bits
+        with torch.jit.optimized_execution(False):  # it would change the third replay's last bits
             return self.graphs[key](*inputs)
 
     @torch.no_grad()
@@ -74,8 +76,8 @@ class Replay:
 def replayed(module):
     """In the block, a pipeline's calls of a network are replays where they can be.
 
-    The network must not change meanwhile. For many images: recording takes as long as some ten calls,
-    and is lost at the end.
+    The network must not change meanwhile. For many images: recording takes as long as some ten
+    calls, and is lost at the end.
     """
     if not can_replay(module):
         yield

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig, read_yaml
 from dbcore.engines.checkpoint import STATE, TRAINING
 from dbcore.engines.generate import with_base
-from dbcore.engines.train import PACKAGES, Interrupted, Run, train
+from dbcore.engines.train import Interrupted, Run, train
+from dbcore.engines.trained import PACKAGES
 
 VALIDATED = {"validation_prompt": ["a photo of sks dog"], "num_validation_images": 1, "validation_steps": 2}
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 2}
@@ -183,7 +184,7 @@ def test_what_is_announced_as_changed_is_in_force(optimizer, options, tmp_path, 
     said = capsys.readouterr().out
     assert all(f"--{name} was " in said and f"is {value} now" in said for name, value in CHANGED.items())
     wanted = {"betas": (0.5, 0.9), "weight_decay": 0.5, "eps": 1e-3}
-    assert all(wanted.items() <= group.items() for group in run.optimizer.param_groups)
+    assert all(wanted.items() <= group.items() for group in run.trained.optimizer.param_groups)
 
 
 def test_adamws_step_after_resuming_is_that_of_the_options_now(options, tmp_path, monkeypatch):

@@ -8,9 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines import checkpoint
 from dbcore.engines.checkpoint import CheckpointError, checkpoints, find_checkpoint, save_checkpoint
 from dbcore.engines.train import Interrupted, Log, Run, train
+from dbcore.engines.trained import Trained
 from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora
 from dbcore.utils import files
@@ -62,16 +62,19 @@ def flags(options, **more):
 
 @pytest.fixture(scope="module")
 def small_run(options):
-    """As much of a `Run` as a checkpoint is made from: a LoRA and its optimizer after one step."""
+    """What a checkpoint is made from: a LoRA and its optimizer after one step."""
     base = load_base(options["pretrained_model_name_or_path"])
     parameters = add_lora(base.unet, 4, 4.0)
     optimizer = torch.optim.AdamW(parameters)
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    return SimpleNamespace(parameters=parameters, optimizer=optimizer, mean=None, seconds=1.0, notes={}, circumstances={},
-                           trained_modules={"unet": base.unet}, averaged=nullcontext,
-                           scaler=torch.amp.GradScaler("cpu", enabled=False))  # fmt: skip
+    return Trained({"unet": base.unet}, optimizer, None, torch.amp.GradScaler("cpu", enabled=False), seconds=1.0)
+
+
+def save(folder, step, trained, limit=None):
+    trained.step = step
+    save_checkpoint(folder, trained, {}, {}, limit)
 
 
 def save_for_ever(folder, run, report):
@@ -80,7 +83,7 @@ def save_for_ever(folder, run, report):
         for p in run.parameters:
             p.data.fill_(step)
         for _ in range(2):
-            save_checkpoint(folder, step, run, limit=2)
+            save(folder, step, run, limit=2)
             os.write(report, b"%d\n" % step)
 
 
@@ -120,7 +123,7 @@ def test_killed_at_20_moments_of_saving_a_whole_checkpoint_is_left(small_run, tm
 
 @posix
 def test_a_replaced_checkpoint_is_there_at_every_moment(small_run, tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 3, small_run)
+    save(tmp_path, 3, small_run)
     rename, seen = Path.rename, []
 
     def renamed(path, target):
@@ -128,7 +131,7 @@ def test_a_replaced_checkpoint_is_there_at_every_moment(small_run, tmp_path, mon
         seen.append(find_checkpoint(tmp_path, "latest"))
 
     monkeypatch.setattr(Path, "rename", renamed)
-    save_checkpoint(tmp_path, 3, small_run)
+    save(tmp_path, 3, small_run)
     assert [path.name for path in seen] == ["checkpoint-3.old", "checkpoint-3"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
@@ -298,13 +301,13 @@ def broken(monkeypatch, name):
 def test_a_full_disk_leaves_the_checkpoint_before_whole(where, small_run, tmp_path, monkeypatch):
     if where == "the system" and os.name != "posix":
         pytest.skip("no file size limit")
-    save_checkpoint(tmp_path, 1, small_run, limit=1)
+    save(tmp_path, 1, small_run, limit=1)
     before = files_of(tmp_path)
     fault = tiny_files() if where == "the system" else broken(monkeypatch, where)
     with fault, pytest.raises(CheckpointError, match="checkpoint-2 could not be written.*checkpoint-1 is intact"):
-        save_checkpoint(tmp_path, 2, small_run, limit=1)
+        save(tmp_path, 2, small_run, limit=1)
     assert files_of(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    save_checkpoint(tmp_path, 2, small_run, limit=1)
+    save(tmp_path, 2, small_run, limit=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 

@@ -7,7 +7,7 @@ from pipelines import MAX_TOKENS, make_tiny_pipeline
 
 from dbcore.config import OPTIMIZERS, TrainConfig
 from dbcore.engines import memory
-from dbcore.engines.train import PACKAGES, make_optimizer
+from dbcore.engines.trained import PACKAGES, make_optimizer
 from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora, lora_parameters
 

@@ -20,6 +20,7 @@ from dbcore.config import ConfigError, TrainConfig
 from dbcore.datasets.dreambooth import DreamBoothData
 from dbcore.engines.report import write_report
 from dbcore.engines.train import Run, train
+from dbcore.engines.trained import Trained
 from dbcore.models.lora import SampleDropout, lora_layers
 from dbcore.models.stable_diffusion import StableDiffusion as BASE
 from dbcore.utils.seeding import normal
@@ -173,7 +174,7 @@ EFFECTS = {
         [len(batch["t"]) for batch in f.batches] == [1] * 6 and len(f.rates) == 3)),
     "max_train_steps": (2, {}, lambda f, *_: [record["step"] for record in f.log] == [1, 2]),
     "num_train_epochs": (1, {"num_train_epochs": 2, "max_train_steps": None}, lambda f, *_: len(f.log) == 3),
-    "optimizer": ("Adafactor", {}, lambda f, *_: type(f.run.optimizer).__name__ == "Adafactor"),
+    "optimizer": ("Adafactor", {}, lambda f, *_: type(f.run.trained.optimizer).__name__ == "Adafactor"),
     "adam_beta1": (0.5, {}, lambda f, *_: all(
         torch.allclose(state["exp_avg"], 0.5 * grad, rtol=1e-4) for *_, grad, state in first_step(f))),
     "adam_beta2": (0.9, {}, lambda f, *_: all(
@@ -189,7 +190,7 @@ EFFECTS = {
     "ema_decay": (0.5, {"use_ema": True}, lambda f, *_: mean_of(f, 0.5)),
     "seed": (1, {}, lambda f, *_: torch.equal(f.batches[0]["noise"], normal((4, 16, 16), 1, "noise", 0, [0]))),
     "mixed_precision": ("bf16", {}, lambda f, *_: (
-        f.run.base.dtype == torch.bfloat16 and {p.dtype for p in f.run.parameters} == {torch.float32})),
+        f.run.base.dtype == torch.bfloat16 and {p.dtype for p in f.run.trained.parameters} == {torch.float32})),
     "gradient_checkpointing": (True, {}, lambda f, *_: f.run.base.unet.is_gradient_checkpointing),
     "cache_latents": (False, {}, lambda f, *_: f.encoded == [True] * 3),  # in each step, and none before it
     "pre_compute_text_embeddings": (False, {}, lambda f, *_: not f.run.base.known.where and "text_encoder" in known(f)),
@@ -300,9 +301,9 @@ def new_facts():
         class_prompts=set(), tf32=set(), compiled=0)  # fmt: skip
 
 
-def named(run):
+def named(trained):
     """{"unet.name": parameter} of what a run trains."""
-    return {f"{part}.{name}": p for part, module in run.trained_modules.items()
+    return {f"{part}.{name}": p for part, module in trained.modules.items()
             for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -321,24 +322,25 @@ def spies(facts):
 
 
 def spy_on_steps(facts, patch):
-    update, finish, batch = Run.update, Run.finish, DreamBoothData.batch
+    update, finish, batch = Trained.update, Run.finish, DreamBoothData.batch
 
-    def updating(run, skipped):
-        grads = {name: p.grad for name, p in named(run).items()}
-        facts.path_of_weights = facts.path_of_weights or [copies(named(run))]
+    def updating(trained, skipped):
+        grads = {name: p.grad for name, p in named(trained).items()}
+        facts.path_of_weights = facts.path_of_weights or [copies(named(trained))]
         facts.grads.append(copies(grads))
-        facts.rates.append([group["lr"] for group in run.optimizer.param_groups])
+        facts.rates.append([group["lr"] for group in trained.optimizer.param_groups])
         facts.tf32.add(torch.backends.cuda.matmul.allow_tf32)
-        result = update(run, skipped)
-        facts.path_of_weights.append(copies(named(run)))
+        result = update(trained, skipped)
+        facts.path_of_weights.append(copies(named(trained)))
         facts.states = facts.states or {name: copies({
-            key: t for key, t in run.optimizer.state[p].items() if torch.is_tensor(t)}) for name, p in named(run).items()}
+            key: t for key, t in trained.optimizer.state[p].items() if torch.is_tensor(t)})
+            for name, p in named(trained).items()}
         return result
 
     def finishing(run):
         facts.run, run.predict = run, None  # what was recorded for replays is large
-        with run.averaged():
-            facts.saved = copies(named(run))
+        with run.trained.averaged():
+            facts.saved = copies(named(run.trained))
         return finish(run)
 
     def batching(data, base, samples, step):
@@ -348,7 +350,7 @@ def spy_on_steps(facts, patch):
         facts.encoded[before:] = [True] * (len(facts.encoded) > before)
         return facts.batches[-1]
 
-    patch.setattr(Run, "update", updating)
+    patch.setattr(Trained, "update", updating)
     patch.setattr(Run, "finish", finishing)
     patch.setattr(DreamBoothData, "batch", batching)
 

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 finish = Run.finish
 
 def finishing(run):
-    save_file({str(k): p.detach().clone() for k, p in enumerate(run.parameters)}, f"{notes}/{rank}.safetensors")
+    save_file({str(k): p.detach().clone() for k, p in enumerate(run.trained.parameters)}, f"{notes}/{rank}.safetensors")
     return finish(run)
 
 Run.finish = finishing

@@ -20,7 +20,8 @@ from dbcore.engines.checkpoint import TRAINING
 from dbcore.engines.finetune import finetune
 from dbcore.engines.losses import dreambooth_loss
 from dbcore.engines.memory import remedy
-from dbcore.engines.train import PACKAGES, Run, train
+from dbcore.engines.train import Run, train
+from dbcore.engines.trained import PACKAGES
 from dbcore.models.lora_files import HEADER_KEY, read_safetensors
 from dbcore.models.stable_diffusion import StableDiffusion
 from dbcore.utils.errors import Diverged, MemoryFull
@@ -230,9 +231,9 @@ def test_the_options_reach_the_optimizer(name, options, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "finish", lambda run: (seen.append(run), finish(run))[1])
     path = train(TrainConfig(**{**options, "learning_rate": 0.5}, optimizer=name, adam_beta1=0.8, adam_beta2=0.99,
                              adam_weight_decay=0.2, adam_epsilon=1e-5, output_dir=tmp_path / "run"))
-    (group,) = seen[0].optimizer.param_groups
+    (group,) = seen[0].trained.optimizer.param_groups
     assert {"betas": (0.8, 0.99), "weight_decay": 0.2, "eps": 1e-5}.items() <= group.items()
-    assert type(seen[0].optimizer).__name__ == name
+    assert type(seen[0].trained.optimizer).__name__ == name
     assert [record["lr"] for record in read_run(path.parent)["log"]] == [0.5, 0.5]
 
 

@@ -1,0 +1,41 @@
+"""What processes tell each other at each step: gradients, losses, whether to stop."""
+
+import torch
+
+
+def average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None:
+    """One sum over the processes: a LoRA's gradients are a few megabytes, no module is wrapped."""
+    if world == 1:
+        return
+    have = [p for p in parameters if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in have])
+    torch.distributed.all_reduce(flat)
+    for p, part in zip(have, flat.div_(world).split([p.numel() for p in have])):
+        p.grad.copy_(part.view_as(p))
+
+
+def gather(loss, t, losses, batch_size: int, world: int):
+    """A step's losses over every process, as one process with the whole batch would have them.
+
+    `loss`: (batches,), `t` and `losses`: (batches, samples of this process), of which the first
+    `batch_size` are of the subject.
+    """
+    if world == 1:
+        return loss, t, losses
+    own, timesteps = torch.cat([loss[:, None], t, losses], dim=1), t.dtype
+    everyones = [torch.empty_like(own) for _ in range(world)]
+    torch.distributed.all_gather(everyones, own)
+    # (process, batch, ...)
+    loss, *samples = torch.stack(everyones).split([1, t.shape[1], t.shape[1]], dim=2)
+    # the subject's samples of all processes come before the class's
+    t, losses = (x.unflatten(2, (-1, batch_size)).movedim(0, 2).flatten(1) for x in samples)
+    return loss, t.to(timesteps), losses
+
+
+def agree(stop: bool, device: torch.device, world: int) -> bool:
+    """Whether any process was told to stop: all leave at the same step."""
+    if world == 1:
+        return stop
+    flag = torch.tensor([int(stop)], device=device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag.item())
