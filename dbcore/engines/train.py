@@ -132,7 +132,7 @@ def train_in_folder(config, accelerator, photos, callback, should_stop):
                                          f"{checkpoint.last_good(folder)}; put this right, then "
                                          "--resume_from_checkpoint latest") from error
     except torch.OutOfMemoryError as error:
-        from dbcore.engines.memory import remedy  # which imports this module
+        from dbcore.engines.memory import remedy  # what it traces with takes a while to import
 
         raise MemoryFull(f"the run has stopped: the memory of the {accelerator.device.type} device is full. "
                          f"{remedy(config, accelerator.device.type)}. {checkpoint.last_good(folder)}; give the same "
