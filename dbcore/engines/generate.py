@@ -10,6 +10,7 @@ from dbcore.config import ConfigError, read_run_config
 from dbcore.datasets.prompts import check_fit
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import load_lora, set_scale
+from dbcore.models.lora_files import read_adapter
 from dbcore.utils.files import write_whole, writing
 from dbcore.utils.grids import figure_png, image_grid
 
@@ -61,7 +62,9 @@ def with_base(config):
 def base_with_loras(config):
     """The base on the best device there is, with every LoRA of `checkpoint_dir` at its scale."""
     base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant, device=best_device(),
-                     dtype=torch_dtype(config.mixed_precision))
+                     dtype=torch_dtype(config.mixed_precision), low_vram=config.low_vram)
+    if base.low_vram:
+        encode_ahead(base, config)
     names = [f"lora_{k}" for k in range(len(config.checkpoint_dir))]
     for name, path in zip(names, config.checkpoint_dir):
         load_lora(base, path, name=name)
@@ -69,6 +72,14 @@ def base_with_loras(config):
     if names:
         set_scale(base, dict(zip(names, scales)))
     return base
+
+
+def encode_ahead(base, config):
+    """Encode the prompts and let the text encoders go, unless a LoRA is to change what they say."""
+    changed = {name for path in config.checkpoint_dir for name in read_adapter(path, base.name).layers}
+    if not changed & {*base.roles["text_encoders"]}:
+        base.remember([*config.prompt, config.negative_prompt])
+        base.release("text_encoders")
 
 
 def generate_and_save(config):

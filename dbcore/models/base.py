@@ -120,7 +120,7 @@ def settle(config, device=None):
     chosen |= settle_precision(config, device)
     if getattr(config, "resolution", None) == AUTO and "resolution" not in chosen:
         chosen["resolution"] = base.resolution
-    if getattr(config, "low_vram", False):
+    if getattr(config, "low_vram", False) and "gradient_checkpointing" in names:
         # else each layer's weights, made from 8 bits, are kept for its gradient
         chosen["gradient_checkpointing"] = True
     if "learning_rate" in chosen and config.optimizer == "Prodigy":
@@ -459,7 +459,9 @@ class Family(ABC):
         """One network of the base as `low_vram` asks for it, before it goes to the device."""
         if self.low_vram and component in self.roles["denoiser"]:
             quantize(module)
-        if self.low_vram and component in self.roles["autoencoder"]:
+        # at 1024 pixels, decoding takes 3 GB an image, and as long for each alone as for all at once
+        large = self.low_vram or self.native_resolution() >= 1024
+        if large and component in self.roles["autoencoder"]:
             module.enable_slicing()
         return module
 

@@ -129,9 +129,10 @@ def load_lora(base, path, scale=1.0, name="default"):
     used, or was trained on a base of another shape; then nothing has changed.
     """
     adapter = read_adapter(path, base.name)
-    check_fit(adapter, base.modules, path)
-    for component, layers in adapter.layers.items():
-        module = base.modules[component]
+    networks = {name: getattr(base, name) for name in base.lora_targets if name in adapter.layers}
+    check_fit(adapter, networks, path)
+    for component, module in networks.items():
+        layers = adapter.layers[component]
         with warnings.catch_warnings():  # a second LoRA beside the first is meant
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             module.add_adapter(lora_config(layers), adapter_name=name)
@@ -171,7 +172,7 @@ def set_scale(base, scales):
     Raises ConfigError for a name that is not there, a scale that is not finite, and while a LoRA is
     merged into the weights.
     """
-    layers = [layer for module in base.modules.values() for _, layer in lora_layers(module)]
+    layers = [layer for module in base.loaded().values() for _, layer in lora_layers(module)]
     known = sorted({name for layer in layers for name in layer.lora_A})
     for name in scales:
         need(name in known, f"there is no LoRA named {name!r}; there is {', '.join(known) or 'none'}")

@@ -37,6 +37,7 @@ EFFECTS = {
     "resolution": (48, "pictures", {}),
     "batch_size": (1, "batches", {}),
     "mixed_precision": ("bf16", "pictures", {}),
+    "low_vram": (True, "pictures", {}),
     "output_dir": ("elsewhere", "files", {}),
 }  # fmt: skip
 
