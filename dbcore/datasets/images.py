@@ -23,10 +23,15 @@ RAW_SUFFIXES = {
 }  # fmt: skip
 # Other images, and drawings: named to their owner, not read.
 UNREAD_SUFFIXES = RAW_SUFFIXES | {
-    ".afphoto", ".ai", ".clip", ".dds", ".djvu", ".emf", ".eps", ".exr", ".hdr", ".icns", ".ico",
+    ".afphoto", ".ai", ".bpg", ".clip", ".dcm", ".dds", ".djvu", ".emf", ".eps", ".exr", ".fit",
+    ".fits", ".flif", ".hdr", ".icns", ".ico", ".insp", ".livp", ".pcd", ".pdf",
     ".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpm", ".jpx", ".jxl", ".jxr", ".kra", ".ora",
     ".pcx", ".ps", ".psb", ".psd", ".qoi",
     ".sgi", ".svg", ".svgz", ".tga", ".wdp", ".wmf", ".xbm", ".xcf", ".xpm",
+}  # fmt: skip
+VIDEO_SUFFIXES = {
+    ".3gp", ".avi", ".gifv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
+    ".ogv", ".webm", ".wmv",
 }  # fmt: skip
 UNREAD_STARTS = (  # first bytes, for files without a name that tells
     b"\xff\x0a", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"8BPS", b"gimp xcf",
@@ -89,7 +94,7 @@ def is_regular(path):
 
 def looks_like_image(path):
     """Whether a file's ending or first bytes are those of an image, read here or not."""
-    if Path(path).suffix.lower() in UNREAD_SUFFIXES | HEIC_SUFFIXES:
+    if Path(path).suffix.lower() in UNREAD_SUFFIXES | HEIC_SUFFIXES | VIDEO_SUFFIXES:
         return True
     if not is_regular(path):
         return False
@@ -137,6 +142,8 @@ def reason(path, error):
         )
     if suffix in UNREAD_SUFFIXES:
         return "unread kind", f"{suffix} images are not read here: save it as JPEG or PNG"
+    if suffix in VIDEO_SUFFIXES:
+        return "unread kind", "a video: save some of its frames as JPEG or PNG"
     if isinstance(error, Image.UnidentifiedImageError):
         return (
             "not a picture",

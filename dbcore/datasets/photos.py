@@ -58,6 +58,7 @@ CONTACT_SHEET = "contact_sheet.png"  # `dbcore prepare` leaves one beside the ph
 KOHYA_NAME = re.compile(r"(?P<repeats>\d{1,3})_(?P<words>[^\W\d_].*)")
 
 MAX_ASPECT = 2.5  # beyond this a centred square keeps less than 40 % of the photo
+PURE = 0.98  # of an image in black and white: masks have grey at their edges alone
 DARK = 16  # of 255: an image without a brighter pixel shows nothing
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 # Of copies of a photo (smaller, compressed, in other colours) 97 % are more alike than this, and two
@@ -209,11 +210,22 @@ def _examine(path):
         if orientation(image) >= 5:
             size = size[::-1]
         picture = to_rgb(upright(image))
+    notes += _mask_notes(picture)
     brightest = max(high for _, high in picture.getextrema())
     if brightest < DARK:
         message = f"all but black (its brightest value is {brightest} of 255)"
         notes.append(("dark", f"{message}: save it with 8 bits a colour"))
     return size, notes, _thumbnail(picture)
+
+
+def _mask_notes(picture):
+    """Of all names that tools give to masks only some are known; what is in them tells the rest."""
+    levels = picture.convert("L").histogram()
+    black, white, total = sum(levels[:8]), sum(levels[-8:]), sum(levels)
+    if not (black and white) or black + white < PURE * total:
+        return []
+    message = "black and white alone, as a mask is: if it is one, call it dog.mask.png beside dog.jpg"
+    return [("mask-like", message)]
 
 
 def _format_notes(path, image):

@@ -7,10 +7,14 @@ Nothing is passed over: a file that looks like one of these and is not used beco
 """
 
 import csv
+import io
 import json
 import re
 import unicodedata
+from os.path import lexists
 from pathlib import PurePosixPath
+
+from PIL import ImageStat
 
 from dbcore.datasets.images import (
     PhotoError,
@@ -36,11 +40,14 @@ MAX_CAPTION = 4_000  # characters; a caption beyond this is some other file by m
 FEW = 10  # problems of one sort that are named one by one
 
 MASK_FOLDERS = {"masks", "mask"}
-MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+MASK_SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".pgm",
+}  # fmt: skip
 MASK_NAME = re.compile(
     r"(?P<before>.+)[._ -](mask|masklabel|condlabel)|mask[._ -](?P<after>.+)", re.IGNORECASE
 )
 BLACK = 16  # of 255: a mask without a brighter pixel leaves nothing to learn
+LEAST = 0.001  # of a mask that is white: at 512 pixels some four places of the latents
 
 
 # --- captions -------------------------------------------------------------------------------------
@@ -59,7 +66,7 @@ class Captions:
         self.beside = {folder: caption_files(folder) for folder in folders}
         above = dict.fromkeys(up for folder in folders for up in self._upwards(folder))
         self.tables = {
-            folder / name: {} for folder in above for name in TABLES if is_regular(folder / name)
+            folder / name: {} for folder in above for name in TABLES if lexists(folder / name)
         }
         for table, rows in self.tables.items():
             self._read_table(table, rows)
@@ -71,6 +78,7 @@ class Captions:
         """One line of text, or None."""
         for file in self._files_of(path):
             try:
+                check_regular(file)
                 text = read_text(file, MAX_CAPTION)
             except (InputError, OSError) as error:
                 self._note(file, f"{error}; it is not used as a caption", path)
@@ -115,20 +123,24 @@ class Captions:
         ]
 
     def _read_table(self, table, rows):
+        bad = []
         try:
             for number, row in table_rows(table):
                 caption = row_caption(row)
                 if caption is None:
-                    self._note(
-                        table,
-                        f"line {number} holds no file_name with a caption as its text: passed over",
-                    )
+                    bad.append(number)
                 elif row_key(caption[0]) in rows:
                     self._note(table, f"line {number} names {shown(caption[0])} again: passed over")
                 else:
                     rows[row_key(caption[0])] = caption[1]
         except (InputError, OSError, csv.Error) as error:
             self._note(table, f"{error}; it is not used")
+        for number in bad[:FEW]:
+            self._note(
+                table, f"line {number} holds no file_name with a caption as its text: passed over"
+            )
+        if bad[FEW:]:
+            self._note(table, f"{len(bad[FEW:])} more lines hold none: passed over")
 
     def _unmatched_rows(self, table, rows, paths):
         known = {
@@ -176,15 +188,26 @@ def caption_files(folder):
             file.suffix.lower() in {*CAPTION_SUFFIXES, *UNREAD_CAPTIONS}
             or UNREAD_TABLES.fullmatch(file.name)
         )
-        and is_regular(file)
     ]
+
+
+def check_regular(path):
+    """Raises InputError for a folder, a broken link or a pipe."""
+    if not is_regular(path):
+        raise InputError("is not an ordinary file (a broken link, a folder or a device)")
 
 
 def table_rows(path):
     """(line number, row) of a table; None for a line of no JSON. Raises InputError."""
-    lines = read_text(path).splitlines()
+    check_regular(path)
+    # with their ends, as a caption in quotes may have several; and no others, such as U+2028
+    lines = list(io.StringIO(read_text(path), newline=""))
     if path.suffix == ".csv":
-        reader = csv.DictReader(lines)
+        names = lines[0] if lines else ""
+        comma = max(",;\t", key=names.count)  # spreadsheets of half of Europe write semicolons
+        reader = csv.DictReader(lines, delimiter=comma)
+        if "file_name" not in (reader.fieldnames or ()):
+            raise InputError(f"begins with {names.strip()[:60]!r}: write file_name,text there")
         yield from ((reader.line_num, row) for row in reader)
         return
     for number, line in enumerate(lines, 1):
@@ -320,6 +343,9 @@ def mask_fault(path, size):
     brightest = mask.getextrema()[1]
     if brightest < BLACK:
         return f"black (its brightest value is {brightest} of 255): its photo would teach nothing"
+    white = ImageStat.Stat(mask).mean[0] / 255
+    if white < LEAST:
+        return f"black but for {100 * white:.2f} %: its photo would teach nothing"
     return None
 
 

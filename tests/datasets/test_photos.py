@@ -40,7 +40,7 @@ def test_find_is_sorted_nested_and_without_junk(tmp_path):
     for name in ["b.jpg", "a.PNG", "two words.png", "собака.png", "狗.jpeg", "deep/er/c.webp"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         picture().save(tmp_path / name, format="PNG")
-    junk = [".DS_Store", "Thumbs.db", "desktop.ini", "._b.jpg", "notes.txt", "metadata.jsonl", "film.mp4"]
+    junk = [".DS_Store", "Thumbs.db", "desktop.ini", "._b.jpg", "notes.txt", "metadata.jsonl", "notes.zip"]
     junk += [".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/x.png", "masks/b.png", "b.mask.png"]
     for name in junk:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +286,8 @@ def test_a_bomb_without_an_ending_is_found_and_refused(tmp_path):
         P.gather_photos(tmp_path)
 
 
-KINDS = ["jxl", "jp2", "tga", "psd", "cr3", "nef", "dng", "svg", "xcf", "exr", "hif"]
+KINDS = ["jxl", "jp2", "tga", "psd", "cr3", "nef", "dng", "svg", "xcf", "exr", "hif", "livp", "pdf",
+         "mp4", "MOV", "webm"]
 
 
 @pytest.mark.parametrize("name", [f"photo.{ending}" for ending in KINDS] + ["PHOTO.CR2"])

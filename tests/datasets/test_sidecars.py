@@ -1,6 +1,7 @@
 """Captions and masks by the names that people's tools give them: read right, or named."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -72,10 +73,45 @@ def test_a_metadata_csv_is_read(folder, head):
     assert captions(folder)[0] == ["sks dog, red", None, None]
 
 
-def test_a_csv_of_other_columns_is_named(folder):
-    (folder / "metadata.csv").write_text("image;words\n0.png;sks dog\n")
+@pytest.mark.parametrize("text", ["image;words\n0.png;sks dog\n", "0.png,sks dog\n", ""])
+def test_a_csv_of_other_columns_is_named_once(folder, text):
+    (folder / "metadata.csv").write_text(text)
     found, notes = captions(folder)
-    assert found == [None] * 3 and "metadata.csv: line 2 holds no file_name" in notes[0]
+    assert found == [None] * 3 and len(notes) == 1
+    assert f"metadata.csv: begins with {text.split(chr(10))[0]!r}: write file_name,text" in notes[0]
+
+
+@pytest.mark.parametrize("comma", [";", "\t"])
+def test_a_csv_of_another_comma_is_read(folder, comma):
+    (folder / "metadata.csv").write_text(f'file_name{comma}text\n0.png{comma}"sks dog{comma}red"\n')
+    assert captions(folder)[0] == [" ".join(f"sks dog{comma}red".split()), None, None]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\u2028"])
+def test_a_caption_of_several_lines_keeps_its_words_apart(folder, end):
+    text = f'file_name,text\r\n0.png,"sks dog{end}in the snow"\r\n'
+    (folder / "metadata.csv").write_bytes(text.encode())
+    assert captions(folder)[0] == ["sks dog in the snow", None, None]
+    (folder / "metadata.csv").unlink()
+    line = json.dumps({"file_name": "0.png", "text": f"sks dog{end}in"}, ensure_ascii=False)
+    (folder / "metadata.jsonl").write_text(line, encoding="utf-8")
+    assert captions(folder)[0] == ["sks dog in", None, None]
+
+
+def test_many_lines_without_a_caption_are_counted(folder):
+    table(folder, *({"image": f"{k}.png", "text": "sks dog"} for k in range(500)))
+    _, notes = captions(folder)
+    assert len(notes) == 11 and notes[-1].startswith("metadata.jsonl: 490 more lines hold none")
+
+
+@pytest.mark.parametrize("name", ["0.txt", "metadata.jsonl"])
+def test_a_broken_link_or_a_pipe_in_a_captions_place_is_named(folder, name):
+    (folder / name).symlink_to("nowhere")
+    found, notes = captions(folder)
+    assert found == [None] * 3 and notes[0].startswith(f"{name}: is not an ordinary file")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)  # which would wait for ever
+    assert captions(folder)[1] == notes
 
 
 @pytest.mark.parametrize("name", ["./0.png", "0.png", "sub\\0.png", "sub/caf\u0065\u0301.png"])
@@ -148,6 +184,7 @@ def white_middle(size=(60, 40), mode="L"):
         "0.png-mask.png",
         "masks/0.png",
         "Mask/0_mask.png",
+        "0.mask.gif",
     ],
 )
 def test_masks_by_other_tools_names_are_masks(folder, name):
@@ -188,6 +225,24 @@ def test_a_black_mask_is_named_and_all_black_stop(folder, value):
     with pytest.raises(P.PhotoError, match="all 1 masks are black.*or give --no-use_masks"):
         P.gather_photos(folder)
     assert len(P.gather_photos(folder, use_masks=False)[0]) == 3
+
+
+def test_a_mask_that_is_all_but_black_is_named(folder):
+    mask = Image.new("L", (600, 400), 0)
+    mask.putpixel((300, 200), 255)
+    mask.save(folder / "0.mask.png")
+    white_middle().save(folder / "1.mask.png")
+    photos, problems = P.gather_photos(folder)
+    assert [bool(photo.mask_path) for photo in photos] == [False, True, False]
+    assert "black but for 0.00 %" in problems[0].message
+
+
+@pytest.mark.parametrize("name", ["0_matte.png", "conditioning/0.png"])
+def test_a_mask_by_an_unknown_name_is_named_and_photos_are_not(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    white_middle().save(folder / name)
+    problems = P.gather_photos(folder)[1]
+    assert [(problem.path, problem.kind) for problem in problems] == [(folder / name, "mask-like")]
 
 
 def test_a_cut_out_subject_is_a_mask_by_its_transparency(folder):
