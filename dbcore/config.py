@@ -151,7 +151,7 @@ class TrainConfig:
     def check(self):
         """Stop on contradictions, before any model is loaded. Raises ConfigError."""
         for name in ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"):
-            need(getattr(self, name), f"--{name} is missing: {help_of(TrainConfig, name)}")
+            need(str(getattr(self, name) or "").strip(), f"--{name} is missing: {help_of(TrainConfig, name)}")
         if self.with_prior_preservation:
             need(self.class_prompt, "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
         for given in ("class_prompt", "class_data_dir"):
@@ -179,6 +179,11 @@ class TrainConfig:
         need(self.class_data_dir is None or not is_within(self.instance_data_dir, self.class_data_dir),
              f"--class_data_dir {self.class_data_dir} has --instance_data_dir {self.instance_data_dir} in it, so the subject "
              "would be learnt as its class: choose a folder of class images alone")
+        need(not Path(self.class_data_dir or "").is_file(),
+             f"--class_data_dir {self.class_data_dir} is a file: give a folder, which may be empty or new")
+        need(self.class_data_dir is None or not is_within(self.output_dir, self.class_data_dir),
+             f"--output_dir {self.output_dir} lies in --class_data_dir {self.class_data_dir}, so images of the subject "
+             "would be learnt as its class: choose a folder outside")
         need(not (self.use_dora and self.use_rslora and self.lora_layers == "all"),
              "--use_dora with --use_rslora on convolutions is not supported by peft: leave one out")
         need(not self.hub_model_id or self.push_to_hub, "--hub_model_id does nothing without --push_to_hub")

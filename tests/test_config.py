@@ -286,6 +286,9 @@ CONTRADICTIONS = {
     "hub_model_id": {"hub_model_id": "me/dog"},
     "hub_token": {"hub_token": "hf_sentinel", "report_to": "wandb"},
     "output_dir": {"output_dir": "photos/run"},
+    "output_dir within": {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": "dogs", "output_dir": "dogs/run"},
+    "class_data_dir a file": {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": __file__},
+    "instance_prompt of spaces": {"instance_prompt": "  "},
     "class_data_dir within": {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": "photos"},
 }  # fmt: skip
 

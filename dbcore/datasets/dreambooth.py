@@ -5,6 +5,7 @@ drawn anew for each pass, so a batch is a function of (seed, step): there is no 
 partial batch, and processes share the samples of one sequence.
 """
 
+import filecmp
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -127,12 +128,15 @@ class DreamBoothData:
 
 
 def refuse_shared(photos, class_photos):
-    """Raises PhotoError for a photo that is an image of the class too, as where one folder links to the other."""
-    own = {photo.path.resolve(): photo for photo in photos}
-    shared = next((photo for photo in class_photos if photo.path.resolve() in own), None)
+    """Raises PhotoError for a photo that is an image of the class too: by a link, or as a copy."""
+    by_size = {}
+    for photo in photos:
+        by_size.setdefault(photo.path.stat().st_size, []).append(photo.path)
+    shared = next(((photo.path, own) for photo in class_photos for own in by_size.get(photo.path.stat().st_size, [])
+                   if filecmp.cmp(photo.path, own, shallow=False)), None)
     if shared is not None:
-        raise PhotoError(f"--class_data_dir leads to {shown(shared.path)}, which is a photo of the subject: it would be "
-                         "learnt as its class; choose a folder of class images alone")
+        raise PhotoError(f"--class_data_dir leads to {shown(shared[0])}, which is a photo of the subject, "
+                         f"{shown(shared[1].name)}: it would be learnt as its class; choose a folder of class images alone")
 
 
 def encode_views(base, samples, config):

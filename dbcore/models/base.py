@@ -478,7 +478,10 @@ class Family(ABC):
 
     def token_limit(self, tokenizer):
         """How many tokens of a prompt, its start and end marks among them, are read."""
-        return self.tokenizer_max_length or getattr(self, tokenizer).model_max_length
+        most = getattr(self, tokenizer).model_max_length
+        need((self.tokenizer_max_length or 0) <= most, f"--tokenizer_max_length {self.tokenizer_max_length}: "
+             f"this base reads {most} tokens at most; give fewer, or leave it out")
+        return self.tokenizer_max_length or most
 
     def cut_off(self, prompt):
         """The end of a prompt, in whole words, that is beyond the token limit; "" where all is read."""

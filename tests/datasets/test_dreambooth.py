@@ -1,6 +1,7 @@
 """Which photo, seen how, with which words: a batch is a function of (seed, step), whoever asks."""
 
 import dataclasses
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def test_a_photo_of_the_subject_is_refused_as_one_of_the_class(photos, tmp_path)
     with pytest.raises(PhotoError, match="--class_data_dir leads to .*, which is a photo of the subject"):
         refuse_shared(photos, gather_photos(tmp_path)[0])
     refuse_shared(photos[:2], photos[2:])
+    shutil.copy(photos[0].path, tmp_path / "copy.png")
+    with pytest.raises(PhotoError, match="leads to .*copy.png, which is a photo of the subject"):
+        refuse_shared(photos, [photo for photo in gather_photos(tmp_path)[0] if photo.path.name == "copy.png"])
 
 
 # --- order -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from PIL import Image
 from pipelines import MAX_TOKENS, make_tiny_pipeline
 from runs import make_options
 
-from dbcore.config import GenerateConfig, TrainConfig
+from dbcore.config import ConfigError, GenerateConfig, TrainConfig
 from dbcore.datasets.prompts import PromptError, calling_words, check_fit
 from dbcore.engines.generate import generate
 from dbcore.engines.train import train
@@ -46,6 +46,8 @@ def test_what_is_cut_off_is_what_the_tokenizer_leaves_out(base, prompt, cut):
 
 def test_a_shorter_limit_of_the_users_counts(folder):
     assert load_base(folder, tokenizer_max_length=5).cut_off("a photo of sks dog") == "sks dog"
+    with pytest.raises(ConfigError, match="--tokenizer_max_length 17: this base reads 16 tokens at most"):
+        load_base(folder, tokenizer_max_length=17).cut_off("a dog")
 
 
 def test_what_is_cut_off_is_said_and_a_lost_identifier_stops(base):
