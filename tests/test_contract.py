@@ -13,8 +13,6 @@ BETRAYED = re.compile(
     r"|(num_)?train_timesteps|noise_scheduler|encoder_hidden_states|prompt_embeds|added_cond_kwargs"
     r"|latent_channels|in_channels|scaling_factor|shift_factor|attn[12]|(down|mid|up)_blocks?"
     r"|StableDiffusion\w*|Flux\w*)\b")  # fmt: skip
-# Measured against diffusers' own script of one family, or the numbers of one network.
-ALLOWED = {"bench.py", "bench_memory.py", "bench_report.py"}
 
 
 def betrayals(path):
@@ -24,8 +22,7 @@ def betrayals(path):
 
 
 def sources():
-    return sorted(path for room in ROOMS for path in Path("dbcore", room).glob("*.py")
-                  if path.name not in ALLOWED)
+    return sorted(path for room in ROOMS for path in Path("dbcore", room).glob("*.py"))
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: f"{path.parent.name}/{path.name}")
