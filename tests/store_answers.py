@@ -1,7 +1,7 @@
 """Ask the toy world the course's questions and store the answers: `make answers`, more than an hour on one core.
 
-Each question is one `dbcore toybench` command. What it finds goes to data/toybench_results.json, from which README and
-notebook 07 have their tables; runs and pictures stay in work_dirs/answers, so that a stopped run goes on.
+Each question is one `dbcore toybench` command. What it finds goes to data/toybench_results.json, from which
+data/results/answers.md and notebook 07 have their tables; runs and pictures stay in work_dirs/answers, so that a stopped run goes on.
 """
 
 import json
@@ -16,7 +16,7 @@ from dbcore.tools.toybench import PROMPT, SUBJECT
 
 RESULTS = dbcore.DATA / "toybench_results.json"
 WORK = "work_dirs/answers"
-README = dbcore.DATA.parent / "README.md"
+ANSWERS = dbcore.DATA / "results" / "answers.md"
 START, END = "<!-- answers: made by make answers -->", "<!-- end of answers -->"
 SHOWN = {SUBJECT: "right subject", "subject, subject encoder": "subject", "prompt, clip_image": "CLIP-T",
          PROMPT: "right prompt", "PRES, subject encoder": "PRES", "DIV, subject encoder": "DIV"}
@@ -63,7 +63,7 @@ def ask(question):
 
 
 def summary(answers):
-    """Markdown for README: one row a way to train, the measures that tell most."""
+    """Markdown for data/results/answers.md: one row a way to train, the measures that tell most."""
     lines = ["| question | way to train | " + " | ".join(SHOWN.values()) + " |", "|---|---|" + "---:|" * len(SHOWN)]
     for question, answer in answers.items():
         for way in (way for way in QUESTIONS[question] if way in answer["mean"]):  # a new way is not asked yet
@@ -74,11 +74,11 @@ def summary(answers):
 
 
 def store(answers):
-    """The answers into data/, their summary into README."""
+    """The answers into data/, their summary into ANSWERS."""
     RESULTS.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
-    text = README.read_text(encoding="utf-8")
+    text = ANSWERS.read_text(encoding="utf-8")
     before, after = text[:text.index(START) + len(START)], text[text.index(END):]
-    README.write_text(f"{before}\n{summary(answers)}\n{after}", encoding="utf-8")
+    ANSWERS.write_text(f"{before}\n{summary(answers)}\n{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
