@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import itertools
 import re
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from dbcore.datasets.prompts import check_fit
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import load_lora, set_scale
 from dbcore.models.lora_files import read_adapter
-from dbcore.utils.files import write_whole, writing
+from dbcore.utils.files import write_beside, writing
 from dbcore.utils.grids import figure_png, image_grid
 
 
@@ -92,14 +91,11 @@ def generate_and_save(config):
     with writing(f"--output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     rows, seeds = generate(config), [config.seed + k for k in range(config.num_images)]
-    files = {f"{name}-seed{seed}": png(image) for name, row in zip(file_names(config.prompt), rows)
+    files = {f"{name}-seed{seed}.png": png(image) for name, row in zip(file_names(config.prompt), rows)
              for seed, image in zip(seeds, row)}
-    files["grid"] = figure_png(image_grid(rows, config.prompt, [f"seed {seed}" for seed in seeds]))
-    mark = free_mark(folder, files)
-    if mark:
+    files["grid.png"] = figure_png(image_grid(rows, config.prompt, [f"seed {seed}" for seed in seeds]))
+    if mark := write_beside(folder, files):
         print(f"Other pictures have these names already: the new ones end in {mark}.")
-    for name, data in files.items():
-        write_whole(folder / f"{name}{mark}.png", data)
     return folder
 
 
@@ -108,16 +104,6 @@ def png(image):
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
-
-
-def free_mark(folder, files):
-    """"", "-2", "-3", ...: the first with which no name of `files` ({name: bytes}) is that of another picture."""
-    def is_other(path, data):
-        return path.is_file() and path.read_bytes() != data
-
-    marks = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    return next(mark for mark in marks if not any(is_other(folder / f"{name}{mark}.png", data)
-                                                  for name, data in files.items()))
 
 
 def file_names(prompts):

@@ -13,7 +13,7 @@ from pathlib import Path
 import dbcore
 from dbcore.config import ConfigError, need, read_run_config
 from dbcore.datasets.prompts import check_fit
-from dbcore.utils.files import save_png, sweep, write_whole
+from dbcore.utils.files import save_png, sweep, write_beside, write_whole
 from dbcore.utils.text import read_text
 
 HELP = ("measure runs after the DreamBooth paper: subject and prompt fidelity, PRES, DIV (1 - cosine; the paper's LPIPS "
@@ -56,7 +56,7 @@ def main(args):
     result = evaluate(subjects, args.output_dir, args.prompts, args.num_prompts, args.num_images, args.encoder,
                       args.seed, args.batch_size, args.lpips)
     print(result_table(result))
-    print(f"\nPictures, evaluation.json and evaluation.md are in {args.output_dir}.")
+    print(f"\nPictures, and these numbers as .json and .md, are in {args.output_dir}.")
 
 
 # --- what is measured ---------------------------------------------------------------------------------
@@ -174,6 +174,8 @@ def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4,
              lpips=False):
     """Draw what is missing, measure everything, write evaluation.json and .md; returns the result, a dict.
 
+    Numbers that are there already, of other runs or prompts, stay: the new files get a number, evaluation-2.json.
+
     {"encoders": {name: note}, "class_prompts": {name: text}, "prompts", "num_images", "subjects": {name: {"floor", "adapter", "ceiling"}}, "mean":
     {"floor": {measure: [mean, low, high]}, ...}}; the intervals are over subjects, 95 %. Raises ConfigError.
     """
@@ -194,8 +196,9 @@ def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4,
     result = {"encoders": {e.name: e.note for e in encoders},
               "class_prompts": {subject.name: subject.class_prompt for subject in subjects}, "prompts": len(asked), "num_images": num_images,
               "seed": seed, "subjects": scores, "mean": means(scores, seed)}
-    write_whole(output_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
-    write_whole(output_dir / "evaluation.md", result_table(result) + "\n")
+    files = {"evaluation.json": json.dumps(result, indent=1), "evaluation.md": result_table(result)}
+    if mark := write_beside(output_dir, {name: f"{text}\n".encode() for name, text in files.items()}):
+        print(f"Other numbers are in evaluation.json already: the new ones are in evaluation{mark}.json and .md.")
     return result
 
 

@@ -5,6 +5,7 @@ what a kill leaves from those who look for photos; `sweep` takes it away.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import secrets
@@ -67,6 +68,22 @@ def write_whole(path, data):
     """`data` (bytes, or text, written as UTF-8) as a file that is whole or absent. Raises FileError."""
     with whole_file(path) as partial:
         partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def write_beside(folder, files):
+    """Write `files` ({name: bytes}) whole, and no other file over; returns what their names end in.
+
+    That is "" or, where a file that is not the same has one of the names, "-2", "-3", ... for all. Raises FileError.
+    """
+    def places(mark):
+        return {Path(folder, f"{Path(name).stem}{mark}{Path(name).suffix}"): data for name, data in files.items()}
+
+    marks = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    mark = next(mark for mark in marks if not any(path.is_file() and path.read_bytes() != data
+                                                  for path, data in places(mark).items()))
+    for path, data in places(mark).items():
+        write_whole(path, data)
+    return mark
 
 
 def save_png(image, path):

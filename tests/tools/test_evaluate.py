@@ -242,6 +242,17 @@ def test_pictures_of_another_lora_are_refused(tmp_path, base_folder, encoder, pr
         tool.evaluate([tool.read_run(folder)], tmp_path / "out", prompts, num_images=2)
 
 
+def test_another_evaluation_leaves_the_numbers_of_the_first(tmp_path, base_folder, encoder, prompts, capsys):
+    runs, out = [make_run(tmp_path, base_folder, name, 0.0) for name in ("one", "two")], tmp_path / "out"
+    words = ["--prompts", prompts, "--num_images", "2", "--num_prompts", "1", "--output_dir", str(out)]
+    for run, files in ((runs[0], [""]), (runs[1], ["", "-2"]), (runs[1], ["", "-2"])):  # again: the same, and no third
+        main(["evaluate", "--checkpoint_dir", str(run), *words])
+        assert sorted(path.name for path in out.glob("*.json")) == sorted(f"evaluation{end}.json" for end in files)
+    subjects = [list(json.loads((out / name).read_text())["subjects"]) for name in ("evaluation.json", "evaluation-2.json")]
+    assert subjects == [["one"], ["two"]]
+    assert "the new ones are in evaluation-2.json" in capsys.readouterr().out
+
+
 def test_two_runs_of_one_name_are_refused_before_anything_is_drawn(tmp_path, base_folder):
     subject = tool.read_run(make_run(tmp_path, base_folder, "run", 0.0))
     with pytest.raises(ConfigError, match="two runs are named run"):
