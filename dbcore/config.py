@@ -214,8 +214,8 @@ class GenerateConfig:
     resolution: int | str = knob(AUTO, "side of the pictures in pixels", low=8)
     batch_size: int = knob(8, "pictures drawn at a time", low=1)
     mixed_precision: str = knob(AUTO, "precision; auto is bf16 or fp16 on a GPU, no elsewhere", PRECISIONS)
-    low_vram: bool = knob(False, "keep the denoiser in 8 bits, encode prompts before it is there, generate images "
-                          "one at a time: for a small GPU")
+    low_vram: bool = knob(False, "keep the denoiser in 8 bits, encode prompts before it is there, "
+                          "generate images one at a time: for a small GPU")
     output_dir: str = knob("pictures", "where the pictures and a grid go")
 
     def __post_init__(self):

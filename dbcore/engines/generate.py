@@ -75,8 +75,8 @@ def base_with_loras(config):
 
 def encode_ahead(base, config):
     """Encode the prompts and let the text encoders go, unless a LoRA is to change what they say."""
-    changed = {name for path in config.checkpoint_dir for name in read_adapter(path, base.name).layers}
-    if not changed & {*base.roles["text_encoders"]}:
+    adapters = [read_adapter(path, base.name) for path in config.checkpoint_dir]
+    if not any(name in adapter.layers for adapter in adapters for name in base.roles["text_encoders"]):
         base.remember([*config.prompt, config.negative_prompt])
         base.release("text_encoders")
 

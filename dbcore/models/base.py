@@ -459,7 +459,7 @@ class Family(ABC):
         """One network of the base as `low_vram` asks for it, before it goes to the device."""
         if self.low_vram and component in self.roles["denoiser"]:
             quantize(module)
-        # at 1024 pixels, decoding takes 3 GB an image, and as long for each alone as for all at once
+        # at 1024 pixels an image takes 3 GB to decode, and as long alone as beside others
         large = self.low_vram or self.native_resolution() >= 1024
         if large and component in self.roles["autoencoder"]:
             module.enable_slicing()

@@ -1,9 +1,11 @@
 """The forecast against real networks: the same bytes, counted on shapes and on numbers."""
 
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from pipelines import MAX_TOKENS, make_tiny_pipeline
+from pipelines import MAX_TOKENS, make_sdxl_shape, make_tiny_pipeline
 
 from dbcore.config import OPTIMIZERS, TrainConfig
 from dbcore.engines import memory
@@ -164,3 +166,15 @@ def test_advice_is_the_first_set_of_changes_that_fits(monkeypatch, folder):
                                               "gradient_accumulation_steps": 2}
     assert memory.advise(wish, 45, "cpu")["low_vram"] is True and "resolution" not in memory.advise(wish, 45, "cpu")
     assert memory.advise(wish, 20, "cpu") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [1024, 768])
+def test_what_sdxl_needs_of_a_t4_is_what_the_readme_says(side, tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    told = re.search(rf"\| {side} x {side} \| (.+) GB \| (.+) GB \| (.+) GB \|", readme).groups()
+    base = str(make_sdxl_shape(tmp_path))
+    for number, more in zip(told, ({}, {"gradient_checkpointing": True}, {"low_vram": True})):
+        options = TrainConfig(pretrained_model_name_or_path=base, resolution=side, **more)
+        found = memory.forecast(memory.in_precision(options, "fp16"), "cuda").needed
+        assert found / 1e9 == pytest.approx(float(number), abs=0.06)
