@@ -26,7 +26,7 @@ from dbcore.config import AUTO, ConfigError, need
 from dbcore.datasets.cache import TensorStore
 from dbcore.models.fingerprint import fingerprint
 from dbcore.models.quantize import quantize
-from dbcore.models.reading import first_line, hub_answer, other_variant, reading
+from dbcore.models.reading import first_line, hub_answer, not_finite, other_variant, reading
 from dbcore.utils.seeding import generator, normal
 
 FAMILIES = {  # class in model_index.json: the family, as a class or as "module:class"
@@ -199,14 +199,6 @@ def checkpoint_gradients(module):
     """Have activations computed again in the backward pass instead of kept (Chen et al. 2016)."""
     switch = getattr(module, "enable_gradient_checkpointing", None)  # diffusers' name for it
     (switch or module.gradient_checkpointing_enable)()
-
-
-def not_finite(module):
-    """The name of the first weight with an infinite number or a NaN in it, or None."""
-    weights = ((name, weight) for name, weight in module.state_dict().items()
-               if weight.is_floating_point() and weight.numel())
-    return next((name for name, weight in weights
-                 if not torch.stack(torch.aminmax(weight)).isfinite().all()), None)
 
 
 def give_back():

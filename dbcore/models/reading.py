@@ -72,6 +72,16 @@ def other_variant(name_or_path, part, revision=None, variant=None):
     return f"all its files are of variant {there[0]}: add --variant {there[0]}" if there and None not in marks else None
 
 
+def not_finite(module):
+    """The name of the first weight with an infinite number or a NaN in it, or None."""
+    import torch
+
+    weights = ((name, weight) for name, weight in module.state_dict().items()
+               if weight.is_floating_point() and weight.numel())
+    return next((name for name, weight in weights
+                 if not torch.stack(torch.aminmax(weight)).isfinite().all()), None)
+
+
 def load_pipeline(option, name_or_path, **more):
     """A whole stock pipeline, in whichever variant its folder has. Raises ConfigError, which names the option."""
     from diffusers import DiffusionPipeline
@@ -81,7 +91,20 @@ def load_pipeline(option, name_or_path, **more):
     only = variants.pop() if len(variants) == 1 else None
     with reading(f"{option} {name_or_path}: no pipeline can be loaded from it"):
         DiffusionPipeline.load_config(name_or_path)  # which says more clearly that there is nothing
-        return DiffusionPipeline.from_pretrained(name_or_path, variant=only, **more)
+        pipeline = DiffusionPipeline.from_pretrained(name_or_path, variant=only, **more)
+    check_finite(pipeline, f"{option} {name_or_path}")
+    return pipeline
+
+
+def check_finite(pipeline, what):
+    """Raises ConfigError where a network of a stock pipeline has a weight that is not finite."""
+    import torch
+
+    for name, part in pipeline.components.items():
+        odd = isinstance(part, torch.nn.Module) and not_finite(part)
+        if odd:
+            raise ConfigError(f"{what}: {odd} of its {name} has numbers that are not finite, and images "
+                              "would be black")
 
 
 def file_names(name_or_path, part, revision=None):

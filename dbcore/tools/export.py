@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -94,9 +95,10 @@ def free_path(text, overwrite=False, is_file=True):
 def what_no_export_wrote(path):
     """Words for what would be lost if `path` were replaced; None where it is a LoRA file, or an export's folder alone."""
     if path.is_dir():
-        found = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
-        others = sorted(found - {MANIFEST, *written(path)})
-        return f"{others[0]} in it was written by no export" if others else None
+        ours = {MANIFEST, *written(path)}
+        found = (Path(folder, name).relative_to(path).as_posix() for folder, _, names in os.walk(path) for name in names)
+        other = next((name for name in found if name not in ours), None)
+        return f"{other} in it was written by no export" if other else None
     if path.name == RUN_FILE and any((path.parent / name).is_file() for name in ("config.yaml", "state.json")):
         return "it is a run's own LoRA"
     return None if is_lora(path) else "it is no LoRA file"
@@ -136,7 +138,7 @@ def save_merged(adapter, base, folder, lora_scale=1.0):
     """
     from dbcore.datasets.cache import scratch
     from dbcore.models.lora_files import save_diffusers
-    from dbcore.models.reading import load_pipeline
+    from dbcore.models.reading import check_finite, load_pipeline
 
     if base is None:
         raise InputError("--format merged: give the base with --pretrained_model_name_or_path")
@@ -147,8 +149,9 @@ def save_merged(adapter, base, folder, lora_scale=1.0):
         pipeline.load_lora_weights(temporary, weight_name=path.name)
     pipeline.fuse_lora(lora_scale=lora_scale)
     pipeline.unload_lora_weights()
+    check_finite(pipeline.to(dtype=stored), f"--lora_scale {lora_scale:g} in {stored}")
     with export_folder(folder) as partial:
-        pipeline.to(dtype=stored).save_pretrained(partial)
+        pipeline.save_pretrained(partial)
         if (Path(base) / "recommended.json").is_file():
             shutil.copy(Path(base) / "recommended.json", partial)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from pipelines import make_tiny_pipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dbcore.config import ConfigError
 from dbcore.models.adapter import Adapter, Layer
@@ -153,6 +154,23 @@ def test_scales_and_weights_are_finite_numbers(lora, base, tmp_path, number, cap
             run(tool, "--lora", lora[0], *words, "--output", tmp_path / "x.safetensors")
         assert f"{number}: give a finite number" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_merge_that_leaves_the_numbers_is_not_written(lora, base, tmp_path):
+    with pytest.raises(ConfigError, match=r"--lora_scale 1e\+39 in torch.float32: .* has numbers that are not finite"):
+        run(export, "--lora", lora[0], "--format", "merged", "--pretrained_model_name_or_path", base, "--lora_scale", "1e39",
+            "--output", tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_with_a_weight_that_is_not_finite_is_refused_by_its_name(base, tmp_path):
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    path = tuned / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.bias"][0] = torch.nan
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match="--tuned .*: conv_in.bias of its unet has numbers that are not finite"):
+        run(extract, "--pretrained_model_name_or_path", base, "--tuned", tuned, "--output", tmp_path / "e.safetensors")
 
 
 def test_what_kohyas_scripts_leave_out_is_said(tmp_path, capsys):
