@@ -246,7 +246,7 @@ def test_making_them_or_reusing_them_changes_no_weight(wish, tmp_path, monkeypat
     own.mkdir()
     for path in cached.glob("*.png"):
         shutil.copy(path, own / path.name)
-    assert made == weights("own", class_data_dir=str(own))
+    assert made == weights("with own", class_data_dir=str(own))
     other = write_photos(tmp_path / "noise", 4)
     assert made != weights("other", class_data_dir=str(other))
 
