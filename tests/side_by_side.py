@@ -231,10 +231,10 @@ def given_draws(record):
 
 def stand_in_for_torchvision():
     """What the scripts take from torchvision, for crops of the middle, as they are asked for."""
-    from dbcore.tools import measure
+    from bench import watch
 
-    measure.stand_in_for_torchvision()
-    parts = measure.photo_transforms()
+    watch.stand_in_for_torchvision()
+    parts = watch.photo_transforms()
     functional = {
         "resize": lambda image, size, interpolation:
             parts["Resize"](min(size), interpolation)(image),
