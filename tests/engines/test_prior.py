@@ -63,9 +63,9 @@ def with_(config, **options):
     return dataclasses.replace(config, **options)
 
 
-def write_photos(folder, count=3):
+def write_photos(folder, count=3, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = np.random.default_rng(0)
+    numbers = np.random.default_rng(seed)
     for k in range(count):
         Image.fromarray(numbers.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"photo{k}.png")
     return folder
@@ -247,7 +247,7 @@ def test_making_them_or_reusing_them_changes_no_weight(wish, tmp_path, monkeypat
     for path in cached.glob("*.png"):
         shutil.copy(path, own / path.name)
     assert made == weights("with own", class_data_dir=str(own))
-    other = write_photos(tmp_path / "noise", 4)
+    other = write_photos(tmp_path / "noise", 4, seed=1)
     assert made != weights("other", class_data_dir=str(other))
 
 
