@@ -233,7 +233,7 @@ def _png_without(path, kinds):
     """A PNG's bytes without its chunks of these kinds, which pass Pillow's limits."""
     data = Path(path).read_bytes()
     if not data.startswith(PNG_START):
-        raise ValueError("not a PNG")
+        raise Image.UnidentifiedImageError("not a PNG")
     kept, at = [PNG_START], len(PNG_START)
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")

@@ -13,8 +13,8 @@ from dbcore.config import ConfigError
 from dbcore.utils.errors import DBCoreError, Interrupted
 
 SOURCES = sorted(Path(dbcore.__file__).parent.rglob("*.py"))
-# Misuse of a widget in a cell, where its traceback is what helps; and Ctrl-C.
-THEIR_OWN = {("widgets.py", "RuntimeError"), ("train.py", "KeyboardInterrupt")}
+# Misuse of a widget in a cell, where its traceback is what helps; Ctrl-C; an attribute that is not there.
+THEIR_OWN = {("widgets.py", "RuntimeError"), ("train.py", "KeyboardInterrupt"), ("base.py", "AttributeError")}
 
 
 def raised(path):
