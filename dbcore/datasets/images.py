@@ -23,10 +23,11 @@ RAW_SUFFIXES = {
 }  # fmt: skip
 # Other images, and drawings: named to their owner, not read.
 UNREAD_SUFFIXES = RAW_SUFFIXES | {
-    ".afphoto", ".ai", ".bpg", ".clip", ".dcm", ".dds", ".djvu", ".emf", ".eps", ".exr", ".fit",
+    ".afphoto", ".ai", ".blp", ".bpg", ".bw", ".clip", ".cur", ".dcm", ".dcx", ".dds", ".dib",
+    ".djvu", ".emf", ".eps", ".exr", ".fit", ".flc", ".fli", ".fpx", ".ftc", ".ftu", ".gbr",
     ".fits", ".flif", ".hdr", ".icns", ".ico", ".insp", ".livp", ".pcd", ".pdf",
     ".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpm", ".jpx", ".jxl", ".jxr", ".kra", ".ora",
-    ".pcx", ".ps", ".psb", ".psd", ".qoi",
+    ".im", ".mic", ".msp", ".pcx", ".ps", ".psb", ".psd", ".pxr", ".qoi", ".ras", ".rgb", ".rgba",
     ".sgi", ".svg", ".svgz", ".tga", ".wdp", ".wmf", ".xbm", ".xcf", ".xpm",
 }  # fmt: skip
 VIDEO_SUFFIXES = {

@@ -286,8 +286,8 @@ def test_a_bomb_without_an_ending_is_found_and_refused(tmp_path):
         P.gather_photos(tmp_path)
 
 
-KINDS = ["jxl", "jp2", "tga", "psd", "cr3", "nef", "dng", "svg", "xcf", "exr", "hif", "livp", "pdf",
-         "mp4", "MOV", "webm"]
+KINDS = ["jxl", "cur", "fli", "ras", "rgb", "jp2", "tga", "psd", "cr3", "nef", "dng", "svg", "xcf",
+         "exr", "hif", "livp", "pdf", "mp4", "MOV", "webm"]
 
 
 @pytest.mark.parametrize("name", [f"photo.{ending}" for ending in KINDS] + ["PHOTO.CR2"])
