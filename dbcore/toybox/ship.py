@@ -89,7 +89,7 @@ provenance: Every picture it learnt from and every weight was made by dbcore's o
 Provenance: every picture it learnt from and every weight was made by this repository's code, `python -m dbcore.toybox`.
 
 The whole Stable Diffusion stack in miniature: a CLIP tokenizer and text encoder, a KL autoencoder (64 x 64 pictures
-to 16 x 16 x 4 latents), a UNet of {parameters:.1f} M parameters that predicts v, and a DDIM scheduler. It draws small
+to 16 x 16 x 8 latents), a UNet of {parameters:.1f} M parameters that predicts v, and a DDIM scheduler. It draws small
 3-D characters (dog, cat, duck, car, teapot, robot) in eleven colours, plain, spotted or striped, with or without a
 hat, in eleven places. It exists so that personalising a text-to-image model can be learnt and tested on a laptop.
 
