@@ -1,6 +1,6 @@
 """`python -m dbcore.toybox`: make the toy base from nothing, in stages that a kill cannot undo.
 
-render -> autoencoder -> toy CLIP -> UNet -> reader -> subject encoder -> the base's folder -> gates and card.
+render -> autoencoder -> its decoder -> toy CLIP -> UNet -> reader -> subject encoder -> the base's folder -> gates and card.
 Each stage leaves its result in `--work_dir`; what is there is not made again.
 
 With `--minutes` each stage gets its share of them, and the UNet learns from scenes that are made
@@ -21,9 +21,9 @@ from dbcore.toybox.corpus import render_corpus, sample_held_out, scenes
 SEED, HELD_OUT_SEED = 0, 1  # two worlds: what is learnt from, and what is only tested on
 COUNT, TEST_COUNT, READER_COUNT = 20_000, 1_000, 2_000
 BATCH, GPU_BATCH = 32, 512
-STAGES = ("render", "autoencoder", "clip", "unet", "reader", "subject", "save", "gates")
-SHARES = {"autoencoder": 1.5 / 8, "clip": 1 / 8, "unet": 4.5 / 8, "reader": 0.5 / 8,
-          "subject": 0.5 / 8}  # of the minutes
+STAGES = ("render", "autoencoder", "decoder", "clip", "unet", "reader", "subject", "save", "gates")
+SHARES = {"autoencoder": 1.1 / 8, "decoder": 0.4 / 8, "clip": 1 / 8, "unet": 4.5 / 8,
+          "reader": 0.5 / 8, "subject": 0.5 / 8}  # of the minutes
 
 
 def parse_args(argv=None):
@@ -69,6 +69,12 @@ class Toybox:
         batch = max(BATCH, self.unet_batch // 4)  # a GPU has room for more
         self.vae = train_autoencoder(self.pictures, self.work, SEED, batch=batch,
                                      **self.budget("autoencoder"))
+
+    def decoder(self):
+        from dbcore.toybox.autoencoder import train_decoder
+
+        self.vae = train_decoder(self.vae, self.pictures, self.work, SEED,
+                                 batch=max(BATCH, self.unet_batch // 4), **self.budget("decoder"))
 
     def clip(self):
         from transformers import CLIPTokenizer

@@ -77,12 +77,24 @@ def laplacian(x: torch.Tensor) -> torch.Tensor:
             - x[..., 1:-1, :-2] - x[..., 1:-1, 2:])
 
 
+def edge_energy(x: torch.Tensor) -> torch.Tensor:
+    """How strong edges are around each place, (n, 3, h, w) to (n, 1, ~h/2, ~w/2): root mean squares."""
+    squares = laplacian(x).square().mean(1, keepdim=True)
+    return (F.avg_pool2d(squares, 4, stride=2) + 1e-4).sqrt()
+
+
+def reconstruction_error(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Squared error, a tenth of the absolute one and a twentieth of that of the edges."""
+    edges = F.l1_loss(laplacian(y), laplacian(x))
+    return F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + 0.05 * edges
+
+
 def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 9000,
                       minutes: float | None = None, batch: int = 32, lr: float = 2e-3,
                       device: str = "cpu"):
     """Three phases: learn the PCA's codes, then free both halves, then whole pictures.
 
-    The loss is the squared error in [-1, 1], a tenth of the absolute error and a twentieth of that of the edges,
+    The loss is `reconstruction_error` in [-1, 1],
     a KL term (Kingma & Welling 2014) that keeps the posterior wide enough for a denoiser's errors, and for an
     eighth of the latents, halved in size, the error against the halved image: latents that scale as images do
     are easier to denoise (Kouzelis et al. 2025; Skorokhodov et al. 2025).
@@ -97,12 +109,11 @@ def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int 
     def error(z, x):
         with half_where_fast(device):
             y = net.decode(z).sample
-        y = y.float()
-        return y, F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + 0.05 * F.l1_loss(laplacian(y), laplacian(x))
+        return y.float(), reconstruction_error(y.float(), x)
 
     def loss_at(step, progress):
         rng, torch_rng = step_rng(seed, "autoencoder", step)
-        size, n = (32, batch) if progress < whole else (pictures.shape[1], batch // 4)
+        n, size = (batch, 32) if progress < whole else (batch // 4, pictures.shape[1])
         x = crops(pictures, rng, n, size).to(device)
         with half_where_fast(device):
             moments = net.encode(x).latent_dist.parameters
@@ -125,6 +136,36 @@ def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int 
 
     net = fit("autoencoder", folder, net, loss_at, steps, lr, minutes, ema=0.998, device=device)
     return set_scale(net, pictures)
+
+
+def train_decoder(net, pictures: np.ndarray, folder: Path, seed: int, steps: int = 3000,
+                  minutes: float | None = None, batch: int = 32, lr: float = 5e-4,
+                  device: str = "cpu"):
+    """The decoder alone, for edges as strong as the renders'; latents stay what they were.
+
+    Where the latents leave a detail open, the mean of all that it may be is the least error, and
+    it is blurred. A fifth of the absolute error of `edge_energy` asks for the strength of edges,
+    wherever exactly they run.
+    """
+    net.requires_grad_(False)
+    net.decoder.requires_grad_(True)
+
+    def loss_at(step, progress):
+        rng, torch_rng = step_rng(seed, "decoder", step)
+        n, size = (batch, 32) if progress < 0.7 else (batch // 4, pictures.shape[1])
+        x = crops(pictures, rng, n, size).to(device)
+        with half_where_fast(device):
+            with torch.no_grad():
+                posterior = net.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=torch_rng).to(device)
+            y = net.decode(posterior.mean + posterior.std * noise).sample
+        y = y.float()
+        loss = reconstruction_error(y, x) + 0.2 * F.l1_loss(edge_energy(y), edge_energy(x))
+        return {"loss": loss, "psnr": 10 * torch.log10(4 / F.mse_loss(y.detach(), x)),
+                "edges": laplacian(y.detach()).var() / laplacian(x).var()}
+
+    fit("decoder", folder, net, loss_at, steps, lr, minutes, ema=0.998, device=device)
+    return net.requires_grad_(True)
 
 
 @torch.no_grad()

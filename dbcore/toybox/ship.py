@@ -57,7 +57,7 @@ def size_mib(folder: Path) -> float:
 def hours(work: Path) -> dict[str, float]:
     """Machine-hours of each training, from the checkpoints."""
     return {name: torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)["seconds"] / 3600
-            for name in ("autoencoder", "clip", "unet", "reader", "subject")}
+            for name in ("autoencoder", "decoder", "clip", "unet", "reader", "subject")}
 
 
 def write_card(folder: Path, gates: list, work: Path, count: int, batch: int, machine: str) -> Path:
@@ -108,7 +108,7 @@ rendered; the gates ask for them. `sks`, `ohwx` and `zwx` are one token each and
 
 ## Recipe
 1. Autoencoder: first to follow a whitened PCA of 4 x 4 patches, then free, then on whole pictures; squared and
-   absolute error, a light KL term.
+   absolute error, a light KL term. Then its decoder alone, for edges as strong as the renders'.
 2. Toy CLIP: contrastive, batch 128; its text tower is frozen from then on.
 3. UNet: {steps:,} steps of {batch} pictures ({samples:,} in all), v-prediction, one caption in ten
    empty, Muon and AdamW with a rate that falls at the end, running mean of the weights.

@@ -36,7 +36,7 @@ def test_a_base_is_made_by_the_minute_and_taken_up_from_its_weights(tmp_path, sm
                      "--weights_dir", str(tmp_path / "weights"), *options])
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
 
-    assert len(run("first", "--until", "save")) == 5  # stages, each ended by its time
+    assert len(run("first", "--until", "save")) == 6  # stages, each ended by its time
     parts = sorted((tmp_path / "weights").iterdir())
     assert len(parts) > 2
     assert all(part.stat().st_size <= 2**20 for part in parts)

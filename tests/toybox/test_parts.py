@@ -215,3 +215,18 @@ def test_a_subject_is_its_identity_not_its_hat_or_place():
     assert gates.is_subject(read, character)
     for question, wrong in (("class", "cat"), ("color", "red"), ("pattern", "plain"), ("color2", "none")):
         assert not gates.is_subject({**read, question: wrong}, character)
+
+
+def test_the_decoder_learns_stronger_edges_and_leaves_latents_alone(tmp_path):
+    from dbcore.toybox.autoencoder import laplacian, make_autoencoder, to_tensor, train_decoder
+
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    torch.manual_seed(0)
+    net, x = make_autoencoder().eval(), to_tensor(images)
+    with torch.no_grad():
+        z = net.encode(x).latent_dist.mean
+        before = laplacian(net.decode(z).sample).var()
+    train_decoder(net, images, tmp_path, 0, steps=15, batch=8)
+    with torch.no_grad():
+        assert torch.equal(net.encode(x).latent_dist.mean, z)
+        assert laplacian(net.decode(z).sample).var() > 1.5 * before
