@@ -11,5 +11,6 @@ DATA = _here / "data" if (_here / "data").is_dir() else _here.parent / "data"
 TOY_BASE = DATA / "toy_base"
 SUBJECTS = DATA / "subjects"
 
-# Where bitsandbytes is installed, peft's import brings it, and it warns of 4-bit kernels that nothing here uses.
+# Where bitsandbytes is installed, peft's import brings it, and it warns of 4-bit kernels that
+# nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -11,25 +11,30 @@ from pathlib import Path
 from dbcore.utils.console import printable
 from dbcore.utils.errors import DBCoreError, Interrupted
 
-TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge", "extract",
+TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge",
+         "extract",
          "toybench")
 
 
 def make_parser(wanted):
     """A parser of all tools; only the wanted one's options are read, so that --help is quick."""
-    parser = argparse.ArgumentParser(prog="dbcore", description="Teach a text-to-image model a new subject.")
+    parser = argparse.ArgumentParser(prog="dbcore",
+                                     description="Teach a text-to-image model a new subject.")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
     for name in TOOLS:
         module = importlib.import_module(f"dbcore.tools.{name}") if wanted in (name, None) else None
-        tool = tools.add_parser(name, help=module and module.HELP, description=module and module.HELP,
-                                allow_abbrev=False)
+        tool = tools.add_parser(name, help=module and module.HELP, description=module
+                                and module.HELP, allow_abbrev=False)
         if module and wanted == name:
             module.add_arguments(tool)
     return parser
 
 
 def main(argv=None):
-    """Run one tool. A `DBCoreError` ends the program with its one line; any other exception passes through."""
+    """Run one tool.
+
+    A `DBCoreError` ends the program with its one line; any other exception passes through.
+    """
     argv = sys.argv[1:] if argv is None else argv
     wanted = argv[0] if argv and argv[0] in TOOLS else None
     with fewer_collections(), printable():
@@ -37,7 +42,8 @@ def main(argv=None):
         try:
             importlib.import_module(f"dbcore.tools.{args.tool}").main(args)
         except KeyboardInterrupt:
-            sys.exit(f"dbcore {args.tool}: stopped at once, nothing was saved after the last checkpoint")
+            sys.exit(f"dbcore {args.tool}: stopped at once, nothing was saved after the "
+                     "last checkpoint")
         except Interrupted as words:
             print(words)
             sys.exit(130)
@@ -48,7 +54,8 @@ def main(argv=None):
 
 
 def with_home(args):
-    """`~/photos` in any option as a shell would read it, which leaves it alone in `--output_dir=~/photos`."""
+    """`~/photos` in any option as a shell would read it, which leaves it alone in
+    `--output_dir=~/photos`."""
     for name, value in vars(args).items():
         if isinstance(value, list):
             setattr(args, name, [home_of(item) for item in value])
@@ -58,13 +65,15 @@ def with_home(args):
 
 
 def home_of(value):
-    return type(value)(os.path.expanduser(value)) if isinstance(value, (str, Path)) and str(value).startswith(
-        ("~/", "~\\")) else value
+    if isinstance(value, (str, Path)) and str(value).startswith(("~/", "~\\")):
+        return type(value)(os.path.expanduser(value))
+    return value
 
 
 @contextlib.contextmanager
 def fewer_collections():
-    """Imports make objects by the million, to stay: looking for garbage among them takes a second."""
+    """Imports make objects by the million, to stay: looking for garbage among them takes a
+    second."""
     before = gc.get_threshold()
     gc.set_threshold(100_000)
     try:

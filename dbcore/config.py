@@ -1,8 +1,10 @@
-"""Every knob, once: a field here is a CLI flag, a keyword argument, a YAML key and a row of the model card.
+"""Every knob, once: a field here is a CLI flag, a keyword argument, a YAML key and a row of the
+model card.
 
-Names are those of diffusers' DreamBooth scripts where they have one. `auto` means: it depends on the base
-or the hardware; `dbcore.models.base.settle` replaces it before training and the run prints what it chose.
-Nothing heavy is imported, so that `--help` and a mistake in an option answer at once.
+Names are those of diffusers' DreamBooth scripts where they have one. `auto` means: it depends on
+the base or the hardware; `dbcore.models.base.settle` replaces it before training and the run prints
+what it chose. Nothing heavy is imported, so that `--help` and a mistake in an option answer at
+once.
 """
 
 import argparse
@@ -22,9 +24,11 @@ from dbcore.utils.files import write_whole
 AUTO = "auto"
 OPTIMIZERS = ("AdamW", "AdamW8bit", "Prodigy", "Adafactor")
 PRECISIONS = (AUTO, "no", "fp32", "fp16", "bf16")  # no and fp32 are one
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts",
+             "polynomial")
 SECRETS = {"hub_token"}
-PATHS = ("pretrained_model_name_or_path", "tokenizer_name", "instance_data_dir", "class_data_dir", "output_dir")
+PATHS = ("pretrained_model_name_or_path", "tokenizer_name", "instance_data_dir", "class_data_dir",
+         "output_dir")
 
 
 class ConfigError(InputError):
@@ -44,102 +48,142 @@ class TrainConfig:
     """One training run. Lists of one may be given as the one value."""
 
     # The model
-    pretrained_model_name_or_path: str | None = knob(None, "the base: a folder or a name on the hub")
-    revision: str | None = knob(None, "branch, tag or commit of the base on the hub; a commit keeps a run repeatable")
+    pretrained_model_name_or_path: str | None = knob(None,
+                                                     "the base: a folder or a name on the hub")
+    revision: str | None = knob(None, "branch, tag or commit of the base on the hub; "
+                                "a commit keeps a run repeatable")
     variant: str | None = knob(None, "which files of the base, such as fp16, to save download")
     tokenizer_name: str | None = knob(None, "another tokenizer than the base's own; rarely needed")
     # The data
     instance_data_dir: str | None = knob(None, "folder of photos of the subject, 3 to 10 of them")
     instance_prompt: str | None = knob(
-        None, "the words that will call the subject, such as 'a photo of sks dog'; a photo's own caption wins")
+        None, "the words that will call the subject, such as 'a photo of sks dog'; "
+        "a photo's own caption wins")
     class_data_dir: str | None = knob(
         None, "folder of class pictures: your own are used as they are, an empty one is filled; "
         "without it they are made once and kept in a cache")
     class_prompt: str | None = knob(None, "the class in words, such as 'a photo of a dog'")
     resolution: int | str = knob(
-        AUTO, "side of the training pictures in pixels; auto is the base's own, lower it when memory runs out", low=8)
+        AUTO, "side of the training pictures in pixels; auto is the base's own, lower it when "
+        "memory runs out", low=8)
     center_crop: bool = knob(
-        False, "crop the middle instead of a random place along the longer side, when the subject is always there")
+        False, "crop the middle instead of a random place along the longer side, when the subject "
+        "is always there")
     random_flip: bool = knob(False, "mirror photos at random; not for subjects whose sides differ")
     image_interpolation_mode: str = knob(
-        "lanczos", "how photos are resized; nearest for pixel art", ("nearest", "bilinear", "bicubic", "lanczos"))
+        "lanczos", "how photos are resized; nearest for pixel art",
+        ("nearest", "bilinear", "bicubic", "lanczos"))
     use_masks: bool = knob(True, "learn only what dog.mask.png leaves white, where a photo has one")
     # Prior preservation
-    with_prior_preservation: bool = knob(False, "also learn from pictures of the class, so that it stays as it is")
-    prior_loss_weight: float = knob(1.0, "lambda of the class pictures' loss; higher keeps the class better", low=0)
-    num_class_images: int = knob(100, "class pictures to have; more keep more of the class's variety", low=1)
-    sample_batch_size: int = knob(4, "class pictures made at a time; lower it when memory runs out", low=1)
-    prior_generation_precision: str = knob(AUTO, "precision in which they are made; no where they come out black",
-                                           PRECISIONS)
+    with_prior_preservation: bool = knob(False, "also learn from pictures of the class, so that "
+                                         "it stays as it is")
+    prior_loss_weight: float = knob(1.0, "lambda of the class pictures' loss; "
+                                    "higher keeps the class better", low=0)
+    num_class_images: int = knob(100, "class pictures to have; more keep more of the class's "
+                                 "variety", low=1)
+    sample_batch_size: int = knob(4, "class pictures made at a time; lower it when memory runs out",
+                                  low=1)
+    prior_generation_precision: str = knob(AUTO, "precision in which they are made; "
+                                           "no where they come out black", PRECISIONS)
     # The LoRA
-    rank: int | str = knob(AUTO, "rank r of the update B A; more learns more detail and forgets more", low=1)
+    rank: int | str = knob(AUTO, "rank r of the update B A; more learns more detail and forgets "
+                           "more", low=1)
     lora_alpha: float | str = knob(
-        AUTO, "the update is scaled by alpha / rank; auto is alpha = rank, less learns more gently", above=0)
-    lora_dropout: float = knob(0.0, "share of the LoRA's inputs dropped in training, against overfitting", low=0,
-                               high=0.99)
-    use_dora: bool = knob(False, "DoRA: learn magnitude and direction apart; slower, a little better at low rank")
+        AUTO, "the update is scaled by alpha / rank; auto is alpha = rank, less learns more gently",
+        above=0)
+    lora_dropout: float = knob(0.0, "share of the LoRA's inputs dropped in training, against "
+                               "overfitting", low=0, high=0.99)
+    use_dora: bool = knob(False, "DoRA: learn magnitude and direction apart; "
+                          "slower, a little better at low rank")
     use_rslora: bool = knob(False, "scale by alpha / sqrt(rank), for high ranks")
-    lora_layers: str = knob(AUTO, "where it goes: attention; for more detail attention+ff or all (linear and "
-                            "convolution); or module names with commas")
+    lora_layers: str = knob(AUTO, "where it goes: attention; for more detail attention+ff or "
+                            "all (linear and convolution); or module names with commas")
     # The text encoder
-    train_text_encoder: bool = knob(False, "also put a LoRA on the text encoder; see text_encoder_lr")
-    text_encoder_lr: float | str = knob(AUTO, "its learning rate; auto is a tenth of learning_rate", above=0)
-    text_encoder_rank: int | str = knob(AUTO, "its rank; auto is rank, lower it where words lose their meaning", low=1)
+    train_text_encoder: bool = knob(False,
+                                    "also put a LoRA on the text encoder; see text_encoder_lr")
+    text_encoder_lr: float | str = knob(AUTO, "its learning rate; auto is a tenth of learning_rate",
+                                        above=0)
+    text_encoder_rank: int | str = knob(AUTO, "its rank; auto is rank, lower it where words lose "
+                                        "their meaning", low=1)
     train_text_encoder_frac: float = knob(
-        1.0, "stop training it after this fraction of the steps, as it overfits first", above=0, high=1)
+        1.0, "stop training it after this fraction of the steps, as it overfits first", above=0,
+        high=1)
     tokenizer_max_length: int | None = knob(
         None, "cut prompts to this many tokens instead of the tokenizer's; rarely needed", low=3)
     # Optimisation
     learning_rate: float | str = knob(
-        AUTO, "step size; auto is the base's recommendation, else 2e-4; higher where nothing is learnt, lower where "
-        "pictures break up", above=0)
-    scale_lr: bool = knob(False, "multiply it by processes, batch and accumulation: it was meant for one photo a step")
+        AUTO, "step size; auto is the base's recommendation, else 2e-4; higher where nothing is "
+        "learnt, lower where pictures break up", above=0)
+    scale_lr: bool = knob(False, "multiply it by processes, batch and accumulation: "
+                          "it was meant for one photo a step")
     lr_scheduler: str = knob(
-        "constant", "how the rate goes on over the run; only a constant one can be extended later", SCHEDULES)
-    lr_warmup_steps: int = knob(0, "steps over which the rate rises from 0, when the first steps do harm", low=0)
+        "constant", "how the rate goes on over the run; only a constant one can be extended later",
+        SCHEDULES)
+    lr_warmup_steps: int = knob(0, "steps over which the rate rises from 0, when the first steps "
+                                "do harm", low=0)
     lr_num_cycles: int = knob(1, "restarts of cosine_with_restarts", low=1)
     lr_power: float = knob(1.0, "exponent of polynomial", above=0)
     train_batch_size: int | str = knob(
-        AUTO, "photos a step and process; auto is the base's recommendation, else 1; more is steadier and slower", low=1)
-    gradient_accumulation_steps: int = knob(1, "batches a step: a larger batch in the memory of a small one", low=1)
+        AUTO, "photos a step and process; auto is the base's recommendation, else 1; "
+        "more is steadier and slower", low=1)
+    gradient_accumulation_steps: int = knob(1, "batches a step: a larger batch in the memory of a "
+                                            "small one", low=1)
     max_train_steps: int | None = knob(None, "steps; without it and num_train_epochs, 150", low=1)
-    num_train_epochs: int | None = knob(None, "passes over the photos; max_train_steps wins where both are given", low=1)
-    optimizer: str = knob("AdamW", "AdamW8bit needs bitsandbytes, Prodigy prodigyopt (and learning_rate 1)", OPTIMIZERS)
-    adam_beta1: float = knob(0.9, "decay of the gradient's mean; rarely changed", low=0, high=0.9999)
-    adam_beta2: float = knob(0.999, "decay of its square's mean; rarely changed", low=0, high=0.99999)
-    adam_weight_decay: float = knob(1e-2, "pull of the LoRA's weights to 0, against overfitting", low=0)
-    adam_epsilon: float = knob(1e-8, "added to the denominator; more where gradients are tiny", above=0)
-    max_grad_norm: float = knob(1.0, "longer gradients are shortened to this; less where the loss jumps", above=0)
-    snr_gamma: float | None = knob(None, "min-SNR-gamma weighting of the loss, for quicker learning; 5 is usual", above=0)
-    noise_offset: float = knob(0.0, "shift of the noise a channel, for darker and brighter pictures", low=0)
-    use_ema: bool = knob(False, "save the running mean of the LoRA's weights instead of the last ones, which jitter")
-    ema_decay: float = knob(0.99, "decay of that mean; 0.99 looks back some 100 steps", low=0, high=0.99999)
-    seed: int = knob(0, "of everything random; another one is another try, and 0 is one like any other")
+    num_train_epochs: int | None = knob(None, "passes over the photos; max_train_steps wins where "
+                                        "both are given", low=1)
+    optimizer: str = knob("AdamW", "AdamW8bit needs bitsandbytes, Prodigy prodigyopt (and "
+                          "learning_rate 1)", OPTIMIZERS)
+    adam_beta1: float = knob(0.9, "decay of the gradient's mean; rarely changed", low=0,
+                             high=0.9999)
+    adam_beta2: float = knob(0.999, "decay of its square's mean; rarely changed", low=0,
+                             high=0.99999)
+    adam_weight_decay: float = knob(1e-2, "pull of the LoRA's weights to 0, against overfitting",
+                                    low=0)
+    adam_epsilon: float = knob(1e-8, "added to the denominator; more where gradients are tiny",
+                               above=0)
+    max_grad_norm: float = knob(1.0, "longer gradients are shortened to this; "
+                                "less where the loss jumps", above=0)
+    snr_gamma: float | None = knob(None, "min-SNR-gamma weighting of the loss, for quicker "
+                                   "learning; 5 is usual", above=0)
+    noise_offset: float = knob(0.0, "shift of the noise a channel, for darker and brighter "
+                               "pictures", low=0)
+    use_ema: bool = knob(False, "save the running mean of the LoRA's weights instead of the last "
+                         "ones, which jitter")
+    ema_decay: float = knob(0.99, "decay of that mean; 0.99 looks back some 100 steps", low=0,
+                            high=0.99999)
+    seed: int = knob(0, "of everything random; another one is another try, and 0 is "
+                     "one like any other")
     # Memory and speed
-    mixed_precision: str = knob(AUTO, "precision of the frozen base; auto is bf16 or fp16 on a GPU, no elsewhere",
-                                PRECISIONS)
-    gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them: slower, smaller")
+    mixed_precision: str = knob(AUTO, "precision of the frozen base; auto is bf16 or fp16 on a "
+                                "GPU, no elsewhere", PRECISIONS)
+    gradient_checkpointing: bool = knob(False, "compute activations twice instead of keeping them: "
+                                        "slower, smaller")
     cache_latents: bool = knob(True, "encode each photo once, before training")
     pre_compute_text_embeddings: bool = knob(True, "encode each prompt once, before training")
-    low_vram: bool = knob(False, "keep the frozen UNet in 8 bits, checkpoint gradients, draw pictures one at a time: for "
-                          "cards of 4 GB and less")
+    low_vram: bool = knob(False, "keep the frozen UNet in 8 bits, checkpoint gradients, "
+                          "draw pictures one at a time: for cards of 4 GB and less")
     allow_tf32: bool = knob(False, "faster, coarser float32 products on NVIDIA GPUs since Ampere")
     compile: bool = knob(False, "torch.compile the UNet: minutes of compiling, then faster steps")
     # Following the run
     validation_prompt: list[str] = knob([], "draw these during the run, to see how long to train")
-    num_validation_images: int = knob(4, "pictures a validation prompt; fewer are sooner drawn", low=1)
-    validation_steps: int | None = knob(None, "draw every this many steps; without it, five times a run", low=1)
+    num_validation_images: int = knob(4, "pictures a validation prompt; fewer are sooner drawn",
+                                      low=1)
+    validation_steps: int | None = knob(None, "draw every this many steps; without it, five times "
+                                        "a run", low=1)
     validation_epochs: int | None = knob(None, "draw every this many passes over the photos", low=1)
-    num_report_images: int = knob(4, "pictures a prompt in the report at the end, without the LoRA and with it; 0 draws "
-                                  "none, where drawing takes longer than training", low=0)
+    num_report_images: int = knob(4, "pictures a prompt in the report at the end, without the LoRA "
+                                  "and with it; 0 draws none, where drawing takes longer than "
+                                  "training", low=0)
     report_to: str = knob("tensorboard", "tracker, if it is installed; log.jsonl is always written",
                           ("tensorboard", "wandb", "none"))
     logging_dir: str = knob("logs", "folder of the tracker's files, within output_dir")
     # Keeping it
     output_dir: str = knob("lora-dreambooth-model", "the run's folder")
     overwrite_output_dir: bool = knob(False, "replace a finished run that is there")
-    checkpointing_steps: int = knob(500, "save what resuming needs every this many steps; a kill loses the rest", low=1)
-    checkpoints_total_limit: int | None = knob(None, "keep only the newest of them, to save room", low=1)
+    checkpointing_steps: int = knob(500, "save what resuming needs every this many steps; "
+                                    "a kill loses the rest", low=1)
+    checkpoints_total_limit: int | None = knob(None, "keep only the newest of them, to save room",
+                                               low=1)
     resume_from_checkpoint: str | None = knob(None, "latest, or a checkpoint's folder")
     push_to_hub: bool = knob(False, "upload the LoRA and its card to the hub at the end")
     hub_model_id: str | None = knob(None, "name there; without it, the name of output_dir")
@@ -151,18 +195,23 @@ class TrainConfig:
     def check(self):
         """Stop on contradictions, before any model is loaded. Raises ConfigError."""
         for name in ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"):
-            need(str(getattr(self, name) or "").strip(), f"--{name} is missing: {help_of(TrainConfig, name)}")
+            need(str(getattr(self, name) or "").strip(),
+                 f"--{name} is missing: {help_of(TrainConfig, name)}")
         if self.with_prior_preservation:
-            need(self.class_prompt, "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
+            need(self.class_prompt,
+                 "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
         for given in ("class_prompt", "class_data_dir"):
             need(self.with_prior_preservation or not getattr(self, given),
-                 f"--{given} does nothing without --with_prior_preservation: add that, or leave this out")
+                 f"--{given} does nothing without --with_prior_preservation: "
+                 "add that, or leave this out")
         for given in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-            need(self.optimizer != "Adafactor" or getattr(self, given) == getattr(TrainConfig, given),
+            need(self.optimizer != "Adafactor"
+                 or getattr(self, given) == getattr(TrainConfig, given),
                  f"--{given} does nothing with --optimizer Adafactor: leave it out")
         for given in ("text_encoder_lr", "text_encoder_rank"):
             need(self.train_text_encoder or getattr(self, given) == AUTO,
-                 f"--{given} does nothing without --train_text_encoder: add that, or leave this out")
+                 f"--{given} does nothing without --train_text_encoder: "
+                 "add that, or leave this out")
         need(self.train_text_encoder or self.train_text_encoder_frac == 1,
              "--train_text_encoder_frac does nothing without --train_text_encoder")
         need(self.validation_steps is None or self.validation_epochs is None,
@@ -171,24 +220,30 @@ class TrainConfig:
             need(self.validation_prompt or getattr(self, given) is None,
                  f"--{given} does nothing without --validation_prompt")
         need(not self.lr_warmup_steps or self.lr_scheduler != "constant",
-             "--lr_warmup_steps does nothing with --lr_scheduler constant: choose constant_with_warmup")
+             "--lr_warmup_steps does nothing with --lr_scheduler constant: "
+             "choose constant_with_warmup")
         for given in ("output_dir", "class_data_dir"):
             need(not is_within(getattr(self, given), self.instance_data_dir),
-                 f"--{given} {getattr(self, given)} lies in --instance_data_dir, so its pictures would be learnt as "
-                 "photos of the subject: choose a folder outside")
-        need(self.class_data_dir is None or not is_within(self.instance_data_dir, self.class_data_dir),
-             f"--class_data_dir {self.class_data_dir} has --instance_data_dir {self.instance_data_dir} in it, so the subject "
-             "would be learnt as its class: choose a folder of class images alone")
+                 f"--{given} {getattr(self, given)} lies in --instance_data_dir, so its pictures "
+                 "would be learnt as photos of the subject: choose a folder outside")
+        need(self.class_data_dir is None
+             or not is_within(self.instance_data_dir, self.class_data_dir),
+             f"--class_data_dir {self.class_data_dir} has --instance_data_dir "
+             f"{self.instance_data_dir} in it, so the subject would be learnt as its class: "
+             "choose a folder of class images alone")
         need(not Path(self.class_data_dir or "").is_file(),
-             f"--class_data_dir {self.class_data_dir} is a file: give a folder, which may be empty or new")
+             f"--class_data_dir {self.class_data_dir} is a file: give a folder, which may "
+             "be empty or new")
         need(self.class_data_dir is None or not is_within(self.output_dir, self.class_data_dir),
-             f"--output_dir {self.output_dir} lies in --class_data_dir {self.class_data_dir}, so images of the subject "
-             "would be learnt as its class: choose a folder outside")
+             f"--output_dir {self.output_dir} lies in --class_data_dir {self.class_data_dir}, "
+             "so images of the subject would be learnt as its class: choose a folder outside")
         need(not (self.use_dora and self.use_rslora and self.lora_layers == "all"),
              "--use_dora with --use_rslora on convolutions is not supported by peft: leave one out")
-        need(not self.hub_model_id or self.push_to_hub, "--hub_model_id does nothing without --push_to_hub")
+        need(not self.hub_model_id or self.push_to_hub,
+             "--hub_model_id does nothing without --push_to_hub")
         need(not (self.hub_token and self.report_to == "wandb"),
-             "--hub_token would be sent to Weights & Biases with the options: log in with `hf auth login` instead")
+             "--hub_token would be sent to Weights & Biases with the options: "
+             "log in with `hf auth login` instead")
 
 
 @dataclass
@@ -199,21 +254,25 @@ class GenerateConfig:
         None, "the base; without it, the one the first LoRA's run was trained on")
     revision: str | None = knob(None, "branch, tag or commit of the base on the hub")
     variant: str | None = knob(None, "which files of the base, such as fp16")
-    checkpoint_dir: list[str] = knob([], "runs, checkpoints or LoRA files to put on the base; none for the base alone")
+    checkpoint_dir: list[str] = knob([], "runs, checkpoints or LoRA files to put on the base; "
+                                     "none for the base alone")
     lora_scale: list[float] = knob([1.0], "how much of each LoRA: 0 is none, 1 is as trained")
     prompt: list[str] = knob([], "what to draw; several are drawn in turn")
     negative_prompt: str = knob("", "what to keep away from")
     num_images: int = knob(4, "pictures a prompt", low=1)
     seed: int = knob(0, "of the first picture; the next has seed + 1, and so on")
-    num_inference_steps: int | str = knob(AUTO, "denoising steps; auto is the base's recommendation, else 25", low=1)
-    guidance_scale: float | str = knob(AUTO, "pull towards the prompt; auto is the base's recommendation, else 7.5",
+    num_inference_steps: int | str = knob(AUTO, "denoising steps; "
+                                          "auto is the base's recommendation, else 25", low=1)
+    guidance_scale: float | str = knob(AUTO, "pull towards the prompt; "
+                                       "auto is the base's recommendation, else 7.5",
                                        low=0)
-    scheduler: str = knob(AUTO, "sampler: ddim, dpm++, euler, euler_a, unipc or ddpm; auto is the base's "
-                          "recommendation, else its own",
+    scheduler: str = knob(AUTO, "sampler: ddim, dpm++, euler, euler_a, unipc or ddpm; "
+                          "auto is the base's recommendation, else its own",
                           (AUTO, "ddim", "dpm++", "euler", "euler_a", "unipc", "ddpm"))
     resolution: int | str = knob(AUTO, "side of the pictures in pixels", low=8)
     batch_size: int = knob(8, "pictures drawn at a time", low=1)
-    mixed_precision: str = knob(AUTO, "precision; auto is bf16 or fp16 on a GPU, no elsewhere", PRECISIONS)
+    mixed_precision: str = knob(AUTO, "precision; auto is bf16 or fp16 on a GPU, no elsewhere",
+                                PRECISIONS)
     low_vram: bool = knob(False, "keep the denoiser in 8 bits, encode prompts before it is there, "
                           "generate images one at a time: for a small GPU")
     output_dir: str = knob("pictures", "where the pictures and a grid go")
@@ -227,22 +286,26 @@ class GenerateConfig:
              "give --pretrained_model_name_or_path, --checkpoint_dir or both")
         need(self.prompt, "--prompt is missing: say what to draw")
         need(len(self.lora_scale) in (1, len(self.checkpoint_dir)) or not self.checkpoint_dir,
-             f"{len(self.lora_scale)} values of --lora_scale for {len(self.checkpoint_dir)} of --checkpoint_dir: "
-             "give one, or one each")
+             f"{len(self.lora_scale)} values of --lora_scale for {len(self.checkpoint_dir)} of "
+             "--checkpoint_dir: give one, or one each")
 
 
 # Options of other scripts that no longer say anything; each is accepted and answered in one line.
 ANSWERED = {TrainConfig: {
     "local_rank": "processes are counted by `accelerate launch`",
-    "enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always on, and as fast",
-    "dataloader_num_workers": "photos are encoded once before training, so no loader is left to speed up",
+    "enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always "
+    "on, and as fast",
+    "dataloader_num_workers": "photos are encoded once before training, so no loader is "
+    "left to speed up",
     "set_grads_to_none": "gradients are always freed between steps",
-    "text_encoder_use_attention_mask": "Stable Diffusion's text encoder is trained and used without a mask",
+    "text_encoder_use_attention_mask": "Stable Diffusion's text encoder is trained and "
+    "used without a mask",
     "validation_images": "it belongs to DeepFloyd IF's upscaler, which this does not train",
     "class_labels_conditioning": "it belongs to DeepFloyd IF, which this does not train",
     "offload_ema": "the running mean of a LoRA is a few megabytes",
 }, GenerateConfig: {
-    "device": "the fastest there is draws the pictures; an empty CUDA_VISIBLE_DEVICES leaves the CPU",
+    "device": "the fastest there is draws the pictures; "
+    "an empty CUDA_VISIBLE_DEVICES leaves the CPU",
 }}  # fmt: skip
 ALIASES = {"use_8bit_adam": ("optimizer", "AdamW8bit"), "lora": ("checkpoint_dir", None)}
 
@@ -262,7 +325,8 @@ def help_of(cls, name):
 
 
 def coerce_and_check(config):
-    """Turn each field into its type (YAML and notebooks give text and numbers freely) and check its rule."""
+    """Turn each field into its type (YAML and notebooks give text and numbers freely) and check its
+    rule."""
     hints = typing.get_type_hints(type(config))
     for field in fields(config):
         value = coerce(field.name, getattr(config, field.name), hints[field.name])
@@ -284,8 +348,10 @@ def coerce(name, value, hint):
         return AUTO
     if isinstance(value, Path):
         value = str(value)
-    if name in (*PATHS, "logging_dir", "resume_from_checkpoint", "checkpoint_dir") and isinstance(value, str) and value.startswith("~"):
-        value = os.path.expanduser(value)  # YAML and Python leave it as it is, and a folder would be called ~
+    if (name in (*PATHS, "logging_dir", "resume_from_checkpoint", "checkpoint_dir")
+        and isinstance(value, str) and value.startswith("~")):
+        # YAML and Python leave it as it is, and a folder would be called ~
+        value = os.path.expanduser(value)
     if value is False and bool not in kinds:
         value = "no"  # YAML's `mixed_precision: no`
     for kind in kinds:
@@ -295,10 +361,13 @@ def coerce(name, value, hint):
             return truth
     if str in kinds and not {int, float} & set(kinds) and isinstance(value, str):
         return value
-    wanted = " or ".join({int: "a whole number", float: "a number", bool: "true or false", str: "text"}[k]
-                         for k in kinds if k in (int, float, bool) or (k is str and not {int, float} & set(kinds)))
+    wanted = " or ".join({int: "a whole number", float: "a number", bool: "true or false",
+                          str: "text"}[k]
+                         for k in kinds if k in (int, float, bool)
+                         or (k is str and not {int, float} & set(kinds)))
     found = "(not shown)" if name in SECRETS else repr(value)
-    raise ConfigError(f"--{name} {found}: give {wanted}" + (" or auto" if {int, float, str} & set(kinds) > {str} else ""))
+    raise ConfigError(f"--{name} {found}: give {wanted}"
+                      + (" or auto" if {int, float, str} & set(kinds) > {str} else ""))
 
 
 def as_number(value, kind):
@@ -320,7 +389,8 @@ def as_number(value, kind):
 def as_bool(value):
     if isinstance(value, bool):
         return value
-    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(str(value).lower())
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False,
+            "0": False}.get(str(value).lower())
 
 
 def check_rules(field, value):
@@ -337,35 +407,45 @@ def check_rules(field, value):
              if limit is not None else "")
 
 
-# --- command line and YAML ----------------------------------------------------------------------------
+# --- command line and YAML ------------------------------------------------------------------------
 
 
 def add_options(parser, cls):
-    """One flag a field; nothing has a default, so that what was given can be told from what was not."""
+    """One flag a field; nothing has a default, so that what was given can be told from what was
+    not."""
     hints = typing.get_type_hints(cls)
-    parser.add_argument("--config", metavar="YAML", help="file of these options, as a run's config.yaml; flags win")
+    parser.add_argument("--config", metavar="YAML",
+                        help="file of these options, as a run's config.yaml; flags win")
     for field in fields(cls):
         extra = {}
         if hints[field.name] is bool:
             extra["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hints[field.name]) is list:
             extra["nargs"] = "+"
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = (field.default if field.default is not dataclasses.MISSING
+                   else field.default_factory())
         shown = "" if default in (None, [], "") else f" (default: {default})"
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, metavar=None if "action" in extra else "X",
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
+                            metavar=None if "action" in extra else "X",
                             help=(field.metadata["help"] + shown).replace("%", "%%"), **extra)
     names = {field.name for field in fields(cls)}
     for alias, (name, value) in ALIASES.items():
         if name in names:
             how = {"action": "store_true"} if value else {"nargs": "+"}
-            parser.add_argument(f"--{alias}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **how)
+            parser.add_argument(f"--{alias}", default=argparse.SUPPRESS, help=argparse.SUPPRESS,
+                                **how)
     for name in ANSWERED[cls]:
-        parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS,
+                            help=argparse.SUPPRESS)
 
 
 def from_args(args, cls):
-    """The config out of parsed arguments: the YAML file's values, then the flags. Raises ConfigError."""
-    given = {name: value for name, value in vars(args).items() if name in {f.name for f in fields(cls)}}
+    """The config out of parsed arguments: the YAML file's values, then the flags.
+
+    Raises ConfigError.
+    """
+    given = {name: value for name, value in vars(args).items()
+             if name in {f.name for f in fields(cls)}}
     for name, answer in ANSWERED[cls].items():
         if name in vars(args):
             print(f"--{name} has no effect: {answer}.")
@@ -374,7 +454,8 @@ def from_args(args, cls):
             print(f"--{alias} is read as --{name}{f' {value}' if value else ''}.")
             given[name] = value or getattr(args, alias)
     for name, value in given.items():
-        if isinstance(value, str) and value.startswith("="):  # a command that is passed around has --class_prompt==
+        # a command that is passed around has --class_prompt==
+        if isinstance(value, str) and value.startswith("="):
             print(f"--{name} has a second =, which is left out.")
             given[name] = value[1:]
     if args.config:
@@ -383,27 +464,35 @@ def from_args(args, cls):
 
 
 def read_yaml(path, cls):
-    """The options in a YAML file. Raises ConfigError for a file that is none, or an unknown name."""
+    """The options in a YAML file.
+
+    Raises ConfigError for a file that is none, or an unknown name.
+    """
     import yaml
 
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
-    except yaml.YAMLError as error:  # its own words would quote the line, and the line may hold a token
-        where = f" in line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise ConfigError(f"--config {path} is no YAML{where}: write one `name: value` a line") from None
+    except yaml.YAMLError as error:
+        # its own words would quote the line, and the line may hold a token
+        where = (f" in line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None)
+                 else "")
+        raise ConfigError(f"--config {path} is no YAML{where}: "
+                          "write one `name: value` a line") from None
     need(isinstance(found, dict), f"--config {path}: write one `name: value` a line")
     names = [field.name for field in fields(cls)]
     for name in found:
         if name not in names:
             close = difflib.get_close_matches(str(name), names, 1)
-            raise ConfigError(f"--config {path}: {name!r} is no option" + (f"; did you mean {close[0]}?" if close else ""))
+            raise ConfigError(f"--config {path}: {name!r} is no option"
+                              + (f"; did you mean {close[0]}?" if close else ""))
     return found
 
 
 def read_run_config(folder):
-    """The options of the run whose folder this is; None where its config.yaml is missing, empty or another tool's."""
+    """The options of the run whose folder this is; None where its config.yaml is missing, empty or
+    another tool's."""
     try:
         found = read_yaml(Path(folder) / "config.yaml", TrainConfig)
     except ConfigError:
@@ -412,12 +501,14 @@ def read_run_config(folder):
 
 
 def full_paths(config):
-    """`config` with every path absolute, so that it means the same wherever it is read; a hub's names stay."""
+    """`config` with every path absolute, so that it means the same wherever it is read; a hub's
+    names stay."""
     local = {name: getattr(config, name) for name in PATHS}
     for name in ("pretrained_model_name_or_path", "tokenizer_name"):
         if local[name] and not Path(local[name]).is_dir():
             local[name] = None
-    return dataclasses.replace(config, **{name: os.path.abspath(path) for name, path in local.items() if path})
+    return dataclasses.replace(config, **{name: os.path.abspath(path)
+                                          for name, path in local.items() if path})
 
 
 def write_yaml(config, path):

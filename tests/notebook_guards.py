@@ -1,6 +1,8 @@
-"""What a notebook of the course must be, apart from running: each guard returns complaints, an empty list if none.
+"""What a notebook of the course must be, apart from running: each guard returns complaints, an
+empty list if none.
 
-nbval passes over a cell that was never run and compares no picture, so a notebook may rot while it stays green.
+nbval passes over a cell that was never run and compares no picture, so a notebook may rot while it
+stays green.
 """
 
 import ast
@@ -13,8 +15,10 @@ SANITIZE = Path(__file__).parent / "nbval_sanitize.cfg"
 VIEW = "application/vnd.jupyter.widget-view+json"
 MAX_BYTES = 1_500_000
 IGNORED_TAGS = {"nbval-ignore-output", "nbval-skip"}
-IGNORED_COMMENT = re.compile(r"^\s*#\s*(NBVAL_IGNORE_OUTPUT|NBVAL_SKIP|PYTEST_VALIDATE_IGNORE_OUTPUT)\s*$", re.MULTILINE)
-PRIVATE = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|content)/[\w.]|[A-Z]:\\+Users\\", re.MULTILINE)
+IGNORED_COMMENT = re.compile(
+    r"^\s*#\s*(NBVAL_IGNORE_OUTPUT|NBVAL_SKIP|PYTEST_VALIDATE_IGNORE_OUTPUT)\s*$", re.MULTILINE)
+PRIVATE = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|content)/[\w.]|[A-Z]:\\+Users\\",
+                     re.MULTILINE)
 PASSING = {
     "a memory address": re.compile(r"\b0x[0-9a-f]{6,}"),
     "a time of day": re.compile(r"\b\d{1,2}:\d{2}:\d{2}\b"),
@@ -44,7 +48,8 @@ def written(cell):
     texts = []
     for output in cell.outputs:
         texts.append(output.get("text", ""))
-        texts += [value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")]
+        texts += [value for kind, value in output.get("data", {}).items()
+                  if not kind.startswith("image/")]
     return "\n".join(text if isinstance(text, str) else str(text) for text in texts)
 
 
@@ -68,25 +73,31 @@ def nothing_went_wrong(nb, path):
 
 def few_are_ignored(nb, path):
     cells = code_cells(nb)
-    ignored = [cell.id for cell in cells if IGNORED_TAGS & set(tags(cell)) or IGNORED_COMMENT.search(cell.source)]
-    return [f"{len(ignored)} of {len(cells)} cells are ignored: {ignored}"] if 7 * len(ignored) > len(cells) else []
+    ignored = [cell.id for cell in cells if IGNORED_TAGS & set(tags(cell))
+               or IGNORED_COMMENT.search(cell.source)]
+    return ([f"{len(ignored)} of {len(cells)} cells are ignored: {ignored}"]
+            if 7 * len(ignored) > len(cells) else [])
 
 
 def no_widget_state(nb, path):
     found = ["metadata.widgets is stored: clear it"] if "widgets" in nb.metadata else []
-    views = [cell.id for cell in code_cells(nb) if any(VIEW in output.get("data", {}) for output in cell.outputs)]
-    return found + [f"{name} stores a live widget, which no kernel will know again" for name in views]
+    views = [cell.id for cell in code_cells(nb)
+             if any(VIEW in output.get("data", {}) for output in cell.outputs)]
+    return found + [f"{name} stores a live widget, which no kernel will know again"
+                    for name in views]
 
 
 def nothing_private(nb, path):
-    texts = [(cell.id, cell.source) for cell in nb.cells] + [(cell.id, written(cell)) for cell in code_cells(nb)]
+    texts = [(cell.id, cell.source) for cell in nb.cells] + [(cell.id, written(cell))
+                                                             for cell in code_cells(nb)]
     return [f"{name} names a path of one machine: {match[0]}" for name, text in texts
             for match in PRIVATE.finditer(text)]  # fmt: skip
 
 
 def nothing_passing(nb, path):
-    return [f"{cell.id} put out {what}: {match[0]}" for cell in code_cells(nb) if not IGNORED_TAGS & set(tags(cell))
-            for what, pattern in PASSING.items() for match in pattern.finditer(written(cell))]  # fmt: skip
+    return [f"{cell.id} put out {what}: {match[0]}" for cell in code_cells(nb)
+            if not IGNORED_TAGS & set(tags(cell))
+            for what, pattern in PASSING.items() for match in pattern.finditer(written(cell))]
 
 
 def not_too_big(nb, path):
@@ -97,7 +108,7 @@ def not_too_big(nb, path):
 def pictures_have_alt_text(nb, path):
     text = markdown(nb)
     found = [f"![{alt}]({target}) needs words for who cannot see it"
-             for alt, target in re.findall(r"!\[([^\]]*)\]\(([^)\s]+)", text) if len(alt) < 10]  # fmt: skip
+             for alt, target in re.findall(r"!\[([^\]]*)\]\(([^)\s]+)", text) if len(alt) < 10]
     found += [f"{tag} has no alt text" for tag in re.findall(r"<img\b[^>]*>", text)
               if not re.search(r"""alt=(["'])[^"']{10,}\1""", tag)]  # fmt: skip
     return found
@@ -105,12 +116,14 @@ def pictures_have_alt_text(nb, path):
 
 def links_lead_somewhere(nb, path):
     text = markdown(nb)
-    targets = re.findall(r"\]\(([^)\s]*)", text) + re.findall(r"""(?:src|href)=["']([^"']*)""", text)
+    targets = re.findall(r"\]\(([^)\s]*)", text) + re.findall(r"""(?:src|href)=["']([^"']*)""",
+                                                              text)
     defined = {name.lower() for name in re.findall(r"^\s{0,3}\[([^\]]+)\]:", text, re.MULTILINE)}
     found = [f"[{words}][{name}] is defined nowhere"
              for words, name in re.findall(r"\[([^\]]+)\]\[([^\]]*)\]", text)
              if (name or words).lower() not in defined]  # fmt: skip
-    anchors = {re.sub(r"\s", "-", title.strip()) for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    anchors = {re.sub(r"\s", "-", title.strip())
+               for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
     for target in targets:
         file, _, anchor = target.partition("#")
         if target.startswith(("http://", "https://", "mailto:")):
@@ -129,14 +142,17 @@ def a_picture_early(nb, path):
 
 
 def opens_with_a_picture(nb, path):
-    if nb.cells and nb.cells[0].cell_type == "markdown" and re.search(r"!\[[^\]]*\]\((?!http)", nb.cells[0].source):
+    if nb.cells and nb.cells[0].cell_type == "markdown" and re.search(r"!\[[^\]]*\]\((?!http)",
+                                                                      nb.cells[0].source):
         return []
     return ["the first cell shows no picture of what will come out"]
 
 
 def cells_are_short(nb, path):
-    lengths = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in code_cells(nb)]
-    return [f"half of the code cells have more than 6 lines: {sorted(lengths)}"] if median(lengths or [0]) > 6 else []
+    lengths = [sum(bool(line.strip()) for line in cell.source.splitlines())
+               for cell in code_cells(nb)]
+    return ([f"half of the code cells have more than 6 lines: {sorted(lengths)}"]
+            if median(lengths or [0]) > 6 else [])
 
 
 def one_parameters_cell(nb, path):
@@ -150,14 +166,15 @@ def one_parameters_cell(nb, path):
         except (AttributeError, ValueError):
             found.append(f"{ast.unparse(statement)}: only name = value in the parameters cell")
     found += [f"{line}: no '# @param' for Colab's form" for line in cells[0].source.splitlines()
-              if line.strip() and "# @param" not in line and not line.lstrip().startswith("#")]  # fmt: skip
+              if line.strip() and "# @param" not in line and not line.lstrip().startswith("#")]
     return found
 
 
 def setup_comes_first(nb, path):
     cells = code_cells(nb)
     marked = [k for k, cell in enumerate(cells) if "setup" in tags(cell)]
-    return [] if marked == [0] else [f"code cells {marked} are tagged setup; the first should be, and it alone"]
+    return [] if marked == [0] else [(f"code cells {marked} are tagged setup; "
+                                      "the first should be, and it alone")]
 
 
 def has_exercises(nb, path):
@@ -166,7 +183,8 @@ def has_exercises(nb, path):
     for name in names:
         for part in ("check", "solution"):
             number = sum(f"{part}:{name}" in tags(cell) for cell in nb.cells)
-            found += [] if number == 1 else [f"{number} cells are tagged {part}:{name}; one should be"]
+            found += [] if number == 1 else [(f"{number} cells are tagged "
+                                              f"{part}:{name}; one should be")]
     return found
 
 
@@ -182,22 +200,28 @@ def leads_on(nb, path):
 
 def pictures_are_compared(nb, path):
     """Most pictures are compared closely: `picture:loose` is for what training has made."""
-    pictured = [cell for cell in code_cells(nb) if any("image/png" in output.get("data", {}) for output in cell.outputs)]
+    pictured = [cell for cell in code_cells(nb)
+                if any("image/png" in output.get("data", {}) for output in cell.outputs)]
     loose = [cell.id for cell in pictured if "picture:loose" in tags(cell)]
-    return [f"{len(loose)} of {len(pictured)} pictures are compared loosely"] if 2 * len(loose) > len(pictured) else []
+    return ([f"{len(loose)} of {len(pictured)} pictures are compared loosely"]
+            if 2 * len(loose) > len(pictured) else [])
 
 
-GUARDS = (run_in_order, nothing_went_wrong, few_are_ignored, no_widget_state, nothing_private, nothing_passing,
-          not_too_big, pictures_have_alt_text, links_lead_somewhere, a_picture_early, opens_with_a_picture,
-          cells_are_short, one_parameters_cell, setup_comes_first, has_exercises, leads_on, pictures_are_compared)  # fmt: skip
+GUARDS = (run_in_order, nothing_went_wrong, few_are_ignored, no_widget_state, nothing_private,
+          nothing_passing,
+          not_too_big, pictures_have_alt_text, links_lead_somewhere, a_picture_early,
+          opens_with_a_picture,
+          cells_are_short, one_parameters_cell, setup_comes_first, has_exercises, leads_on,
+          pictures_are_compared)
 
 
-# --- of all notebooks together -------------------------------------------------------------------------
+# --- of all notebooks together --------------------------------------------------------------------
 
 
 def idle_rules(rules, texts):
     """The sanitize rules, [(regex, replacement)], that change none of `texts`."""
-    return [regex for regex, replacement in rules if all(re.sub(regex, replacement, text) == text for text in texts)]
+    return [regex for regex, replacement in rules
+            if all(re.sub(regex, replacement, text) == text for text in texts)]
 
 
 def setup_cell(nb):
@@ -206,19 +230,21 @@ def setup_cell(nb):
     return re.sub(r'^DBCORE_REPO = ".*?"', 'DBCORE_REPO = ""', source, flags=re.MULTILINE)
 
 
-# --- exercises ------------------------------------------------------------------------------------------
+# --- exercises ------------------------------------------------------------------------------------
 
 
 def exercises(nb):
     """The names of its exercises, in order: cells tagged exercise:<name>."""
-    return [tag.partition(":")[2] for cell in code_cells(nb) for tag in tags(cell) if tag.startswith("exercise:")]
+    return [tag.partition(":")[2] for cell in code_cells(nb) for tag in tags(cell)
+            if tag.startswith("exercise:")]
 
 
 def mark(nb, name, part):
-    """Run the check of one exercise on its `part`, 'exercise' (the untouched stub) or 'solution': the verdict.
+    """Run the check of one exercise on its `part`, 'exercise' (the untouched stub) or 'solution':
+    the verdict.
 
-    The cells tagged exercise-context are run first, in order, then the part, then the check cell, whose last
-    line is the verdict.
+    The cells tagged exercise-context are run first, in order, then the part, then the check cell,
+    whose last line is the verdict.
     """
     space = {"__name__": "__main__"}
     for cell in code_cells(nb):

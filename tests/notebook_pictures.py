@@ -1,9 +1,10 @@
-"""A pytest plugin beside nbval, which compares text and passes over pictures: this compares the pictures.
+"""A pytest plugin beside nbval, which compares text and passes over pictures: this compares the
+pictures.
 
-Both pictures are laid on white and shrunk to 32 x 32 regions. The replay fails if one is missing, if a side
-differs by more than 3 %, if the regions differ by more than 4 of 255 grey levels on average, or if one region
-differs by more than 24. A cell tagged `picture:loose` shows what training has made, where rounding on another
-processor has grown: 16 on average, and no limit for one region.
+Both pictures are laid on white and shrunk to 32 x 32 regions. The replay fails if one is missing,
+if a side differs by more than 3 %, if the regions differ by more than 4 of 255 grey levels on
+average, or if one region differs by more than 24. A cell tagged `picture:loose` shows what training
+has made, where rounding on another processor has grown: 16 on average, and no limit for one region.
 """
 
 import base64
@@ -26,7 +27,8 @@ LOOSE_TAG, LOOSE_MEAN = "picture:loose", 16
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     result = yield
-    if IPyNbCell and isinstance(item, IPyNbCell) and item.options["check"] and item.cell.execution_count:
+    if (IPyNbCell and isinstance(item, IPyNbCell) and item.options["check"]
+        and item.cell.execution_count):
         loose = LOOSE_TAG in item.cell.metadata.get("tags", [])
         complaint = compare(pictures(item.cell.outputs), pictures(item.test_outputs or []), loose)
         if complaint:
@@ -36,7 +38,8 @@ def pytest_runtest_call(item):
 
 def pictures(outputs):
     """The PNG pictures of a cell's outputs, in order, as PIL images on white."""
-    found = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    found = [output["data"]["image/png"] for output in outputs
+             if "image/png" in output.get("data", {})]
     return [_on_white(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
 
 
@@ -60,11 +63,13 @@ def difference(stored, fresh, loose=False):
     """What differs between two pictures, in words, or None."""
     if any(abs(a - b) > SIDE * max(a, b) for a, b in zip(stored.size, fresh.size)):
         return f"stored with {stored.size} pixels, fresh with {fresh.size}"
-    a, b = (np.asarray(image.resize((REGIONS, REGIONS), Image.Resampling.BOX), float) for image in (stored, fresh))
+    a, b = (np.asarray(image.resize((REGIONS, REGIONS), Image.Resampling.BOX), float)
+            for image in (stored, fresh))
     off = np.abs(a - b).max(-1)
     if off.mean() > (LOOSE_MEAN if loose else MEAN):
         return f"regions differ by {off.mean():.1f} of 255 grey levels on average"
     if off.max() > WORST and not loose:
         y, x = np.unravel_index(off.argmax(), off.shape)
-        return f"the region {x / REGIONS:.0%} across, {y / REGIONS:.0%} down differs by {off.max():.0f} grey levels"
+        return (f"the region {x / REGIONS:.0%} across, {y / REGIONS:.0%} down differs by "
+                f"{off.max():.0f} grey levels")
     return None

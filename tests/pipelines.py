@@ -1,4 +1,5 @@
-"""Small random-weight pipelines for tests: the shape of Stable Diffusion, a few thousand parameters."""
+"""Small random-weight pipelines for tests: the shape of Stable Diffusion, a few thousand
+parameters."""
 
 import json
 from pathlib import Path
@@ -61,7 +62,7 @@ def make_tokenizer(folder, max_tokens=MAX_TOKENS, **config):
                 merges.append((parts[0], parts[1]))
             parts[:2] = ["".join(parts[:2])]
             symbols.append(parts[0])
-    symbols = list(dict.fromkeys(symbols)) + ["<|startoftext|>", "<|endoftext|>"]
+    symbols = [*dict.fromkeys(symbols), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
     (folder / "merges.txt").write_text(
         "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n"
@@ -80,7 +81,8 @@ def make_tokenizer(folder, max_tokens=MAX_TOKENS, **config):
 
 
 def make_tiny_pipeline(folder, prediction_type="epsilon", seed=0):
-    """Write a StableDiffusionPipeline of 32 x 32 pictures and 16 x 16 x 4 latents; return its folder."""
+    """Write a StableDiffusionPipeline of 32 x 32 pictures and 16 x 16 x 4 latents; return its
+    folder."""
     folder = Path(folder)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "tokenizer")
@@ -94,25 +96,26 @@ def make_tiny_pipeline(folder, prediction_type="epsilon", seed=0):
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        sample_size=32, scaling_factor=0.5,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4,
+        norm_num_groups=4, sample_size=32, scaling_factor=0.5,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16, attention_head_dim=2,
-        norm_num_groups=4,
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1,
+        block_out_channels=(8, 16), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16,
+        attention_head_dim=2, norm_num_groups=4,
     )  # fmt: skip
     scheduler = DDPMScheduler(prediction_type=prediction_type, steps_offset=1, clip_sample=False)
     StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
 def make_sd15_pipeline(folder, seed=0):
-    """Write a pipeline of Stable Diffusion 1.5's true shape (0.86 billion in the UNet), random weights, fp16."""
+    """Write a pipeline of Stable Diffusion 1.5's true shape (0.86 billion in the UNet), random
+    weights, fp16."""
     folder = Path(folder)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "tokenizer")
@@ -126,23 +129,27 @@ def make_sd15_pipeline(folder, seed=0):
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, sample_size=512,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
+        sample_size=512,
     )  # fmt: skip
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        clip_sample=False
     )
     StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(folder)  # fmt: skip
     return folder
 
 
 def make_sd15_miniature(folder, seed=0):
-    """Write Stable Diffusion 1.5 in miniature: its parts, layers, names and sampler, a few channels, random weights.
+    """Write Stable Diffusion 1.5 in miniature: its parts, layers, names and sampler, a few
+    channels, random weights.
 
-    Pictures are 128 x 128, latents 16 x 16 x 4. Like the original it has a safety checker, and no settings of ours.
+    Pictures are 128 x 128, latents 16 x 16 x 4. Like the original it has a safety checker, and no
+    settings of ours.
     """
     folder = Path(folder)
     torch.manual_seed(seed)
@@ -157,21 +164,23 @@ def make_sd15_miniature(folder, seed=0):
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4, norm_num_groups=4,
-        sample_size=128,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
+        norm_num_groups=4, sample_size=128,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=16, cross_attention_dim=32, attention_head_dim=2, block_out_channels=(8, 8, 16, 16),
-        norm_num_groups=4,
+        sample_size=16, cross_attention_dim=32, attention_head_dim=2,
+        block_out_channels=(8, 8, 16, 16), norm_num_groups=4,
     )
     scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
+        steps_offset=1
     )
     StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
-    _edit(folder / "scheduler" / "scheduler_config.json", clip_sample=False)  # as the original has it, for DDIM
+    # as the original has it, for DDIM
+    _edit(folder / "scheduler" / "scheduler_config.json", clip_sample=False)
     add_safety_checker(folder)
     return folder
 
@@ -194,7 +203,8 @@ def make_sdxl_miniature(folder, seed=0):
             pad_token_id=tokenizer.pad_token_id, hidden_act=activation,
         ))
         for tokenizer, kind, width, activation in zip(
-            tokenizers, (CLIPTextModel, CLIPTextModelWithProjection), (16, 24), ("quick_gelu", "gelu")
+            tokenizers, (CLIPTextModel, CLIPTextModelWithProjection), (16, 24),
+            ("quick_gelu", "gelu")
         )
     )  # fmt: skip
     vae = AutoencoderKL(
@@ -232,7 +242,8 @@ def make_sdxl_shape(folder):
         end = "_2" * number
         tokenizer = make_tokenizer(folder / f"tokenizer{end}", 77)
         CLIPTextConfig(
-            vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+            vocab_size=49408, hidden_size=width, intermediate_size=4 * width,
+            num_hidden_layers=layers,
             num_attention_heads=width // 64, max_position_embeddings=77, projection_dim=width,
             eos_token_id=tokenizer.eos_token_id,
         ).save_pretrained(folder / f"text_encoder{end}")  # fmt: skip
@@ -249,8 +260,8 @@ def make_sdxl_shape(folder):
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
-            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=6 * 256 + 1280,
+            use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=6 * 256 + 1280,
         )  # fmt: skip
     for name, network in (("vae", vae), ("unet", unet)):
         network.save_config(folder / name)
@@ -274,7 +285,8 @@ CHAT_TEMPLATE = (
 
 
 def make_qwen_tokenizer():
-    """A byte-level Qwen2TokenizerFast: a token for each byte, and for each of WORDS after a space."""
+    """A byte-level Qwen2TokenizerFast: a token for each byte, and for each of WORDS after a
+    space."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     symbols, merges = list(bytes_to_unicode().values()), []
@@ -327,19 +339,24 @@ def make_flux2_miniature(folder, seed=0):
 
 
 def add_safety_checker(folder):
-    """Stable Diffusion 1.5 comes with a judge of its pictures: the file of one, with random weights."""
+    """Stable Diffusion 1.5 comes with a judge of its pictures: the file of one, with random
+    weights."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2}
     config = CLIPConfig(vision_config=small, text_config=small, projection_dim=16)
     StableDiffusionSafetyChecker(config).save_pretrained(folder / "safety_checker")
     (folder / "feature_extractor").mkdir()
     (folder / "feature_extractor" / "preprocessor_config.json").write_text("{}")
-    _edit(folder / "feature_extractor" / "preprocessor_config.json", crop_size=224, do_center_crop=True,
-          do_convert_rgb=True, do_normalize=True, do_resize=True, feature_extractor_type="CLIPFeatureExtractor",
-          image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28], resample=3, size=224)  # fmt: skip
-    _edit(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
-          feature_extractor=["transformers", "CLIPImageProcessor"], requires_safety_checker=True)  # fmt: skip
+    _edit(folder / "feature_extractor" / "preprocessor_config.json", crop_size=224,
+          do_center_crop=True,
+          do_convert_rgb=True, do_normalize=True, do_resize=True,
+          feature_extractor_type="CLIPFeatureExtractor",
+          image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28], resample=3, size=224)
+    _edit(folder / "model_index.json",
+          safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+          feature_extractor=["transformers", "CLIPImageProcessor"], requires_safety_checker=True)
 
 
 def _edit(path, **entries):

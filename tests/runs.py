@@ -32,12 +32,14 @@ def make_photos(folder, count=3, size=(48, 40), seed=0):
 
 def add_variant(base, other):
     """Beside a base's weights, those of another base as its `fp16` files."""
-    for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+    for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
+                       ("text_encoder", "model")):
         shutil.copy(other / part / f"{name}.safetensors", base / part / f"{name}.fp16.safetensors")
 
 
 def make_hub(folder, patch, **revisions):
-    """A hub's cache, all there is of a network, with `tiny/base` in several revisions: {name: a base's folder}."""
+    """A hub's cache, all there is of a network, with `tiny/base` in several revisions: {name: a
+    base's folder}."""
     for number, (revision, base) in enumerate(revisions.items()):
         shutil.copytree(base, folder / "models--tiny--base" / "snapshots" / (str(number) * 40))
         reference = folder / "models--tiny--base" / "refs" / revision
@@ -57,7 +59,8 @@ def make_options(folder, **more):
 
 
 def leave_out_report(patch):
-    """The report at the end of a run costs more than a run of four steps: write a card without plots."""
+    """The report at the end of a run costs more than a run of four steps: write a card without
+    plots."""
 
     def card_alone(modules, draw, config, output_dir, history, seconds):
         Path(output_dir, "README.md").write_text("a card\n")
@@ -67,7 +70,8 @@ def leave_out_report(patch):
 
 
 def read_run(folder):
-    """What must be equal in equal runs: the LoRA's bytes, the log, and the validation pictures' bytes."""
+    """What must be equal in equal runs: the LoRA's bytes, the log, and the validation pictures'
+    bytes."""
     folder = Path(folder)
     return {
         "lora": (folder / LORA).read_bytes(),

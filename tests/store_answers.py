@@ -1,7 +1,9 @@
-"""Ask the toy world the course's questions and store the answers: `make answers`, more than an hour on one core.
+"""Ask the toy world the course's questions and store the answers: `make answers`, more than an hour
+on one core.
 
-Each question is one `dbcore toybench` command. What it finds goes to data/toybench_results.json, from which
-data/results/answers.md and notebook 07 have their tables; runs and pictures stay in work_dirs/answers, so that a stopped run goes on.
+Each question is one `dbcore toybench` command. What it finds goes to data/toybench_results.json,
+from which data/results/answers.md and notebook 07 have their tables; runs and pictures stay in
+work_dirs/answers, so that a stopped run goes on.
 """
 
 import json
@@ -18,7 +20,8 @@ RESULTS = dbcore.DATA / "toybench_results.json"
 WORK = "work_dirs/answers"
 ANSWERS = dbcore.DATA / "results" / "answers.md"
 START, END = "<!-- answers: made by make answers -->", "<!-- end of answers -->"
-SHOWN = {SUBJECT: "right subject", "subject, subject encoder": "subject", "prompt, clip_image": "CLIP-T",
+SHOWN = {SUBJECT: "right subject", "subject, subject encoder": "subject",
+         "prompt, clip_image": "CLIP-T",
          PROMPT: "right prompt", "PRES, subject encoder": "PRES", "DIV, subject encoder": "DIV"}
 SIZE = "--num_subjects 3 --num_prompts 8 --num_images 2"
 SHORT = "--max_train_steps 60"
@@ -44,16 +47,19 @@ QUESTIONS = {  # the first way is the one that the others are compared with
               "common word": f"{SHORT} --instance_prompt 'a photo of snow {{class}}'",
               "random letters": f"{SHORT} --instance_prompt 'a photo of xjqv {{class}}'"},
     "method": {"LoRA": SHORT, "DoRA": f"{SHORT} --use_dora", "rsLoRA": f"{SHORT} --use_rslora",
-               "min-SNR": f"{SHORT} --snr_gamma 5", "attention only": f"{SHORT} --lora_layers attention",
+               "min-SNR": f"{SHORT} --snr_gamma 5",
+               "attention only": f"{SHORT} --lora_layers attention",
                "batch 1": f"{SHORT} --train_batch_size 1",
-               **{f"full {rate}": f"{SHORT} --full_finetuning --learning_rate {rate}" for rate in ("5e-5", "2e-4")}},
+               **{f"full {rate}": f"{SHORT} --full_finetuning --learning_rate {rate}"
+                  for rate in ("5e-5", "2e-4")}},
 }
 
 
 def ask(question):
     """One question's {"command", "table", "mean", "differences"}, all of them toybench's."""
     size, folder = ("--quick", f"{WORK}/quick") if question == "prior" else (SIZE, WORK)
-    ways = " ".join(f"--vary {shlex.quote(f'{name}={options}')}" for name, options in QUESTIONS[question].items())
+    ways = " ".join(f"--vary {shlex.quote(f'{name}={options}')}"
+                    for name, options in QUESTIONS[question].items())
     command = f"toybench {size} {ways} --output_dir {folder}"
     main(shlex.split(command))
     found = json.loads(Path(folder, "toybench.json").read_text(encoding="utf-8"))
@@ -64,9 +70,11 @@ def ask(question):
 
 def summary(answers):
     """Markdown for data/results/answers.md: one row a way to train, the measures that tell most."""
-    lines = ["| question | way to train | " + " | ".join(SHOWN.values()) + " |", "|---|---|" + "---:|" * len(SHOWN)]
+    lines = ["| question | way to train | " + " | ".join(SHOWN.values()) + " |",
+             "|---|---|" + "---:|" * len(SHOWN)]
     for question, answer in answers.items():
-        for way in (way for way in QUESTIONS[question] if way in answer["mean"]):  # a new way is not asked yet
+        # a new way is not asked yet
+        for way in (way for way in QUESTIONS[question] if way in answer["mean"]):
             cells = [cell(answer["mean"][way][measure]) for measure in SHOWN]
             lines.append(f"| {question} | {way} | " + " | ".join(cells) + " |")
             question = ""  # once for all its rows

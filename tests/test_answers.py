@@ -1,4 +1,5 @@
-"""The course's questions, answered: the table of data/results/answers.md is that of data/toybench_results.json, and the directions hold."""
+"""The course's questions, answered: the table of data/results/answers.md is that of
+data/toybench_results.json, and the directions hold."""
 
 import json
 import re
@@ -36,13 +37,17 @@ def test_the_shared_rate_is_the_one_that_the_unet_is_trained_at():
 def test_prior_preservation_has_the_papers_direction(answers):
     """Ruiz et al. 2023, table 4: PRES falls by far, fidelity to the subject gives a little."""
     mean, apart = answers["prior"]["mean"], answers["prior"]["differences"]["without"]
-    assert mean["with"]["PRES, subject encoder"][0] < mean["without"]["PRES, subject encoder"][0] - 0.2
-    assert apart["PRES, subject encoder"][1] > 0 and apart["subject, subject encoder"][0] > 0
+    assert (mean["with"]["PRES, subject encoder"][0] < mean["without"]["PRES, subject encoder"][0]
+            - 0.2)
+    assert apart["PRES, subject encoder"][1] > 0
+    assert apart["subject, subject encoder"][0] > 0
 
 
 def test_every_interval_in_words_is_one_that_was_stored(answers):
     words = ANSWERS.read_text(encoding="utf-8").partition("## All of it")[0]
     told = set(re.findall(r"(\d\.\d\d)\s+\[(\d\.\d\d), (\d\.\d\d)\]", words))
-    differences = [value for answer in answers.values() for way in answer["differences"].values() for value in way.values()]
+    differences = [value for answer in answers.values() for way in answer["differences"].values()
+                   for value in way.values()]
     found = {tuple(sorted(f"{abs(x):.2f}" for x in value)) for value in differences if value}
-    assert len(told) >= 4 and not [each for each in told if tuple(sorted(each)) not in found]
+    assert len(told) >= 4
+    assert not [each for each in told if tuple(sorted(each)) not in found]

@@ -1,4 +1,5 @@
-"""Every option is one thing with five faces: flag, keyword, YAML key, line of config.yaml, row of the card."""
+"""Every option is one thing with five faces: flag, keyword, YAML key, line of config.yaml, row of
+the card."""
 
 import argparse
 import dataclasses
@@ -25,9 +26,11 @@ from dbcore.config import (
     write_yaml,
 )
 
-FIELDS = [(cls, field) for cls in (TrainConfig, GenerateConfig) for field in dataclasses.fields(cls)]
+FIELDS = [(cls, field) for cls in (TrainConfig, GenerateConfig)
+          for field in dataclasses.fields(cls)]
 NAMES = [f"{cls.__name__}.{field.name}" for cls, field in FIELDS]
-NEEDED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "photos", "instance_prompt": "a sks dog"}
+NEEDED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "photos",
+          "instance_prompt": "a sks dog"}
 
 
 def parse(cls, *argv):
@@ -47,7 +50,8 @@ def another(cls, field):
     if typing.get_origin(hint) is list:
         return [1.5, 0.5] if kinds == (float,) else ["one", "two words"]
     if rules["choices"]:
-        return next(choice for choice in rules["choices"] if choice not in (AUTO, default_of(field)))
+        return next(choice for choice in rules["choices"]
+                    if choice not in (AUTO, default_of(field)))
     if hint is bool:
         return not default_of(field)
     if int in kinds:
@@ -74,7 +78,8 @@ def test_flag_keyword_yaml_key_saved_field_and_card_row_are_one(cls, field, tmp_
     write_yaml(config, tmp_path / "config.yaml")
     saved, table = read_yaml(tmp_path / "config.yaml", cls), settings_table(config)
     if field.name in SECRETS:
-        assert field.name not in saved and field.name not in table
+        assert field.name not in saved
+        assert field.name not in table
     else:
         assert saved[field.name] == value
         assert f"| {field.name} | {shown(value)} |" in table.splitlines()
@@ -86,11 +91,13 @@ def test_help_says_what_a_field_does(cls, field):
     add_options(parser, cls)
     assert len(field.metadata["help"].split()) >= 2
     words = " ".join(parser.format_help().split())
-    assert f"--{field.name}" in words and " ".join(field.metadata["help"].split()) in words
+    assert f"--{field.name}" in words
+    assert " ".join(field.metadata["help"].split()) in words
 
 
 def test_a_saved_config_repeats_the_run(tmp_path):
-    config = TrainConfig(**NEEDED, validation_prompt=["a dog", "été, 'quoted': yes"], mixed_precision="no", seed=-3)
+    config = TrainConfig(**NEEDED, validation_prompt=["a dog", "été, 'quoted': yes"],
+                         mixed_precision="no", seed=-3)
     write_yaml(config, tmp_path / "config.yaml")
     assert parse(TrainConfig, "--config", tmp_path / "config.yaml") == config
 
@@ -101,7 +108,7 @@ def test_flags_win_over_the_file(tmp_path):
     assert (config.rank, config.seed) == (2, 3)
 
 
-# --- bad values ---------------------------------------------------------------------------------------
+# --- bad values -----------------------------------------------------------------------------------
 
 
 def bad_values():
@@ -133,11 +140,13 @@ def bad_values():
             yield cls, field.name, None, "give a value"
 
 
-@pytest.mark.parametrize(("cls", "name", "value", "says"), list(bad_values()), ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize(("cls", "name", "value", "says"), list(bad_values()),
+                         ids=lambda x: getattr(x, "__name__", str(x)))
 def test_a_bad_value_names_the_option(cls, name, value, says):
     with pytest.raises(ConfigError) as caught:
         cls(**{name: value})
-    assert f"--{name}" in str(caught.value) and says in str(caught.value)
+    assert f"--{name}" in str(caught.value)
+    assert says in str(caught.value)
 
 
 def test_a_flag_of_no_option_and_half_a_flag_are_refused(capsys):
@@ -149,25 +158,30 @@ def test_a_flag_of_no_option_and_half_a_flag_are_refused(capsys):
 
 def test_an_unknown_yaml_key_is_answered_with_the_near_one(tmp_path):
     (tmp_path / "run.yaml").write_text("learning_rat: 0.1\n")
-    with pytest.raises(ConfigError, match="'learning_rat' is no option; did you mean learning_rate"):
+    with pytest.raises(ConfigError,
+                       match="'learning_rat' is no option; did you mean learning_rate"):
         parse(TrainConfig, "--config", tmp_path / "run.yaml")
 
 
-@pytest.mark.parametrize("text", ["- rank\n- 4\n", "just words", "rank: [4\nhub_token: hf_sentinel\n",
-                                  'hub_token: "hf_sentinel\n', "rank: !!python/object/apply:os.system ['false']\n"])
+@pytest.mark.parametrize("text",
+                         ["- rank\n- 4\n", "just words", "rank: [4\nhub_token: hf_sentinel\n",
+                                  'hub_token: "hf_sentinel\n',
+                          "rank: !!python/object/apply:os.system ['false']\n"])
 def test_a_file_that_is_no_list_of_options_is_refused_and_not_quoted(text, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
-    with pytest.raises(ConfigError, match="run.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"run.yaml") as caught:
         parse(TrainConfig, "--config", tmp_path / "run.yaml")
     assert "hf_sentinel" not in str(caught.value)
 
 
 def test_yaml_reads_as_people_write_it(tmp_path):
-    (tmp_path / "run.yaml").write_text("mixed_precision: no\nlearning_rate: 1e-4\nvalidation_prompt: a dog\n"
-                                       "center_crop: yes\nrank: '8'\n")
+    (tmp_path / "run.yaml").write_text("mixed_precision: no\nlearning_rate: "
+                                       "1e-4\nvalidation_prompt: a dog\ncenter_crop: "
+                                       "yes\nrank: '8'\n")
     config = parse(TrainConfig, "--config", tmp_path / "run.yaml")
     assert (config.mixed_precision, config.learning_rate, config.rank) == ("no", 1e-4, 8)
-    assert config.validation_prompt == ["a dog"] and config.center_crop is True
+    assert config.validation_prompt == ["a dog"]
+    assert config.center_crop is True
 
 
 def test_a_long_seed_is_the_same_from_every_side(tmp_path):
@@ -178,8 +192,10 @@ def test_a_long_seed_is_the_same_from_every_side(tmp_path):
 
 
 def test_switches_go_both_ways_and_numbers_may_be_negative():
-    config = parse(TrainConfig, "--no-cache_latents", "--center_crop", "--no-random_flip", "--seed", "-1")
-    assert (config.cache_latents, config.center_crop, config.random_flip, config.seed) == (False, True, False, -1)
+    config = parse(TrainConfig, "--no-cache_latents", "--center_crop", "--no-random_flip", "--seed",
+                   "-1")
+    assert (config.cache_latents, config.center_crop, config.random_flip,
+            config.seed) == (False, True, False, -1)
     assert parse(GenerateConfig, "--lora_scale", "-0.5", "1", "-2").lora_scale == [-0.5, 1.0, -2.0]
 
 
@@ -190,10 +206,11 @@ def test_a_secret_is_not_in_the_repr_nor_in_an_error():
     assert "hf_sentinel" not in str(caught.value)
 
 
-# --- options of other scripts -------------------------------------------------------------------------
+# --- options of other scripts ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cls", "name"), [(cls, name) for cls in ANSWERED for name in ANSWERED[cls]])
+@pytest.mark.parametrize(("cls", "name"),
+                         [(cls, name) for cls in ANSWERED for name in ANSWERED[cls]])
 @pytest.mark.parametrize("value", [[], ["0"], ["a", "b"]], ids=["bare", "valued", "listed"])
 def test_an_answered_option_prints_one_line_and_changes_nothing(cls, name, value, capsys):
     assert parse(cls, f"--{name}", *value, "--seed", 2) == cls(seed=2)
@@ -210,30 +227,38 @@ def test_an_alias_is_its_option_and_says_so(capsys):
 def test_a_command_of_the_diffusers_script_is_read_as_it_is(capsys):
     config = parse(
         TrainConfig, "--pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "--instance_data_dir=dog", "--class_data_dir=class", "--output_dir=out", "--with_prior_preservation",
-        "--prior_loss_weight=1.0", "--instance_prompt=a photo of sks dog", "--class_prompt=a photo of dog",
-        "--resolution=512", "--train_batch_size=1", "--gradient_accumulation_steps=1", "--learning_rate=1e-4",
-        "--lr_scheduler=constant", "--lr_warmup_steps=0", "--num_class_images=200", "--max_train_steps=800",
-        "--checkpointing_steps=100", "--report_to=wandb", "--validation_prompt=A photo of sks dog in a bucket",
+        "--instance_data_dir=dog", "--class_data_dir=class", "--output_dir=out",
+        "--with_prior_preservation",
+        "--prior_loss_weight=1.0", "--instance_prompt=a photo of sks dog",
+        "--class_prompt=a photo of dog",
+        "--resolution=512", "--train_batch_size=1", "--gradient_accumulation_steps=1",
+        "--learning_rate=1e-4",
+        "--lr_scheduler=constant", "--lr_warmup_steps=0", "--num_class_images=200",
+        "--max_train_steps=800",
+        "--checkpointing_steps=100", "--report_to=wandb",
+        "--validation_prompt=A photo of sks dog in a bucket",
         "--validation_epochs=50", "--seed=0", "--train_text_encoder", "--mixed_precision=fp16",
         "--prior_generation_precision=fp32", "--enable_xformers_memory_efficient_attention",
         "--dataloader_num_workers=4", "--local_rank=0", "--push_to_hub")
     config.check()
-    assert (config.max_train_steps, config.learning_rate, config.validation_epochs) == (800, 1e-4, 50)
+    assert (config.max_train_steps, config.learning_rate,
+            config.validation_epochs) == (800, 1e-4, 50)
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 # Every option of diffusers' examples/dreambooth/train_dreambooth_lora.py.
 DIFFUSERS = """
-    pretrained_model_name_or_path revision variant tokenizer_name instance_data_dir class_data_dir instance_prompt
-    class_prompt validation_prompt num_validation_images validation_epochs with_prior_preservation prior_loss_weight
-    num_class_images output_dir seed resolution center_crop train_text_encoder train_batch_size sample_batch_size
-    num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint
-    gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps
-    lr_num_cycles lr_power dataloader_num_workers use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
-    max_grad_norm push_to_hub hub_token hub_model_id logging_dir allow_tf32 report_to mixed_precision
-    prior_generation_precision local_rank enable_xformers_memory_efficient_attention pre_compute_text_embeddings
-    tokenizer_max_length text_encoder_use_attention_mask validation_images class_labels_conditioning rank
+    pretrained_model_name_or_path revision variant tokenizer_name instance_data_dir class_data_dir
+    instance_prompt class_prompt validation_prompt num_validation_images validation_epochs
+    with_prior_preservation prior_loss_weight num_class_images output_dir seed resolution
+    center_crop train_text_encoder train_batch_size sample_batch_size num_train_epochs
+    max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler
+    lr_warmup_steps lr_num_cycles lr_power dataloader_num_workers use_8bit_adam adam_beta1
+    adam_beta2 adam_weight_decay adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id
+    logging_dir allow_tf32 report_to mixed_precision prior_generation_precision local_rank
+    enable_xformers_memory_efficient_attention pre_compute_text_embeddings tokenizer_max_length
+    text_encoder_use_attention_mask validation_images class_labels_conditioning rank
     image_interpolation_mode
 """
 
@@ -248,23 +273,32 @@ def test_every_option_of_the_diffusers_script_is_known(name):
 def test_the_commands_of_the_seed_repository_are_read_as_they_are(capsys):
     """Its main.py and inference.py; a doubled `=` and all."""
     config = parse(
-        TrainConfig, "--pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5", "--instance_data_dir=imgs/dogs",
-        "--instance_prompt=a photo of sks dog", "--validation_prompt=a photo of sks dog is swimming",
-        "--with_prior_preservation", "--train_text_encoder", "--class_prompt==a photo of dog", "--resolution=512",
-        "--train_batch_size=1", "--gradient_accumulation_steps=1", "--learning_rate=2e-4", "--max_train_steps=150",
+        TrainConfig, "--pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5",
+        "--instance_data_dir=imgs/dogs",
+        "--instance_prompt=a photo of sks dog",
+        "--validation_prompt=a photo of sks dog is swimming",
+        "--with_prior_preservation", "--train_text_encoder", "--class_prompt==a photo of dog",
+        "--resolution=512",
+        "--train_batch_size=1", "--gradient_accumulation_steps=1", "--learning_rate=2e-4",
+        "--max_train_steps=150",
         "--validation_epochs", 4)
     config.check()
-    assert (config.class_prompt, config.max_train_steps, config.validation_epochs) == ("a photo of dog", 150, 4)
+    assert (config.class_prompt, config.max_train_steps,
+            config.validation_epochs) == ("a photo of dog", 150, 4)
     drawn = parse(GenerateConfig, "--pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5",
-                  "--checkpoint_dir=checkpoint-200", "--prompt=A photo of sks dog is swimming", "--output_dir=out",
-                  "--mixed_precision=fp16", "--num_inference_steps=25", "--num_images=8", "--seed=1", "--device=cuda")
+                  "--checkpoint_dir=checkpoint-200", "--prompt=A photo of sks dog is swimming",
+                  "--output_dir=out",
+                  "--mixed_precision=fp16", "--num_inference_steps=25", "--num_images=8",
+                  "--seed=1", "--device=cuda")
     drawn.check()
-    assert (drawn.checkpoint_dir, drawn.prompt) == (["checkpoint-200"], ["A photo of sks dog is swimming"])
+    assert (drawn.checkpoint_dir, drawn.prompt) == (["checkpoint-200"],
+                                                    ["A photo of sks dog is swimming"])
     said = capsys.readouterr().out
-    assert "--class_prompt has a second =, which is left out" in said and "--device has no effect" in said
+    assert "--class_prompt has a second =, which is left out" in said
+    assert "--device has no effect" in said
 
 
-# --- contradictions -----------------------------------------------------------------------------------
+# --- contradictions -------------------------------------------------------------------------------
 
 CONTRADICTIONS = {
     "pretrained_model_name_or_path": {"pretrained_model_name_or_path": None},
@@ -276,7 +310,8 @@ CONTRADICTIONS = {
     "text_encoder_lr": {"text_encoder_lr": 1e-5},
     "text_encoder_rank": {"text_encoder_rank": 2},
     "train_text_encoder_frac": {"train_text_encoder_frac": 0.5},
-    "validation_epochs": {"validation_prompt": "a dog", "validation_steps": 1, "validation_epochs": 1},
+    "validation_epochs": {"validation_prompt": "a dog", "validation_steps": 1,
+                          "validation_epochs": 1},
     "validation_steps": {"validation_steps": 1},
     "validation_epochs alone": {"validation_epochs": 1},
     "lr_warmup_steps": {"lr_warmup_steps": 10},
@@ -286,10 +321,13 @@ CONTRADICTIONS = {
     "hub_model_id": {"hub_model_id": "me/dog"},
     "hub_token": {"hub_token": "hf_sentinel", "report_to": "wandb"},
     "output_dir": {"output_dir": "photos/run"},
-    "output_dir within": {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": "dogs", "output_dir": "dogs/run"},
-    "class_data_dir a file": {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": __file__},
+    "output_dir within": {"with_prior_preservation": True, "class_prompt": "a dog",
+                          "class_data_dir": "dogs", "output_dir": "dogs/run"},
+    "class_data_dir a file": {"with_prior_preservation": True, "class_prompt": "a dog",
+                              "class_data_dir": __file__},
     "instance_prompt of spaces": {"instance_prompt": "  "},
-    "class_data_dir within": {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": "photos"},
+    "class_data_dir within": {"with_prior_preservation": True, "class_prompt": "a dog",
+                              "class_data_dir": "photos"},
 }  # fmt: skip
 
 
@@ -315,11 +353,13 @@ import io, sys
 from contextlib import redirect_stderr, redirect_stdout
 from dbcore.__main__ import main
 for words, says in [
-    (["--help"], "quickstart"), (["train", "--help"], "--learning_rate"), (["generate", "--help"], "--lora_scale"),
-    (["train", "--rank", "0"], "--rank 0"), (["train", "--rank", "4"], "--pretrained_model_name_or_path is missing"),
-    (["train", "--config", "nowhere.yaml"], "nowhere.yaml"), (["generate", "--prompt", "a"], "--checkpoint_dir"),
-    (["train", "--pretrained_model_name_or_path", "b", "--instance_data_dir", "p", "--instance_prompt", "w",
-      "--class_prompt", "c"], "--with_prior_preservation"),
+    (["--help"], "quickstart"), (["train", "--help"], "--learning_rate"),
+    (["generate", "--help"], "--lora_scale"), (["train", "--rank", "0"], "--rank 0"),
+    (["train", "--rank", "4"], "--pretrained_model_name_or_path is missing"),
+    (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["generate", "--prompt", "a"], "--checkpoint_dir"),
+    (["train", "--pretrained_model_name_or_path", "b", "--instance_data_dir", "p",
+      "--instance_prompt", "w", "--class_prompt", "c"], "--with_prior_preservation"),
 ]:
     out = io.StringIO()
     try:
@@ -328,14 +368,15 @@ for words, says in [
     except SystemExit as error:
         out.write(str(error))
     assert says in out.getvalue(), (words, out.getvalue())
-    heavy = {"torch", "diffusers", "transformers", "accelerate", "peft", "matplotlib"} & set(sys.modules)
+    heavy = {"torch", "diffusers", "transformers", "accelerate", "peft", "matplotlib"}
+    heavy &= set(sys.modules)
     assert not heavy, (words, heavy)
 """
 
 
 def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported():
-    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=False,
-                          cwd=Path(dbcore.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True,
+                          check=False, cwd=Path(dbcore.__file__).parents[1])
     assert done.returncode == 0, done.stderr
 
 
@@ -346,7 +387,8 @@ def test_help_lists_every_tool_with_its_line(capsys):
         main(["--help"])
     words = " ".join(capsys.readouterr().out.split())
     there = {path.stem for path in (Path(dbcore.__file__).parent / "tools").glob("*.py")}
-    modules = {name: importlib.import_module(f"dbcore.tools.{name}") for name in sorted(there - {"__init__"})}
+    modules = {name: importlib.import_module(f"dbcore.tools.{name}")
+               for name in sorted(there - {"__init__"})}
     lines = {name: module.HELP for name, module in modules.items() if hasattr(module, "HELP")}
     assert set(TOOLS) == set(lines)
     for name, line in lines.items():
@@ -356,21 +398,25 @@ def test_help_lists_every_tool_with_its_line(capsys):
 @pytest.mark.parametrize("around", ["photos", "."])
 def test_class_images_from_around_the_photos_are_refused(tmp_path, around):
     (tmp_path / "photos" / "sks").mkdir(parents=True)
-    config = TrainConfig(pretrained_model_name_or_path="base", instance_data_dir=str(tmp_path / "photos" / "sks"),
+    config = TrainConfig(pretrained_model_name_or_path="base",
+                         instance_data_dir=str(tmp_path / "photos" / "sks"),
                          instance_prompt="a photo of sks dog", class_prompt="a photo of a dog",
-                         with_prior_preservation=True, class_data_dir=str(tmp_path / around), output_dir=str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="--class_data_dir .* has --instance_data_dir .* in it"):
+                         with_prior_preservation=True, class_data_dir=str(tmp_path / around),
+                         output_dir=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"--class_data_dir .* has --instance_data_dir .* in it"):
         config.check()
 
 
-# --- a home and a console ----------------------------------------------------------------------------------
+# --- a home and a console -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["output_dir", "instance_data_dir", "class_data_dir", "pretrained_model_name_or_path"])
+@pytest.mark.parametrize("name", ["output_dir", "instance_data_dir", "class_data_dir",
+                                  "pretrained_model_name_or_path"])
 def test_the_home_folder_is_meant_by_its_sign(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.yaml").write_text(f"{name}: ~/dog\n")
-    assert getattr(TrainConfig(**read_yaml(tmp_path / "run.yaml", TrainConfig)), name) == str(tmp_path / "dog")
+    assert getattr(TrainConfig(**read_yaml(tmp_path / "run.yaml", TrainConfig)),
+                   name) == str(tmp_path / "dog")
     assert TrainConfig(instance_prompt="~ dog").instance_prompt == "~ dog"
 
 
@@ -381,5 +427,6 @@ def test_the_sign_is_read_in_the_options_of_every_tool(tmp_path, monkeypatch):
                         ("merge", ["--lora", "~/a", "~/b", "--output=~/out"])):
         monkeypatch.setattr(f"dbcore.tools.{tool}.main", seen.append)
         main([tool, *words])
-    assert (seen[0].instance_data_dir, seen[0].output_dir) == (f"{tmp_path}/photos", f"{tmp_path}/out")
+    assert (seen[0].instance_data_dir, seen[0].output_dir) == (f"{tmp_path}/photos",
+                                                               f"{tmp_path}/out")
     assert seen[1].lora == [f"{tmp_path}/a", f"{tmp_path}/b"]

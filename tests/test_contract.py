@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOMS = ("engines", "datasets", "tools")
-# What would betray a family. Options that users know (--train_text_encoder, --text_encoder_lr) may be
-# named, and roles (text_encoders, autoencoder, denoiser), which every family has.
+# What would betray a family. Options that users know (--train_text_encoder, --text_encoder_lr) may
+# be named, and roles (text_encoders, autoencoder, denoiser), which every family has.
 BETRAYED = re.compile(
     r"\b((unet|UNet)\w*|vae|transformer|text_encoder(_\d)?|CLIPText\w+|AutoencoderKL\w*|alphas_cumprod"
     r"|(num_)?train_timesteps|noise_scheduler|encoder_hidden_states|prompt_embeds|added_cond_kwargs"
@@ -18,7 +18,8 @@ BETRAYED = re.compile(
 def betrayals(path):
     """Its lines, with their numbers, that name a part of one family."""
     lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    return [f"{path.name}:{number}: {line.strip()}" for number, line in lines if BETRAYED.search(line)]
+    return [f"{path.name}:{number}: {line.strip()}" for number, line in lines
+            if BETRAYED.search(line)]
 
 
 def sources():
@@ -32,7 +33,8 @@ def test_engines_datasets_and_tools_know_no_family(path):
 
 @pytest.mark.parametrize("line", [
     "unet = base.unet", 'getattr(base, "vae")', "base.text_encoder(ids)", 'release("text_encoder")',
-    "t = randint(noise_scheduler.config.num_train_timesteps)", "from diffusers import UNet2DConditionModel",
+    "t = randint(noise_scheduler.config.num_train_timesteps)",
+    "from diffusers import UNet2DConditionModel",
 ])  # fmt: skip
 def test_a_line_that_names_a_part_is_found(line, tmp_path):
     (tmp_path / "engine.py").write_text(f"x = 1\n{line}\n")

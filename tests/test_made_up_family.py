@@ -1,7 +1,8 @@
 """A family that is none of the package's own, in this one file, through training and every tool.
 
-A convolutional denoiser on pixels, without an autoencoder, by rectified flow, told the mean of the words'
-vectors. What it needs is said here, and nowhere else: the proof that engines and tools know no family.
+A convolutional denoiser on pixels, without an autoencoder, by rectified flow, told the mean of the
+words' vectors. What it needs is said here, and nowhere else: the proof that engines and tools know
+no family.
 """
 
 import json
@@ -37,7 +38,8 @@ class PixelDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
     @register_to_config
     def __init__(self, side=SIDE, width=WIDTH, words=WORDS):
         super().__init__()
-        self.look, self.say = (torch.nn.Conv2d(*io, 3, padding=1) for io in ((4, width), (width, 3)))
+        self.look, self.say = (torch.nn.Conv2d(*io, 3, padding=1)
+                               for io in ((4, width), (width, 3)))
         self.listen = torch.nn.Linear(words, width)
 
     def forward(self, pixels, t, words, return_dict=False):
@@ -49,8 +51,8 @@ class PixelDenoiser(ModelMixin, ConfigMixin, PeftAdapterMixin):
 class PixelPipeline(DiffusionPipeline):
     def __init__(self, transformer, text_encoder, tokenizer, scheduler):
         super().__init__()
-        self.register_modules(transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer,
-                              scheduler=scheduler)
+        self.register_modules(transformer=transformer, text_encoder=text_encoder,
+                              tokenizer=tokenizer, scheduler=scheduler)
 
     def __call__(self, words, no_words, latents, num_inference_steps, guidance_scale, **_):
         self.scheduler.set_timesteps(num_inference_steps)
@@ -66,7 +68,8 @@ class PixelFlow(models.Family):
     pipeline_class = PixelPipeline
     roles: ClassVar = {
         "denoiser": ("transformer",), "autoencoder": (), "text_encoders": ("text_encoder",)}
-    lora_targets: ClassVar = {"transformer": {"attention": ["listen"], "attention+ff": ["listen", "say"]}}
+    lora_targets: ClassVar = {"transformer": {"attention": ["listen"],
+                                              "attention+ff": ["listen", "say"]}}
     defaults: ClassVar = {**models.Family.defaults, "num_inference_steps": 2, "learning_rate": 0.05}
     process, side_multiple = Flow(mu=lambda positions: 0.1), 1
 
@@ -80,7 +83,8 @@ class PixelFlow(models.Family):
         return PixelDenoiser if component == "transformer" else super().component_class(component)
 
     def encode_text(self, prompts):
-        ids = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = self.tokenizer(prompts, padding="max_length", truncation=True,
+                             return_tensors="pt").input_ids
         return {"words": self.text_encoder(ids.to(self.device))[0].mean(dim=1)}
 
     def pooled_text(self, prompts):
@@ -119,7 +123,8 @@ def base(tmp_path_factory):
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({
         "_class_name": "PixelPipeline", "transformer": ["made_up", "PixelDenoiser"],
-        "text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}))  # fmt: skip
     return folder
 
@@ -147,15 +152,18 @@ def run(options, tmp_path_factory):
 
 def test_it_is_trained_and_says_so(run):
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert len(log) == 4 and all(0 < t < 1 for record in log for t in record["timesteps"])
+    assert len(log) == 4
+    assert all(0 < t < 1 for record in log for t in record["timesteps"])
     card = (run / "README.md").read_text()
-    assert "it changed the" in card and (run / "report" / "loss_by_timestep.png").is_file()
+    assert "it changed the" in card
+    assert (run / "report" / "loss_by_timestep.png").is_file()
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(run, options, tmp_path, monkeypatch):
     monkeypatch.setenv("DBCORE_CACHE", str(tmp_path / "cache"))
     for steps, more in ((2, {}), (4, {"resume_from_checkpoint": "latest"})):
-        train(TrainConfig(**{**options, "max_train_steps": steps}, **more, output_dir=str(tmp_path / "run")))
+        train(TrainConfig(**{**options, "max_train_steps": steps}, **more,
+                          output_dir=str(tmp_path / "run")))
     assert read_run(tmp_path / "run") == read_run(run)
 
 
@@ -163,17 +171,19 @@ def test_images_are_generated_with_the_lora_and_differ_from_those_without(run, b
     common = {"prompt": "a photo of sks dog", "num_images": 1}
     with_lora = generate(GenerateConfig(checkpoint_dir=[str(run)], **common))[0][0]
     without = generate(GenerateConfig(pretrained_model_name_or_path=str(base), **common))[0][0]
-    assert with_lora.size == (SIDE, SIDE) and with_lora.tobytes() != without.tobytes()
+    assert with_lora.size == (SIDE, SIDE)
+    assert with_lora.tobytes() != without.tobytes()
 
 
 def test_a_run_is_evaluated(run, tmp_path, monkeypatch):
     def colours(images):
         return torch.tensor([[*image.resize((1, 1)).getpixel((0, 0)), 1.0] for image in images])
 
-    monkeypatch.setattr(metrics, "load_encoders", lambda base: [metrics.Encoder("colours", colours)])
+    monkeypatch.setattr(metrics, "load_encoders",
+                        lambda base: [metrics.Encoder("colours", colours)])
     (tmp_path / "list.json").write_text('{"scenes": ["in snow"], "looks": ["red"]}')
-    result = evaluate.evaluate([evaluate.read_run(run)], tmp_path / "out", str(tmp_path / "list.json"),
-                               num_images=2)
+    result = evaluate.evaluate([evaluate.read_run(run)], tmp_path / "out",
+                               str(tmp_path / "list.json"), num_images=2)
     scores = result["subjects"]["dog"]
     assert scores["floor"]["subject, colours"] != scores["adapter"]["subject, colours"]
 
@@ -181,7 +191,8 @@ def test_a_run_is_evaluated(run, tmp_path, monkeypatch):
 def test_doctor_looks_at_it(options):
     report = {title: "\n".join(lines) for title, lines in examine(TrainConfig(**options))}
     assert f"resolution: {SIDE}" in report["What auto becomes"]
-    assert "'sks' is 1 token" in report["Identifier"] and "It fits" in report["Memory"]
+    assert "'sks' is 1 token" in report["Identifier"]
+    assert "It fits" in report["Memory"]
 
 
 def test_a_text_encoder_that_no_preset_names_is_not_trained(options, tmp_path):

@@ -1,4 +1,5 @@
-"""No feature is claimed that no test covers: the table of features names the tests, and they are there."""
+"""No feature is claimed that no test covers: the table of features names the tests, and they are
+there."""
 
 import ast
 import re
@@ -12,7 +13,8 @@ FEATURES = ROOT / "data" / "results" / "features.md"
 
 def rows():
     """[cells] of the table's rows, without its head."""
-    lines = [line for line in FEATURES.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    lines = [line for line in FEATURES.read_text(encoding="utf-8").splitlines()
+             if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -22,11 +24,13 @@ def linked_in(cell):
 
 
 def functions_in(path):
-    return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
+    return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef)}
 
 
 def test_the_table_is_whole():
-    assert len(rows()) > 20 and {len(row) for row in rows()} == {10}
+    assert len(rows()) > 20
+    assert {len(row) for row in rows()} == {10}
     assert {cell for row in rows() for cell in row[1:9]} == {"Y", "P", "N"}
 
 

@@ -33,17 +33,19 @@ def options(tmp_path_factory):
         yield make_options(folder, max_train_steps=2)
 
 
-# --- nothing unpickles --------------------------------------------------------------------------------
+# --- nothing unpickles ----------------------------------------------------------------------------
 
 
 def calls(path):
     """(dotted name, keyword names and values) of every call in a source file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            yield ast.unparse(node.func), {word.arg: ast.unparse(word.value)
+                                           for word in node.keywords}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(Path(dbcore.__file__).parent).as_posix())
+@pytest.mark.parametrize("path", SOURCES,
+                         ids=lambda path: path.relative_to(Path(dbcore.__file__).parent).as_posix())
 def test_no_module_unpickles(path):
     names = {node.module if isinstance(node, ast.ImportFrom) else alias.name
              for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -57,13 +59,14 @@ def test_no_module_unpickles(path):
 
 def test_a_pickled_lora_is_refused_unopened(tmp_path):
     marker = tmp_path / "was run"
-    (tmp_path / "pytorch_lora_weights.bin").write_bytes(f"cos\nsystem\n(S'touch {marker}'\ntR.".encode())
+    (tmp_path / "pytorch_lora_weights.bin").write_bytes("cos\nsystem\n(S'touch "
+                                                        f"{marker}'\ntR.".encode())
     with pytest.raises(LoraFileError, match="pickled"):
         read_adapter(tmp_path / "pytorch_lora_weights.bin")
     assert not marker.exists()
 
 
-# --- hostile safetensors ------------------------------------------------------------------------------
+# --- hostile safetensors --------------------------------------------------------------------------
 
 
 def safetensors_bytes(header, data=b"", length=None):
@@ -79,7 +82,8 @@ HOSTILE = {
     "header beyond the file": safetensors_bytes({"a": TENSOR}, length=10_000),
     "no JSON": safetensors_bytes(b"{" * 100),
     "deep JSON": safetensors_bytes(b'{"a":' * 50_000),
-    "offsets beyond the file": safetensors_bytes({"a": {**TENSOR, "data_offsets": [0, 2**50]}}, b"\0" * 16),
+    "offsets beyond the file": safetensors_bytes({"a": {**TENSOR, "data_offsets": [0, 2**50]}},
+                                                 b"\0" * 16),
     "offsets backwards": safetensors_bytes({"a": {**TENSOR, "data_offsets": [16, 0]}}, b"\0" * 16),
     "shape too large": safetensors_bytes({"a": {**TENSOR, "shape": [2**40, 2**40]}}, b"\0" * 16),
     "overlap": safetensors_bytes({"a": TENSOR, "b": TENSOR}, b"\0" * 16),
@@ -92,11 +96,12 @@ HOSTILE = {
 def test_a_hostile_lora_file_is_a_clear_error(kind, tmp_path):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(HOSTILE[kind])
-    with pytest.raises(LoraFileError, match="lora.safetensors"):
+    with pytest.raises(LoraFileError, match=r"lora.safetensors"):
         read_adapter(path)
 
 
-@pytest.mark.parametrize("kind", ["empty", "endless header", "offsets beyond the file", "cut short"])
+@pytest.mark.parametrize("kind",
+                         ["empty", "endless header", "offsets beyond the file", "cut short"])
 def test_a_hostile_base_is_a_clear_error(kind, options, tmp_path):
     import shutil
 
@@ -110,7 +115,8 @@ def test_a_base_with_pickled_weights_alone_is_refused(options, tmp_path):
     import shutil
 
     folder = shutil.copytree(options["pretrained_model_name_or_path"], tmp_path / "base")
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(ConfigError, match="its unet cannot be loaded from safetensors"):
         load_base(folder).unet  # noqa: B018
 
@@ -118,7 +124,7 @@ def test_a_base_with_pickled_weights_alone_is_refused(options, tmp_path):
 @pytest.mark.parametrize("text", ["{", "[1, 2]", ""])
 def test_damaged_settings_of_a_base_name_the_file(text, tmp_path):
     (tmp_path / "recommended.json").write_text(text)
-    with pytest.raises(ConfigError, match="recommended.json is damaged"):
+    with pytest.raises(ConfigError, match=r"recommended.json is damaged"):
         recommended(tmp_path)
 
 
@@ -130,25 +136,30 @@ def test_a_checkpoint_made_to_deceive_is_a_clear_error(options, tmp_path):
     good, state = weights.read_bytes(), json.loads((folder / checkpoint.STATE).read_text())
     tensors = load_file(weights)
     save_file({**tensors, "weight.0": tensors["weight.0"][:1].clone()}, weights)
-    for data, says in ((HOSTILE["endless header"], "cannot be read"), (weights.read_bytes(), "another shape")):
+    for data, says in ((HOSTILE["endless header"], "cannot be read"),
+                       (weights.read_bytes(), "another shape")):
         weights.write_bytes(data)
-        state["sha256"][weights.name] = checkpoint.digest_of(weights)  # the digests agree: only the content is wrong
+        # the digests agree: only the content is wrong
+        state["sha256"][weights.name] = checkpoint.digest_of(weights)
         (folder / checkpoint.STATE).write_text(json.dumps(state))
         with pytest.raises(checkpoint.CheckpointError, match=says):
-            train(TrainConfig(**options, output_dir=tmp_path / "run", resume_from_checkpoint="latest"))
+            train(TrainConfig(**options, output_dir=tmp_path / "run",
+                              resume_from_checkpoint="latest"))
     assert good != weights.read_bytes()
 
 
-# --- hostile photos -----------------------------------------------------------------------------------
+# --- hostile photos -------------------------------------------------------------------------------
 
 
 def png_of(width, height):
     """A few hundred bytes that say they are a picture of that size."""
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + crc
 
     size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size)
+            + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
 
 
 def test_training_survives_a_folder_of_traps(options, tmp_path, capsys, monkeypatch):
@@ -163,9 +174,11 @@ def test_training_survives_a_folder_of_traps(options, tmp_path, capsys, monkeypa
     if hasattr(os, "mkfifo"):
         os.mkfifo(folder / "pipe.png")
     leave_out_report(monkeypatch)
-    path = train(TrainConfig(**{**options, "instance_data_dir": str(folder)}, output_dir=tmp_path / "run"))
+    path = train(TrainConfig(**{**options, "instance_data_dir": str(folder)},
+                             output_dir=tmp_path / "run"))
     said = capsys.readouterr().out
-    assert path.is_file() and "\x1b" not in said
+    assert path.is_file()
+    assert "\x1b" not in said
     for name in ("bomb.png", "torn.png", "itself.png", "rm -rf", "clear\\nscreen.png"):
         (line,) = [line for line in said.splitlines() if name in line]
         assert "skipped" in line
@@ -176,28 +189,33 @@ def test_no_good_photo_stops_before_any_model_is_loaded(content, options, tmp_pa
     (tmp_path / "photos").mkdir()
     if content:
         (tmp_path / "photos" / "dog.jpg").write_bytes(content)
-    monkeypatch.setattr("dbcore.engines.train.load_base", lambda *args, **more: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("dbcore.engines.train.load_base",
+                        lambda *args, **more: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="photos"):
-        train(TrainConfig(**{**options, "instance_data_dir": str(tmp_path / "photos")}, output_dir=tmp_path / "run"))
+        train(TrainConfig(**{**options, "instance_data_dir": str(tmp_path / "photos")},
+                          output_dir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-# --- secrets ------------------------------------------------------------------------------------------
+# --- secrets --------------------------------------------------------------------------------------
 
 
 def test_no_secret_is_in_anything_a_run_leaves(options, tmp_path, capfd, monkeypatch):
     for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, SECRET)
-    flags = [word for name, value in options.items() for word in (f"--{name}", str(value)) if name != "report_to"]
-    flags += ["--output_dir", str(tmp_path / "run"), "--hub_token", TOKEN, "--report_to", "tensorboard",
-              "--validation_prompt", "a photo of sks dog", "--num_validation_images", "1"]  # fmt: skip
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))
+             if name != "report_to"]
+    flags += ["--output_dir", str(tmp_path / "run"), "--hub_token", TOKEN, "--report_to",
+              "tensorboard",
+              "--validation_prompt", "a photo of sks dog", "--num_validation_images", "1"]
     main(["train", *flags])
     with pytest.raises(SystemExit) as refused:  # the error of a finished run's folder
         main(["train", *flags])
     said = "".join(capfd.readouterr()) + str(refused.value)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     names = {path.name for path in files}
-    assert {LORA, "config.yaml", "README.md", "log.jsonl", "state.json"} <= names and any("tfevents" in n for n in names)
+    assert {LORA, "config.yaml", "README.md", "log.jsonl", "state.json"} <= names
+    assert any("tfevents" in n for n in names)
     for secret in (TOKEN, SECRET):
         assert secret not in said
         assert not [path for path in files if secret.encode() in path.read_bytes()]
@@ -227,5 +245,7 @@ def test_the_home_folder_is_in_no_card(options, tmp_path, monkeypatch):
     from dbcore.engines.report import settings_table
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    table = settings_table(TrainConfig(**{**options, "instance_data_dir": str(tmp_path / "dog photos")}))
-    assert str(tmp_path) not in table and "~/dog photos" in table
+    table = settings_table(
+        TrainConfig(**{**options, "instance_data_dir": str(tmp_path / "dog photos")}))
+    assert str(tmp_path) not in table
+    assert "~/dog photos" in table

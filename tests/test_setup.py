@@ -34,7 +34,8 @@ def ranges():
 
 def conda_lines():
     """[(entry, comment)] of environment.yml, the pip section included."""
-    found = re.findall(r"^ *- ([^#\n]+?) *(?:# (.+))?$", (ROOT / "environment.yml").read_text(), re.MULTILINE)
+    found = re.findall(r"^ *- ([^#\n]+?) *(?:# (.+))?$", (ROOT / "environment.yml").read_text(),
+                       re.MULTILINE)
     return [(entry, comment) for entry, comment in found if entry not in ("conda-forge", "pip:")]
 
 
@@ -52,7 +53,7 @@ def test_every_constraint_is_one_exact_public_version():
 
 def test_tested_versions_lie_within_the_ranges():
     for name, wanted in ranges().items():
-        assert name in pins(), f"constraints.txt has no line for {name}, which pyproject.toml asks for"
+        assert name in pins(), f"constraints.txt has no line for pyproject.toml's {name}"
         assert version(pins()[name]) in wanted.specifier, f"{pins()[name]} is outside {wanted}"
 
 
@@ -70,22 +71,27 @@ def test_all_holds_every_extra():
 
 def test_conda_has_the_same_versions():
     listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
-    assert listed[0] == "--constraint constraints.txt" and listed[-1] == "-e ."
+    assert listed[0] == "--constraint constraints.txt"
+    assert listed[-1] == "-e ."
     conda = {name: version(pin) for name, pin in by_name(listed[1:-1]).items()}
     assert conda == {name: version(pins()[name]) for name in ranges()}
 
 
 def test_every_conda_line_says_what_needs_it():
-    silent = [entry for entry, comment in conda_lines() if not comment and not entry.startswith("--")]
-    assert len(conda_lines()) > 20 and not silent
+    silent = [entry for entry, comment in conda_lines() if not comment
+              and not entry.startswith("--")]
+    assert len(conda_lines()) > 20
+    assert not silent
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 def test_make_lists_every_target():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split()) - {"help"}
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # not `make test`'s
-    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True, env=alone).stdout
+    # not `make test`'s
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True,
+                           env=alone).stdout
     assert {line.split()[0] for line in shown.splitlines()} - {"help"} == targets
     assert {"setup", "quickstart", "test", "lab", "badges", "bundle", "toybox"} <= targets
 

@@ -1,8 +1,8 @@
 """Exercises that mark themselves: `check_...` runs the learner's function and says what it saw.
 
-One function an exercise, named `check_<notebook>_<exercise>`. It raises `NotYet` through `expect` or `same`,
-or returns what is right; `exercise` turns either, and any mistake in the learner's code, into a `Verdict`,
-which prints itself as the last value of a cell and counts as True or False.
+One function an exercise, named `check_<notebook>_<exercise>`. It raises `NotYet` through `expect`
+or `same`, or returns what is right; `exercise` turns either, and any mistake in the learner's code,
+into a `Verdict`, which prints itself as the last value of a cell and counts as True or False.
 """
 
 import functools
@@ -31,12 +31,14 @@ class Verdict:
 
 
 def exercise(check):
-    """Decorator: register a check and let it return a `Verdict`, whatever the learner's code does."""
+    """Decorator: register a check and let it return a `Verdict`, whatever the learner's code
+    does."""
 
     @functools.wraps(check)
     def verdict(*answers):
         if any(answer is None or answer is Ellipsis for answer in answers):
-            return Verdict(False, "nothing to look at yet; put your answer in the place of the dots.")
+            return Verdict(False,
+                           "nothing to look at yet; put your answer in the place of the dots.")
         try:
             return Verdict(True, check(*answers))
         except NotYet as reason:
@@ -55,8 +57,10 @@ def expect(condition, message):
 
 
 def same(got, wanted, what, tolerance=1e-4):
-    """Raise `NotYet` unless `got` is a number, array or tensor like `wanted`, to `tolerance` of its size."""
-    expect(got is not None and got is not Ellipsis, f"{what} gives nothing yet; does your function return it?")
+    """Raise `NotYet` unless `got` is a number, array or tensor like `wanted`, to `tolerance` of its
+    size."""
+    expect(got is not None and got is not Ellipsis,
+           f"{what} gives nothing yet; does your function return it?")
     got, wanted = _array(got), _array(wanted)
     expect(got.dtype.kind in "biuf", f"{what} is not made of numbers.")
     expect(got.shape == wanted.shape, f"{what} has shape {got.shape}; expected {wanted.shape}.")
@@ -89,7 +93,8 @@ def check_00_room(room):
         return SimpleNamespace(input_ids=["start", *prompt.split(), "end"])
 
     tokenizer.model_max_length = 24
-    same(room(tokenizer, "a photo of a dog"), 17, "with room for 24 tokens, room(tokenizer, 'a photo of a dog')")
+    same(room(tokenizer, "a photo of a dog"), 17,
+         "with room for 24 tokens, room(tokenizer, 'a photo of a dog')")
     tokenizer.model_max_length = 77
     same(room(tokenizer, ""), 75, "with room for 77 tokens, room(tokenizer, '')")
     return "the two marks take their places too."
@@ -103,7 +108,8 @@ def check_00_clean(clean):
     for abar in torch.tensor([0.9, 0.5, 0.05]):
         x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
         same(clean(x_t, noise, abar), x0, f"clean(x_t, noise, {abar.item():.2g})", tolerance=1e-3)
-    return "whoever knows the noise knows the picture. That is why a network need only learn the noise."
+    return ("whoever knows the noise knows the picture. That is why a network need only "
+            "learn the noise.")
 
 
 @exercise
@@ -114,7 +120,8 @@ def check_00_guided(guided):
     same(guided(wanted, unwanted, 1.0), wanted, "guided(wanted, unwanted, 1)")
     same(guided(wanted, wanted, 7.5), wanted, "guided(wanted, wanted, 7.5)")
     same(guided(wanted, unwanted, 0.0), unwanted, "guided(wanted, unwanted, 0)")
-    same(guided(wanted, unwanted, 4.0), 4 * wanted - 3 * unwanted, "guided(wanted, unwanted, 4)", tolerance=1e-3)
+    same(guided(wanted, unwanted, 4.0), 4 * wanted - 3 * unwanted, "guided(wanted, unwanted, 4)",
+         tolerance=1e-3)
     return "with w = 1 it is the wanted answer alone; where both agree, guidance changes nothing."
 
 
@@ -125,21 +132,27 @@ def check_00_guided(guided):
 def check_01_corner(corner):
     same(corner(60, 40, 120), 40, "a square of 40 around 60, on a side of 120: corner(60, 40, 120)")
     same(corner(10, 40, 120), 0, "near the left edge: corner(10, 40, 120)")
-    same(corner(115, 40, 120), 80, "near the right edge, where the square must end at 120: corner(115, 40, 120)")
+    same(corner(115, 40, 120), 80, "near the right edge, where the square must end at 120: "
+         "corner(115, 40, 120)")
     same(corner(30, 120, 120), 0, "a square as long as the side: corner(30, 120, 120)")
     return "around the subject where that is possible, and always inside the photo."
 
 
 @exercise
 def check_01_twins(twins):
-    prints = [np.array(list(map(int, bits))) for bits in ("00000000", "11110000", "00000001", "11110111")]
+    prints = [np.array(list(map(int, bits)))
+              for bits in ("00000000", "11110000", "00000001", "11110111")]
     pairs = twins(prints, 2)
-    expect(isinstance(pairs, list), "Return a list of pairs, [(i, j), ...]; an empty one if there are no twins.")
+    expect(isinstance(pairs, list),
+           "Return a list of pairs, [(i, j), ...]; an empty one if there are no twins.")
     found = [tuple(pair) for pair in pairs]
     expect((0, 0) not in found, "Every photo is the twin of itself; leave those pairs out.")
-    expect((0, 2) in found, "Photos 0 and 2 differ in one sign of eight; with limit 2 they are twins.")
-    expect((2, 0) not in found, "(0, 2) and (2, 0) are the same pair; give it once, the smaller number first.")
-    expect((1, 3) not in found, "Photos 1 and 3 differ in three signs; with limit 2 they are no twins.")
+    expect((0, 2) in found,
+           "Photos 0 and 2 differ in one sign of eight; with limit 2 they are twins.")
+    expect((2, 0) not in found,
+           "(0, 2) and (2, 0) are the same pair; give it once, the smaller number first.")
+    expect((1, 3) not in found,
+           "Photos 1 and 3 differ in three signs; with limit 2 they are no twins.")
     expect(found == [(0, 2)], f"found {found}; expected [(0, 2)]")
     same(len(twins(prints, 4)), 2, "the number of pairs with limit 4")
     return "each pair is compared once, and only near copies are named."
@@ -148,11 +161,15 @@ def check_01_twins(twins):
 @exercise
 def check_01_prompts(prompts):
     answer = prompts("sks", "teapot")
-    expect(isinstance(answer, tuple) and len(answer) == 2, "Return two sentences: with the word, and without it.")
+    expect(isinstance(answer, tuple) and len(answer) == 2,
+           "Return two sentences: with the word, and without it.")
     named, plain = answer
-    expect("sks" not in plain, "The class prompt speaks of any teapot, so the word must not be in it.")
-    expect(named == "a photo of sks teapot", f"the first is {named!r}; expected 'a photo of sks teapot'")
-    expect(plain == "a photo of a teapot", f"the second is {plain!r}; expected 'a photo of a teapot'")
+    expect("sks" not in plain,
+           "The class prompt speaks of any teapot, so the word must not be in it.")
+    expect(named == "a photo of sks teapot",
+           f"the first is {named!r}; expected 'a photo of sks teapot'")
+    expect(plain == "a photo of a teapot",
+           f"the second is {plain!r}; expected 'a photo of a teapot'")
     expect(prompts("ohwx", "owl")[1] == "a photo of an owl", "It should say 'an owl', not 'a owl'.")
     return "the same sentence twice; the word stands where the article was."
 
@@ -174,8 +191,10 @@ def check_02_layer(lora_layer):
     W, A, B = _factors(5, 7, 2, 0)
     x = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
     same(lora_layer(x, W, A, 0 * B, 4), x @ W.T, "with B = 0, where it should be W x alone,")
-    same(lora_layer(x, W, A, B, 2), x @ (W + B @ A).T, "with alpha = rank, where it should be (W + B A) x,")
-    same(lora_layer(x, W, A, B, 6), x @ (W + 3 * B @ A).T, "with alpha = 3 rank, where it should be (W + 3 B A) x,")
+    same(lora_layer(x, W, A, B, 2), x @ (W + B @ A).T,
+         "with alpha = rank, where it should be (W + B A) x,")
+    same(lora_layer(x, W, A, B, 6), x @ (W + 3 * B @ A).T,
+         "with alpha = 3 rank, where it should be (W + 3 B A) x,")
     return "two thin products beside the old one, times alpha / rank."
 
 
@@ -186,8 +205,10 @@ def check_02_merge(merged):
     before = W.clone()
     same(merged(W, []), W, "without any LoRA the weight")
     same(merged(W, [(A, B, 2, 1.0)]), W + B @ A, "with one LoRA at alpha = rank the weight")
-    same(merged(W, [(A, B, 1, 0.5), (A2, B2, 8, 2.0)]), W + 0.25 * B @ A + 4 * B2 @ A2, "with two LoRAs the weight")
-    expect(bool((W == before).all()), "W itself was changed: write W = W + ..., not W += ..., to leave the base alone.")
+    same(merged(W, [(A, B, 1, 0.5), (A2, B2, 8, 2.0)]), W + 0.25 * B @ A + 4 * B2 @ A2,
+         "with two LoRAs the weight")
+    expect(bool((before == W).all()),
+           "W itself was changed: write W = W + ..., not W += ..., to leave the base alone.")
     return "updates add up; that is why LoRAs can be mixed, and taken out again."
 
 
@@ -196,10 +217,13 @@ def check_02_breakeven(largest_rank):
     for d, k in ((320, 320), (320, 768), (96, 64), (1280, 1280)):
         rank = largest_rank(d, k)
         expect(rank is not None, "largest_rank gives nothing yet; does it return a number?")
-        expect(float(rank).is_integer(), f"A rank is a whole number; largest_rank({d}, {k}) is {rank}.")
-        expect(rank * (d + k) < d * k, f"At rank {rank} a LoRA on ({d}, {k}) has {rank * (d + k):,.0f} numbers, and the "
+        expect(float(rank).is_integer(),
+               f"A rank is a whole number; largest_rank({d}, {k}) is {rank}.")
+        expect(rank * (d + k) < d * k,
+               f"At rank {rank} a LoRA on ({d}, {k}) has {rank * (d + k):,.0f} numbers, and the "
                f"layer has {d * k:,}: no longer smaller.")
-        expect((rank + 1) * (d + k) >= d * k, f"Rank {rank + 1} would still be smaller than a ({d}, {k}) layer.")
+        expect((rank + 1) * (d + k) >= d * k,
+               f"Rank {rank + 1} would still be smaller than a ({d}, {k}) layer.")
     return "for a square layer that is just under half its side; a LoRA of rank 4 is far from it."
 
 
@@ -207,13 +231,14 @@ def check_02_breakeven(largest_rank):
 def check_02_rank(rank_for):
     import torch
 
-    left, right = (torch.linalg.qr(matrix)[0] for matrix in _factors(6, 6, 1, 4)[:1] + _factors(6, 6, 1, 5)[:1])
-    update = left @ torch.diag(torch.tensor([4.0, 2.0, 2.0, 1.0, 0.0, 0.0])) @ right  # squares: 16, 4, 4, 1, of 25
+    left, right = (torch.linalg.qr(_factors(6, 6, 1, seed)[0])[0] for seed in (4, 5))
+    # squares: 16, 4, 4, 1, of 25
+    update = left @ torch.diag(torch.tensor([4.0, 2.0, 2.0, 1.0, 0.0, 0.0])) @ right
     for share, rank in ((0.5, 1), (0.7, 2), (0.9, 3), (0.999, 4)):
         got = rank_for(update, share)
         expect(got is not None, "rank_for gives nothing yet; does it return a number?")
-        expect(got == rank, f"the singular values are 4, 2, 2, 1, 0, 0; to keep {share:.1%} of their squares takes "
-               f"rank {rank}, not {got}.")
+        expect(got == rank, f"the singular values are 4, 2, 2, 1, 0, 0; to keep {share:.1%} of "
+               f"their squares takes rank {rank}, not {got}.")
     return "the smallest rank that keeps enough, read off the spectrum."
 
 
@@ -233,7 +258,8 @@ def check_03_loss(two_part_loss):
     expect(abs(float(got) - float(errors.mean())) > 1e-4,
            "With lambda = 1 you have the mean over all four: the parts are two means, added.")
     same(got, own + of_class, "with lambda = 1, the loss")
-    same(two_part_loss(prediction, target, 0.3), own + 0.3 * of_class, "with lambda = 0.3, the loss")
+    same(two_part_loss(prediction, target, 0.3), own + 0.3 * of_class,
+         "with lambda = 0.3, the loss")
     return "the subject's mean error plus lambda times the class's."
 
 
@@ -243,7 +269,8 @@ def check_03_diversity(diversity_of):
     same(diversity_of(np.ones((3, 4)) / 2), 0.0, "for three times the same picture it")
     got = diversity_of(right_angles)
     expect(got is not None and abs(float(got) - 0.75) > 1e-4,
-           "For four vectors at right angles it is 0.75; expected 1. Leave out the pairs of a vector with itself.")
+           "For four vectors at right angles it is 0.75; expected 1. Leave out the pairs of a "
+           "vector with itself.")
     same(got, 1.0, "for four vectors at right angles it")
     spread = np.array([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]])
     same(diversity_of(spread), 1 - (0.8 + 0.6 + 0.96) / 3, "for cosines of 0.8, 0.6 and 0.96 it")
@@ -258,9 +285,12 @@ def check_03_name(folder_name):
     expect(len(name) <= 64 and not set(name) & set('/\\: "'),
            "The name has to be a folder's: short, without / \\ : or spaces.")
     expect(folder_name(dict(about)) == name, "Twice the same entries have two names.")
-    expect(folder_name(dict(reversed(about.items()))) == name, "The same entries in another order have another name.")
-    for key, other in (("base", "90cc"), ("prompt", "a photo of a cat"), ("resolution", 128), ("seed", 1)):
-        expect(folder_name({**about, key: other}) != name, f"Another {key} has the same name: its pictures get mixed up.")
+    expect(folder_name(dict(reversed(about.items()))) == name,
+           "The same entries in another order have another name.")
+    for key, other in (("base", "90cc"), ("prompt", "a photo of a cat"), ("resolution", 128),
+                       ("seed", 1)):
+        expect(folder_name({**about, key: other}) != name,
+               f"Another {key} has the same name: its pictures get mixed up.")
     return "the same name for the same pictures, and another for any others."
 
 
@@ -272,9 +302,11 @@ def check_04_combine(combined):
     gradients = [np.array([1.0, -2.0]), np.array([3.0, 2.0]), np.array([5.0, 0.0])]
     got = combined(gradients, [2, 2, 2])
     if got is not None and np.shape(got) == (2,):
-        expect(not np.allclose(got, [9.0, 0.0]), "That is their sum: the step would grow with the number of batches.")
+        expect(not np.allclose(got, [9.0, 0.0]),
+               "That is their sum: the step would grow with the number of batches.")
     same(got, [3.0, 0.0], "for three batches of two photos it")
-    same(combined(gradients, [4, 4, 1]), [(4 + 12 + 5) / 9, 0.0], "for batches of 4, 4 and 1 photos it")
+    same(combined(gradients, [4, 4, 1]), [(4 + 12 + 5) / 9, 0.0],
+         "for batches of 4, 4 and 1 photos it")
     return "a mean over photos, wherever they were seen."
 
 
@@ -284,18 +316,22 @@ def check_04_scale(smallest_scale):
         scale = smallest_scale(gradient)
         expect(scale is not None, "smallest_scale gives nothing yet; does it return a number?")
         power = np.log2(float(scale))
-        expect(power == int(power) and power >= 0, f"{scale} is not 1, 2, 4, 8, ...: only those leave the digits alone.")
+        expect(power == int(power) and power >= 0,
+               f"{scale} is not 1, 2, 4, 8, ...: only those leave the digits alone.")
         expect(np.float16(gradient * scale) != 0, f"{gradient:g} times {scale} is still 0 in fp16.")
-        expect(scale == 1 or np.float16(gradient * scale / 2) == 0, f"{gradient:g} survives with half of {scale}, too.")
+        expect(scale == 1 or np.float16(gradient * scale / 2) == 0,
+               f"{gradient:g} survives with half of {scale}, too.")
     return "multiply before, divide after: that is a loss scaler."
 
 
 @exercise
 def check_04_saved(saved):
-    expect(isinstance(saved, (set, list, tuple)), "Give a set of names, such as {'weights', 'seed'}.")
+    expect(isinstance(saved, (set, list, tuple)),
+           "Give a set of names, such as {'weights', 'seed'}.")
     saved = set(saved)
     known = {"base", "weights", "optimizer", "step", "latents", "random state", "losses"}
-    expect(saved <= known, f"{', '.join(map(str, saved - known))}: not among the names in the list.")
+    expect(saved <= known,
+           f"{', '.join(map(str, saved - known))}: not among the names in the list.")
     for name, why in (("weights", "without them all that was learned is gone"),
                       ("optimizer", "Adam would begin with empty means, and take other steps"),
                       ("step", "the run would see the photos of the first steps again")):
@@ -303,7 +339,8 @@ def check_04_saved(saved):
     for name, why in (("base", "it is frozen, and on the disk already"),
                       ("latents", "they can be computed again from the photos"),
                       ("random state", "there is none: every draw is a function of seed and step"),
-                      ("losses", "no step depends on those before it but through weights and optimizer")):
+                      ("losses",
+                       "no step depends on those before it but through weights and optimizer")):
         expect(name not in saved, f"{name} need not be saved: {why}.")
     return "weights, optimizer and the number of the step; a few megabytes."
 
@@ -324,7 +361,8 @@ def check_05_right_scale(right_scale):
     same(right_scale(16, 16), 1.0, "right_scale(alpha=16, rank=16)")
     same(right_scale(8, 16), 0.5, "right_scale(alpha=8, rank=16)")
     same(right_scale(1, 64), 1 / 64, "right_scale(alpha=1, rank=64)")
-    return "alpha / rank, as in training. A file whose alpha is lost comes out too strong or too weak."
+    return ("alpha / rank, as in training. A file whose alpha is lost comes out too "
+            "strong or too weak.")
 
 
 @exercise
@@ -334,8 +372,10 @@ def check_05_side_by_side(side_by_side):
     answer = side_by_side(A1, B1, 0.6, A2, B2, 0.4)
     expect(isinstance(answer, (tuple, list)) and len(answer) == 2, "Return two matrices: A, B.")
     A, B = answer
-    expect(tuple(A.shape) == (5, 7), f"A has shape {tuple(A.shape)}; with ranks 2 and 3, and 7 numbers in, expected (5, 7).")
-    expect(tuple(B.shape) == (5, 5), f"B has shape {tuple(B.shape)}; with 5 numbers out and rank 5, expected (5, 5).")
+    expect(tuple(A.shape) == (5, 7), f"A has shape {tuple(A.shape)}; with ranks 2 and 3, "
+           "and 7 numbers in, expected (5, 7).")
+    expect(tuple(B.shape) == (5, 5),
+           f"B has shape {tuple(B.shape)}; with 5 numbers out and rank 5, expected (5, 5).")
     same(B @ A, 0.6 * B1 @ A1 + 0.4 * B2 @ A2, "B A")
     return "ranks add up, and each scale goes into one factor, once."
 
@@ -345,7 +385,8 @@ def check_05_kohya(kohya_name):
     name = kohya_name("mid_block.attentions.0.proj_in")
     expect(isinstance(name, str), "Return a string.")
     expect(name.startswith("lora_unet_"), f"{name!r} should begin with lora_unet_")
-    expect(name.endswith(".lora_down.weight"), f"{name!r} should end with .lora_down.weight, after the one dot that stays")
+    expect(name.endswith(".lora_down.weight"),
+           f"{name!r} should end with .lora_down.weight, after the one dot that stays")
     wanted = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
     expect(name == wanted, f"{name!r}; expected {wanted!r}")
     return "every dot of the module's name has become an underscore."
@@ -364,8 +405,10 @@ def check_06_moved(moved_by):
     after = np.stack([-before[0], before[1], np.roll(before[2], 3)])
     cosine = before[2] @ after[2] / (before[2] @ before[2])
     got = np.asarray(moved_by(before, after))
-    expect(got.shape == (3,), f"You return something of shape {got.shape}; expected one value a word, (3,).")
-    expect(abs(got[0] - 2) < 1e-4, f"A vector turned round has cosine -1, so it has moved by 2; yours says {got[0]:.2f}.")
+    expect(got.shape == (3,),
+           f"You return something of shape {got.shape}; expected one value a word, (3,).")
+    expect(abs(got[0] - 2) < 1e-4, "A vector turned round has cosine -1, so it has moved by 2; "
+           f"yours says {got[0]:.2f}.")
     same(got, [2, 0, 1 - cosine], "for one turned round, one left alone and one mixed up it")
     return "one minus the cosine: 0 for a word that means what it meant, whatever its length."
 
@@ -375,12 +418,15 @@ def check_06_reach(places_that_differ):
     def ask(tokens, others, wanted, why):
         got = places_that_differ(tokens.split(), others.split())
         expect(got is not None, "places_that_differ gives nothing yet; does it return a list?")
-        expect(list(got) == wanted, f"{tokens!r} and {others!r}: {list(got)}; expected {wanted}, as {why}.")
+        expect(list(got) == wanted,
+               f"{tokens!r} and {others!r}: {list(got)}; expected {wanted}, as {why}.")
 
     ask("a photo of sks dog", "a photo of sks dog", [], "the two are the same")
-    ask("a photo of sks dog", "a photo of a dog", [3, 4], "dog hears of sks, which stands before it")
+    ask("a photo of sks dog", "a photo of a dog", [3, 4],
+        "dog hears of sks, which stands before it")
     ask("a photo of a dog", "a photo of a cat", [4], "no token hears of one that comes later")
-    ask("sks is a photo of a dog", "ohwx is a photo of a cat", [0, 1, 2, 3, 4, 5, 6], "all stand behind the first one")
+    ask("sks is a photo of a dog", "ohwx is a photo of a cat", [0, 1, 2, 3, 4, 5, 6],
+        "all stand behind the first one")
     return "from the first difference to the end; nothing before it."
 
 
@@ -388,13 +434,16 @@ def check_06_reach(places_that_differ):
 def check_06_groups(groups):
     unet, text_encoder = ["U1", "U2"], ["T1"]
     got = groups(unet, text_encoder, 2e-4)
-    expect(isinstance(got, list) and all(isinstance(group, dict) for group in got), "Return a list of dictionaries.")
+    expect(isinstance(got, list) and all(isinstance(group, dict) for group in got),
+           "Return a list of dictionaries.")
     expect(len(got) == 2, f"There are {len(got)} groups; expected one for each network.")
     rates = {}
     for group in got:
-        expect({"params", "lr"} <= set(group), f"A group has {', '.join(group)}; expected params and lr.")
-        rates.update({name: group["lr"] for name in group["params"]})
-    expect(set(rates) == {"U1", "U2", "T1"}, f"Trained are {', '.join(sorted(rates))}; expected U1, U2 and T1.")
+        expect({"params", "lr"} <= set(group),
+               f"A group has {', '.join(group)}; expected params and lr.")
+        rates.update(dict.fromkeys(group["params"], group["lr"]))
+    expect(set(rates) == {"U1", "U2", "T1"},
+           f"Trained are {', '.join(sorted(rates))}; expected U1, U2 and T1.")
     same([rates["U1"], rates["U2"]], [2e-4, 2e-4], "the UNet's rate")
     same(rates["T1"], 2e-5, "the text encoder's rate", tolerance=1e-6)
     return "one optimizer, two rates."
@@ -405,12 +454,15 @@ def check_06_groups(groups):
 
 @exercise
 def check_07_fidelity(fidelity):
-    drawn, photos = np.array([[3.0, 4.0], [0.0, 2.0]]), np.array([[5.0, 0.0], [0.0, 0.5], [1.0, 1.0]])
+    drawn = np.array([[3.0, 4.0], [0.0, 2.0]])
+    photos = np.array([[5.0, 0.0], [0.0, 0.5], [1.0, 1.0]])
     got = fidelity(drawn, photos)
-    expect(got is None or np.ndim(got) == 0, f"fidelity gives shape {np.shape(got)}; expected one number.")
+    expect(got is None or np.ndim(got) == 0,
+           f"fidelity gives shape {np.shape(got)}; expected one number.")
     if got is not None:
         expect(abs(float(got) - (drawn @ photos.T).mean()) > 1e-4,
-               "These are products of vectors as long as they come: divide each by its length first.")
+               "These are products of vectors as long as they come: "
+               "divide each by its length first.")
     wanted = (0.6 + 0.8 + 1.4 / np.sqrt(2) + 0 + 1 + 1 / np.sqrt(2)) / 6
     same(got, wanted, "for two drawn pictures and three photos it")
     same(fidelity(10 * drawn, photos), wanted, "with vectors ten times as long it")
@@ -423,16 +475,20 @@ def check_07_reached(reached):
     same(reached(0.8, 0.4, 0.8), 1.0, "what is as like as the photos among themselves")
     same(reached(0.7, 0.4, 0.8), 0.75, "with floor 0.4 and ceiling 0.8, a cosine of 0.7")
     same(reached(0.7, 0.6, 0.8), 0.5, "with floor 0.6 and ceiling 0.8, a cosine of 0.7")
-    same(reached(0.9, 0.4, 0.8), 1.25, "what is more like the photos than they are (do not cut it off)")
+    same(reached(0.9, 0.4, 0.8), 1.25,
+         "what is more like the photos than they are (do not cut it off)")
     return "the same cosine, 0.7, is a good result or half a one: it depends on the floor."
 
 
 @exercise
 def check_07_agreement(agreement):
-    same(agreement([0.9, 0.2, 0.8, 0.1], [True, False, True, False]), 1.0, "when every right picture is above every wrong one it")
+    same(agreement([0.9, 0.2, 0.8, 0.1], [True, False, True, False]), 1.0,
+         "when every right picture is above every wrong one it")
     same(agreement([0.1, 0.9], [True, False]), 0.0, "when the wrong one is above it")
-    same(agreement([0.9, 0.5, 0.7], [True, True, False]), 0.5, "for right ones at 0.9 and 0.5, a wrong one at 0.7, it")
-    same(agreement([0.6, 0.6, 0.6], [True, False, False]), 0.5, "when all are equal (a tie counts a half) it")
+    same(agreement([0.9, 0.5, 0.7], [True, True, False]), 0.5,
+         "for right ones at 0.9 and 0.5, a wrong one at 0.7, it")
+    same(agreement([0.6, 0.6, 0.6], [True, False, False]), 0.5,
+         "when all are equal (a tie counts a half) it")
     return "1 is a perfect judge, 0.5 one that tosses coins."
 
 
@@ -442,25 +498,35 @@ def check_07_better(better):
     first = rng.uniform(0.2, 0.9, 12)  # subjects are easy and hard
     gain, noise = first + 0.03 + rng.normal(0, 0.02, 12), first + rng.normal(0, 0.05, 12)
     noise -= (noise - first).mean() - 0.005
-    expect(better(first, gain) is not None, "better gives nothing yet; does it return True or False?")
+    expect(better(first, gain) is not None,
+           "better gives nothing yet; does it return True or False?")
     expect(bool(better(first, gain)),
-           "Here nearly every subject gains a little. Look at the differences, subject by subject, not at two intervals.")
-    expect(not better(gain, first), "The other way round all differences are negative, and it says True.")
-    expect(not better(first, noise), "Here the mean rises by 0.005, some subjects gain, some lose; it says True.")
+           "Here nearly every subject gains a little. Look at the differences, subject by subject, "
+           "not at two intervals.")
+    expect(not better(gain, first),
+           "The other way round all differences are negative, and it says True.")
+    expect(not better(first, noise),
+           "Here the mean rises by 0.005, some subjects gain, some lose; it says True.")
     return "differences first, then the interval: easy and hard subjects drop out."
 
 
 @exercise
 def check_07_diagnosis(diagnosis):
     wanted = {"A": "good", "B": "not learned", "C": "copies", "D": "class lost"}
-    hints = {"A": "Compare A with the floor and the ceiling: subject near the ceiling, prompt near the floor's, PRES low.",
+    hints = {"A": "Compare A with the floor and the ceiling: subject near the ceiling, prompt near "
+             "the floor's, PRES low.",
              "B": "B's row is nearly the base's own.",
-             "C": "C is nearer to single photos than photos are to each other, and it has stopped listening.",
-             "D": "D obeys and has the subject. But what does it draw for the class alone? Look at PRES and DIV."}
-    expect(isinstance(diagnosis, dict) and set(diagnosis) == set(wanted), "Give a dict with one word for each of A, B, C, D.")
+             "C": "C is nearer to single photos than photos are to each other, and it has "
+             "stopped listening.",
+             "D": "D obeys and has the subject. But what does it draw for the class alone? Look "
+             "at PRES and DIV."}
+    expect(isinstance(diagnosis, dict) and set(diagnosis) == set(wanted),
+           "Give a dict with one word for each of A, B, C, D.")
     for name, word in wanted.items():
-        expect(diagnosis[name] is not Ellipsis and diagnosis[name] is not None, f"{name} has no diagnosis yet.")
-        expect(diagnosis[name] in wanted.values(), f"{diagnosis[name]!r}: choose from {', '.join(wanted.values())}.")
+        expect(diagnosis[name] is not Ellipsis and diagnosis[name] is not None,
+               f"{name} has no diagnosis yet.")
+        expect(diagnosis[name] in wanted.values(),
+               f"{diagnosis[name]!r}: choose from {', '.join(wanted.values())}.")
         expect(diagnosis[name] == word, f"{name} is not {diagnosis[name]!r}. {hints[name]}")
     return "no single column tells these four apart."
 
@@ -470,9 +536,12 @@ def check_07_diagnosis(diagnosis):
 
 @exercise
 def check_08_diagnose(patients):
-    expect(isinstance(patients, dict) and set(patients) == set("ABCD"), "Give a dictionary with A, B, C and D.")
-    known = ("underfit", "overfit", "rate", "noun", "background", "captions", "class images", "precision")
-    signs = {"A": "the cat is right and so is its class; what comes along is the sofa of the photos",
+    expect(isinstance(patients, dict) and set(patients) == set("ABCD"),
+           "Give a dictionary with A, B, C and D.")
+    known = ("underfit", "overfit", "rate", "noun", "background", "captions", "class images",
+             "precision")
+    signs = {"A": "the cat is right and so is its class; what comes along is the "
+             "sofa of the photos",
              "B": "few things make a loss seven times as high within six steps",
              "C": "the LoRA changes nothing at all",
              "D": "the subject is as it should be, and only its class has become something else"}
@@ -490,7 +559,8 @@ def check_08_alarm(alarm):
         got = alarm(losses, **more)
         expect(got == wanted, f"{what}: {got!r}; expected {wanted!r}.")
 
-    ask([0.2] * 8 + [0.6] * 6, 10, "0.2 eight times, then 0.6: the mean of five passes 0.4 at the third of these")
+    ask([0.2] * 8 + [0.6] * 6, 10,
+        "0.2 eight times, then 0.6: the mean of five passes 0.4 at the third of these")
     ask([0.5, 0.1] * 10, None, "0.5 and 0.1 in turn, which is noise and no trend")
     ask([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], None, "a loss that falls")
     ask([0.1, 0.1, 0.3], 2, "0.1, 0.1, 0.3 with a mean of one", width=1)
@@ -500,7 +570,8 @@ def check_08_alarm(alarm):
 
 @exercise
 def check_08_captions(put_back):
-    mixed = {"dog0.png": "a photo of ohwx dog", "cat0.png": "a photo of sks cat", "both.png": "a photo of sks and ohwx",
+    mixed = {"dog0.png": "a photo of ohwx dog", "cat0.png": "a photo of sks cat",
+             "both.png": "a photo of sks and ohwx",
              "none.png": "a photo of a dog"}
     before, got = dict(mixed), put_back(mixed)
     expect(isinstance(got, dict), "put_back should return a dictionary.")
@@ -517,11 +588,14 @@ def check_08_survives(survives):
     import torch
 
     for weight, update, dtype, lasts in (
-            (1.0, 0.001, torch.bfloat16, False), (1.0, 0.001, torch.float16, True), (1.0, 0.0001, torch.float16, False),
-            (1.0, 1e-6, torch.float32, True), (1.0, 1e-9, torch.float32, False), (0.01, 0.001, torch.bfloat16, True),
+            (1.0, 0.001, torch.bfloat16, False), (1.0, 0.001, torch.float16, True),
+            (1.0, 0.0001, torch.float16, False),
+            (1.0, 1e-6, torch.float32, True), (1.0, 1e-9, torch.float32, False),
+            (0.01, 0.001, torch.bfloat16, True),
             (1.0, 0.005, torch.bfloat16, True), (8.0, 0.005, torch.bfloat16, False)):
         got = survives(weight, update, dtype)
         expect(got is not None, "survives gives nothing yet; does it return True or False?")
         kind = str(dtype).removeprefix("torch.")
-        expect(bool(got) == lasts, f"{weight:g} + {update:g} in {kind}: you say {bool(got)}; expected {lasts}.")
+        expect(bool(got) == lasts, f"{weight:g} + {update:g} in {kind}: you say {bool(got)}; "
+               f"expected {lasts}.")
     return "it is the size beside the weight that counts: a small weight takes a small step."

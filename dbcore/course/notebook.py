@@ -1,7 +1,8 @@
-"""What the first cells of a notebook need: packages that may be missing, a word on the hardware, a base, a subject.
+"""What the first cells of a notebook need: packages that may be missing, a word on the hardware, a
+base, a subject.
 
-The first cell calls `ready` where nothing but `dbcore` may be there yet (Colab, an empty folder), so this
-module imports the standard library alone.
+The first cell calls `ready` where nothing but `dbcore` may be there yet (Colab, an empty folder),
+so this module imports the standard library alone.
 """
 
 import json
@@ -20,8 +21,10 @@ from dbcore.utils.errors import InputError
 
 # The lowest versions the course runs with: pyproject.toml's, for a folder that was never installed.
 NEEDS = {
-    "accelerate": "1.2", "diffusers": "0.35", "huggingface_hub": "0.30", "ipywidgets": "7.7.1", "matplotlib": "3.8",
-    "numba": "0.60", "numpy": "1.26", "peft": "0.17", "pillow": "10.1", "pyyaml": "6.0", "safetensors": "0.4.5",
+    "accelerate": "1.2", "diffusers": "0.35", "huggingface_hub": "0.30", "ipywidgets": "7.7.1",
+    "matplotlib": "3.8",
+    "numba": "0.60", "numpy": "1.26", "peft": "0.17", "pillow": "10.1", "pyyaml": "6.0",
+    "safetensors": "0.4.5",
     "torch": "2.4", "tqdm": "4.66", "transformers": "4.51",
 }  # fmt: skip
 LEFT_ALONE = ("torch", "numpy")  # replaced under a running kernel, they break it
@@ -34,7 +37,8 @@ class SetupError(InputError):
 
 
 def ready():
-    """Install what is missing, leave torch and numpy as they are, and say what this machine is good for.
+    """Install what is missing, leave torch and numpy as they are, and say what this machine is good
+    for.
 
     Raises `SetupError` if torch or numpy is too old, or if a package could not be installed.
     """
@@ -49,7 +53,8 @@ def ready():
 
 
 def _no_bar_for_weights():
-    """Reading a network from disk takes a second and needs no bar; the hub's bars for downloads stay."""
+    """Reading a network from disk takes a second and needs no bar; the hub's bars for downloads
+    stay."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
@@ -58,15 +63,17 @@ def _no_bar_for_weights():
 
 
 def missing(needs):
-    """The lines for pip, such as 'peft>=0.17', of what is absent or older than `needs` = {name: version}."""
+    """The lines for pip, such as 'peft>=0.17', of what is absent or older than `needs` = {name:
+    version}."""
     lines = []
     for name, lowest in needs.items():
         has = _version(name)
         if has is not None and _numbers(has) >= _numbers(lowest):
             continue
         if has is not None and name in LEFT_ALONE:
-            raise SetupError(f"{name} {has} is installed and the course needs {lowest} or newer. It was left as it "
-                             "is: other work may need it. Update it, or start in a fresh environment.")
+            raise SetupError(f"{name} {has} is installed and the course needs {lowest} or newer. "
+                             "It was left as it is: other work may need it. Update it, or start in "
+                             "a fresh environment.")
         lines.append(f"{name}>={lowest}")
     return lines
 
@@ -83,14 +90,17 @@ def _numbers(version):
 
 
 def install(lines):
-    """pip install `lines`, with every package of the course that is already good enough held where it is."""
+    """pip install `lines`, with every package of the course that is already good enough held where
+    it is."""
     absent = {re.split("[>=]", line)[0]: line for line in lines}
     print("Installing what is missing:", ", ".join(absent), flush=True)
     if "torch" in absent and platform.system() == "Linux" and not shutil.which("nvidia-smi"):
-        _pip("--no-deps", "--retries", "1", "--index-url", CPU_WHEELS, absent["torch"])  # without gigabytes of CUDA
+        # without gigabytes of CUDA
+        _pip("--no-deps", "--retries", "1", "--index-url", CPU_WHEELS, absent["torch"])
     with tempfile.TemporaryDirectory() as folder:
         held = Path(folder, "held.txt")
-        held.write_text("\n".join(f"{name}=={_version(name)}" for name in NEEDS if name not in absent))
+        held.write_text("\n".join(f"{name}=={_version(name)}" for name in NEEDS
+                                  if name not in absent))
         trouble = _pip(*lines, "--constraint", str(held))
     if trouble:
         raise SetupError(f"pip could not install {', '.join(lines)}:\n{trouble[-1500:]}")
@@ -98,7 +108,8 @@ def install(lines):
 
 def _pip(*arguments):
     """pip install; what it complained of if it failed, else None."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+               *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stderr.strip() or "no reason given" if done.returncode else None
 
@@ -114,7 +125,8 @@ def hardware():
             "fits, and the toy base takes seconds." if fits else "may not fit; the toy base does.")
     if torch.backends.mps.is_available():
         return "an Apple GPU; the toy base takes seconds, Stable Diffusion takes patience."
-    return f"a CPU with {_cores()} cores; enough for the toy base. For Stable Diffusion, find a GPU (Colab has one)."
+    return (f"a CPU with {_cores()} cores; enough for the toy base. For Stable Diffusion, "
+            "find a GPU (Colab has one).")
 
 
 def _cores():
@@ -122,18 +134,22 @@ def _cores():
 
 
 def find_base(name):
-    """What `load_base` takes, for a name in a form: 'toy_base' ships with dbcore, all else is a folder or the hub's."""
+    """What `load_base` takes, for a name in a form: 'toy_base' ships with dbcore, all else is a
+    folder or the hub's."""
     shipped = dbcore.DATA / name
     return str(shipped) if (shipped / "model_index.json").is_file() else name
 
 
 def find_subject(name):
-    """(folder of photos, the contents of its subject.json) of a subject that ships, or of your own folder.
+    """(folder of photos, the contents of its subject.json) of a subject that ships, or of your own
+    folder.
 
-    subject.json holds at least {"class_noun", "instance_prompt", "class_prompt"}. Raises `SetupError`.
+    subject.json holds at least {"class_noun", "instance_prompt", "class_prompt"}. Raises
+    `SetupError`.
     """
     for folder in (dbcore.SUBJECTS / name, Path(name)):
         if (folder / "subject.json").is_file():
             return folder, json.loads((folder / "subject.json").read_text(encoding="utf-8"))
     known = ", ".join(sorted(path.parent.name for path in dbcore.SUBJECTS.glob("*/subject.json")))
-    raise SetupError(f"no subject {name!r}: choose one of {known}, or a folder of photos with a subject.json in it")
+    raise SetupError(f"no subject {name!r}: choose one of {known}, or a folder of photos with a "
+                     "subject.json in it")

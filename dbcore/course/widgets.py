@@ -1,10 +1,12 @@
 """Panels for notebooks: controls over a plain function, and the picture or words it returns.
 
-Every panel is handed functions and data and imports no engine. What a panel shows for one setting is
-`panel.picture()`, so the next cell can call the same function without the panel. A panel is the last value
-of a cell; where no kernel or no ipywidgets is at hand, its first picture stands there instead.
+Every panel is handed functions and data and imports no engine. What a panel shows for one setting
+is `panel.picture()`, so the next cell can call the same function without the panel. A panel is the
+last value of a cell; where no kernel or no ipywidgets is at hand, its first picture stands there
+instead.
 
-Pictures go through `ipywidgets.Image`, not `Output`: that works from threads, in ipywidgets 7 and 8 alike.
+Pictures go through `ipywidgets.Image`, not `Output`: that works from threads, in ipywidgets 7 and 8
+alike.
 """
 
 import asyncio
@@ -38,14 +40,15 @@ def explore(function, **controls):
       [a, b, c]                          a slider over the values if they are numbers, else a menu
       True or False                      a box to tick
       "text"                             a line to type
-    and starts at the function's default for it, else at the first value. `function` returns a PIL image or
-    matplotlib figure, or text, or the pair (picture, text).
+    and starts at the function's default for it, else at the first value. `function` returns a PIL
+    image or matplotlib figure, or text, or the pair (picture, text).
     """
     return Panel(function, controls)
 
 
 class Panel:
-    """What `explore` returns: `.value` is {control: setting}, `.picture()` what it shows, `.show()` shows it."""
+    """What `explore` returns: `.value` is {control: setting}, `.picture()` what it shows, `.show()`
+    shows it."""
 
     def __init__(self, function, controls, start=None):
         self.function = function
@@ -61,7 +64,8 @@ class Panel:
     def _build(self):
         for name, spec in self._made_with.items():
             widget = self.controls[name] = _control(name, spec, self.value[name])
-            widget.observe(lambda change, name=name: self._moved(name, change["new"]), names="value")
+            widget.observe(lambda change, name=name: self._moved(name, change["new"]),
+                           names="value")
         self._screen = _Screen()
         self.widget = ipywidgets.VBox([*self.controls.values(), self._screen.widget])
 
@@ -114,7 +118,8 @@ def _control(name, spec, value):
         return ipywidgets.Text(value=value, continuous_update=False, **style)
     if isinstance(spec, list):
         if all(isinstance(item, (int, float)) for item in spec):
-            return ipywidgets.SelectionSlider(options=spec, value=value, continuous_update=False, **style)
+            return ipywidgets.SelectionSlider(options=spec, value=value, continuous_update=False,
+                                              **style)
         return ipywidgets.Dropdown(options=spec, value=value, **style)
     low, high, *step = spec
     whole = all(isinstance(number, int) for number in (*spec, value))
@@ -133,15 +138,18 @@ class _Screen:
         self.widget = ipywidgets.VBox([self.image, self.text])
 
     def show(self, make):
-        """Show what `make()` returns, or why it could not be made: a callback's error would be lost else."""
+        """Show what `make()` returns, or why it could not be made: a callback's error would be lost
+        else."""
         try:
             picture, words = _parts(make())
-        except Exception as error:  # noqa: BLE001 - whatever the explored function raises belongs on the panel
+        except Exception as error:  # noqa: BLE001
+            # whatever the explored function raises belongs on the panel
             picture, words = None, f"{type(error).__name__}: {error}"
         self.image.layout.display = "none" if picture is None else ""
         if picture is not None:
             self.image.value = as_png(picture)
-        self.text.value = f'<pre style="white-space: pre-wrap">{html.escape(words)}</pre>' if words else ""
+        self.text.value = (f'<pre style="white-space: pre-wrap">{html.escape(words)}</pre>'
+                           if words else "")
 
 
 def _parts(result):
@@ -154,7 +162,8 @@ def _parts(result):
 
 
 def as_png(picture):
-    """The bytes of a PNG file, for a PIL image or a figure; a small image is enlarged to be seen."""
+    """The bytes of a PNG file, for a PIL image or a figure; a small image is enlarged to be
+    seen."""
     if isinstance(picture, Picture):
         return picture._repr_png_()
     buffer = io.BytesIO()
@@ -172,16 +181,18 @@ def _bundle(panel, picture):
     bundle = {"text/plain": repr(panel)}
     if ipywidgets:
         bundle[VIEW] = {"version_major": 2, "version_minor": 0, "model_id": panel.widget.model_id}
-    if picture is not None and not (ipywidgets and "google.colab" in sys.modules):  # Colab would show both
+    # Colab would show both
+    if picture is not None and not (ipywidgets and "google.colab" in sys.modules):
         bundle["image/png"] = b64encode(as_png(picture)).decode()
     return bundle
 
 
-# --- panels of the course -----------------------------------------------------------------------------
+# --- panels of the course -------------------------------------------------------------------------
 
 
 def timestep_slider(frames, timesteps, label="timestep"):
-    """Slide through `frames`, one for each of `timesteps`: PIL images, or rows of them to show side by side."""
+    """Slide through `frames`, one for each of `timesteps`: PIL images, or rows of them to show side
+    by side."""
     by_timestep = dict(zip(timesteps, frames, strict=True))
 
     def frame(**chosen):
@@ -192,11 +203,15 @@ def timestep_slider(frames, timesteps, label="timestep"):
 
 
 def before_after(before, after, labels):
-    """Choose one of `labels` and see its picture before and after, side by side. All three are equally long."""
+    """Choose one of `labels` and see its picture before and after, side by side.
+
+    All three are equally long.
+    """
     pairs = dict(zip(labels, zip(before, after, strict=True), strict=True))
 
     def pair(picture):
-        return image_grid([pairs[picture]], column_labels=["before", "after"], title=str(picture), cell=2.5)
+        return image_grid([pairs[picture]], column_labels=["before", "after"], title=str(picture),
+                          cell=2.5)
 
     return Panel(pair, {"picture": list(pairs)})
 
@@ -206,7 +221,8 @@ def doctor_sheet(photos, problems, columns=4):
     kinds = {}
     for problem in problems:
         kinds.setdefault(problem.photo or problem.path, []).append(problem.kind)
-    cells = [(photo.load(), f"{photo.path.name}: {', '.join(kinds.get(photo.path, ['good']))}") for photo in photos]
+    cells = [(photo.load(), f"{photo.path.name}: {', '.join(kinds.get(photo.path, ['good']))}")
+             for photo in photos]
     figure = Picture(figsize=(2 * columns, 2.2 * -(-len(cells) // columns)))
     axes = figure.subplots(-(-len(cells) // columns), columns, squeeze=False).flat
     for axis in axes:
@@ -223,7 +239,8 @@ def photo_doctor(photos, problems):
     notes = {name: [] for name in loaders}
     for problem in problems:
         photo = (problem.photo or problem.path).name
-        notes.setdefault(photo, []).append(problem.message + (" [skipped]" if problem.skipped else ""))
+        notes.setdefault(photo,
+                         []).append(problem.message + (" [skipped]" if problem.skipped else ""))
 
     def look(photo):
         picture = loaders[photo]() if photo in loaders else None
@@ -237,8 +254,8 @@ def photo_doctor(photos, problems):
 def crop_square(size, across=0.5, down=0.5, side=1.0):
     """A square in `size` = (width, height), in pixels: (left, top, right, bottom).
 
-    `side` in (0, 1] is a fraction of the shorter side; `across` and `down` in [0, 1] place the square in
-    the room that is left, 0.5 being the middle.
+    `side` in (0, 1] is a fraction of the shorter side; `across` and `down` in [0, 1] place the
+    square in the room that is left, 0.5 being the middle.
     """
     width, height = size
     pixels = max(1, round(side * min(size)))
@@ -253,11 +270,13 @@ def draw_crop(photo, box):
     left, top, right, bottom = box
     ImageDraw.Draw(dark).rectangle((left, top, right - 1, bottom - 1), outline="white",
                                    width=max(1, min(photo.size) // 128))  # fmt: skip
-    return image_grid([[dark, photo.crop(box)]], column_labels=["the photo", "what is kept"], cell=2.5)
+    return image_grid([[dark, photo.crop(box)]], column_labels=["the photo", "what is kept"],
+                      cell=2.5)
 
 
 class CropBox(Panel):
-    """Choose a square of a photo (a PIL image in RGB); `.box` is (left, top, right, bottom) in its pixels."""
+    """Choose a square of a photo (a PIL image in RGB); `.box` is (left, top, right, bottom) in its
+    pixels."""
 
     def __init__(self, photo):
         self.photo = photo
@@ -273,28 +292,31 @@ class CropBox(Panel):
 def design_subject(render, menus, sliders, start=None):
     """Design a character: `render(values) -> PIL image`, for values = {menu or slider: setting}.
 
-    `menus`: {name: choices}; `sliders`: the names of proportions in [0, 1]. `.value` of the panel is the
-    design, ready for `render` or `Character(**panel.value)`.
+    `menus`: {name: choices}; `sliders`: the names of proportions in [0, 1]. `.value` of the panel
+    is the design, ready for `render` or `Character(**panel.value)`.
     """
-    controls = {name: list(choices) for name, choices in menus.items()} | dict.fromkeys(sliders, (0.0, 1.0))
+    controls = {name: list(choices)
+                for name, choices in menus.items()} | dict.fromkeys(sliders, (0.0, 1.0))
     middle = dict.fromkeys(sliders, 0.5)
     return Panel(lambda **values: render(values), controls, middle | (start or {}))
 
 
-# --- training -----------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 class Dashboard:
     """Watch a training run and stop it: loss, validation pictures, time left, and a Stop button.
 
         dashboard = Dashboard()
-        dashboard.run(lambda: train(config, callback=dashboard.update, should_stop=dashboard.should_stop))
+        dashboard.run(lambda: train(config, callback=dashboard.update,
+        should_stop=dashboard.should_stop))
 
         path = await dashboard
 
-    `run` starts a thread, so that the cell ends at once and the button can be pressed; `await dashboard`, in
-    the next cell, waits for the run and gives what the function returned. A kernel that takes no button while
-    a cell waits (ipykernel before 7.4, so Colab's) can be interrupted: the run then ends in the same orderly way.
+    `run` starts a thread, so that the cell ends at once and the button can be pressed; `await
+    dashboard`, in the next cell, waits for the run and gives what the function returned. A kernel
+    that takes no button while a cell waits (ipykernel before 7.4, so Colab's) can be interrupted:
+    the run then ends in the same orderly way.
     """
 
     def __init__(self, every=1.0):
@@ -306,7 +328,8 @@ class Dashboard:
 
     def _build(self):
         self.button = ipywidgets.Button(button_style="warning", icon="stop",
-                                        tooltip="end the run after this step and keep what was learned")  # fmt: skip
+                                        tooltip="end the run after this step and keep "
+                                        "what was learned")
         self.button.on_click(lambda _: self.stop())
         self.bar = ipywidgets.IntProgress(min=0, max=1)
         self.words = ipywidgets.Label()
@@ -316,7 +339,8 @@ class Dashboard:
 
     def _reset(self):
         self.losses, self.pictures, self.stopped = {}, {}, False
-        self.printed = io.StringIO()  # what the run writes; in the notebook it would land under any cell
+        # what the run writes; in the notebook it would land under any cell
+        self.printed = io.StringIO()
         self.steps = self.validated = self._outcome = self._begun = None
         self._drawn, self._cost = -float("inf"), 0.0
         if ipywidgets:
@@ -324,9 +348,13 @@ class Dashboard:
             self.bar.value, self.words.value = 0, "waiting for the first step"
 
     def run(self, function):
-        """Call `function()` in a thread and return the dashboard, to be shown. Raises RuntimeError if one runs."""
+        """Call `function()` in a thread and return the dashboard, to be shown.
+
+        Raises RuntimeError if one runs.
+        """
         if self._thread and self._thread.is_alive():
-            raise RuntimeError("this dashboard still watches a run: press Stop, or call result() to wait for it")
+            raise RuntimeError("this dashboard still watches a run: "
+                               "press Stop, or call result() to wait for it")
         self._reset()
         self._thread = threading.Thread(target=self._work, args=(function,), daemon=True)
         self._thread.start()
@@ -353,7 +381,8 @@ class Dashboard:
         return self.result()
 
     def result(self):
-        """Wait for the run's end, without listening to the button; its function's value, or the error it raised."""
+        """Wait for the run's end, without listening to the button; its function's value, or the
+        error it raised."""
         if self._thread is None:
             raise RuntimeError("nothing was started: call run(function) first")
         while self._thread.is_alive():
@@ -363,7 +392,8 @@ class Dashboard:
                 self.stop()
         value, error = self._outcome
         if error and self.stopped:
-            raise error.with_traceback(None)  # it was asked for: only its words matter, not where it came from
+            # it was asked for: only its words matter, not where it came from
+            raise error.with_traceback(None)
         if error:
             raise error
         return value
@@ -378,7 +408,8 @@ class Dashboard:
         return self.stopped
 
     def update(self, record):
-        """The run's callback: {"step", "steps", "loss"} after a step, {"step", "pictures": {prompt: [PIL]}}."""
+        """The run's callback: {"step", "steps", "loss"} after a step, {"step", "pictures": {prompt:
+        [PIL]}}."""
         now = time.monotonic()
         if "loss" in record:
             self._begun = self._begun or (now, record["step"])
@@ -401,14 +432,16 @@ class Dashboard:
         if len(self.losses) < 2:
             return None
         steps, losses = list(self.losses), list(self.losses.values())
-        return line_plot({"loss": (steps, losses), "mean of the last 20": (steps, running_mean(losses, 20))},
+        return line_plot({"loss": (steps, losses),
+                          "mean of the last 20": (steps, running_mean(losses, 20))},
                          "step", "loss")  # fmt: skip
 
     def validation(self):
         """The last validation pictures in a grid, a row for a prompt; None before the first."""
         if not self.pictures:
             return None
-        return image_grid(list(self.pictures.values()), list(self.pictures), title=f"step {self.validated}")
+        return image_grid(list(self.pictures.values()), list(self.pictures),
+                          title=f"step {self.validated}")
 
     def _draw(self, final=False):
         if not ipywidgets:
@@ -421,7 +454,8 @@ class Dashboard:
         self._drawn = time.monotonic()
         self._cost = self._drawn - begun
         if final:
-            self.button.disabled, self.button.description = True, "Stopped" if self.stopped else "Done"
+            self.button.disabled, self.button.description = (True, "Stopped" if self.stopped
+                                                             else "Done")
 
     def _state(self, final):
         if not self.losses:
@@ -431,13 +465,15 @@ class Dashboard:
         return f"step {max(self.losses)} of {self.steps}{end}"
 
     def _view(self):
-        """For the screen: loss and validation grid in one picture, and how the run ended if not well."""
+        """For the screen: loss and validation grid in one picture, and how the run ended if not
+        well."""
         error = self._outcome and self._outcome[1]
         words = f"{type(error).__name__}: {error}" if error else ""
         figures = [figure for figure in (self.picture(), self.validation()) if figure is not None]
         if not figures:
             return None, words
-        return _stacked([Image.open(io.BytesIO(as_png(figure))).convert("RGB") for figure in figures]), words
+        return _stacked([Image.open(io.BytesIO(as_png(figure))).convert("RGB")
+                         for figure in figures]), words
 
     def show(self):
         """Show the dashboard in the middle of a cell."""
@@ -467,14 +503,16 @@ class _Fork:
         vars(self).update(mine=mine, other=other, thread=threading.get_ident())
 
     def __setattr__(self, name, value):
-        setattr(self.other, name, value)  # IPython wraps `write` around each cell: that is not for this thread
+        # IPython wraps `write` around each cell: that is not for this thread
+        setattr(self.other, name, value)
 
     def __getattr__(self, name):
         return getattr(self.mine if threading.get_ident() == self.thread else self.other, name)
 
 
 def _stacked(images):
-    sheet = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    sheet = Image.new("RGB", (max(image.width for image in images),
+                              sum(image.height for image in images)), "white")
     top = 0
     for image in images:
         sheet.paste(image, (0, top))

@@ -1,4 +1,5 @@
-"""What is computed once and read many times: latents and text embeddings, kept on disk, not in memory."""
+"""What is computed once and read many times: latents and text embeddings, kept on disk, not in
+memory."""
 
 import tempfile
 
@@ -10,14 +11,16 @@ from dbcore.utils.files import writing
 
 def scratch():
     """The words for the folder of temporary files, which few people know the place of."""
-    return f"the folder for temporary files ({tempfile.tempdir or 'none found'}; TMPDIR names another)"
+    return (f"the folder for temporary files ({tempfile.tempdir or 'none found'}; "
+            "TMPDIR names another)")
 
 
 class TensorStore:
     """Dicts of float tensors by key, in one nameless temporary file that goes when the store goes.
 
-    5,000 photos' latents are some 650 MB at 512 pixels; read back one sample at a time from the disk's
-    cache they cost the training no time and no memory. Nothing outlives the run, so nothing gets stale.
+    5,000 photos' latents are some 650 MB at 512 pixels; read back one sample at a time from the
+    disk's cache they cost the training no time and no memory. Nothing outlives the run, so nothing
+    gets stale.
     """
 
     def __init__(self):

@@ -1,8 +1,8 @@
 """DreamBooth's data: which photo, seen how, with which words, at every step of a run.
 
-Sample g of a run (counted over steps, accumulation, processes and batch) is photo order[g] in an order
-drawn anew for each pass, so a batch is a function of (seed, step): there is no loader to rewind, no
-partial batch, and processes share the samples of one sequence.
+Sample g of a run (counted over steps, accumulation, processes and batch) is photo order[g] in an
+order drawn anew for each pass, so a batch is a function of (seed, step): there is no loader to
+rewind, no partial batch, and processes share the samples of one sequence.
 """
 
 import filecmp
@@ -17,7 +17,8 @@ from dbcore.datasets.cache import TensorStore
 from dbcore.datasets.photos import Photo, PhotoError, crop_to_square, shown, square_box
 from dbcore.utils.seeding import integer, normal, permutation, uniform
 
-CROPS = 4  # places along the longer side that a random crop chooses from, so that each is encoded once
+# places along the longer side that a random crop chooses from, so that each is encoded once
+CROPS = 4
 
 order = lru_cache(maxsize=8)(permutation)
 
@@ -39,7 +40,8 @@ class Sample:
         return self.photo.path, self.place, self.mirrored
 
     def geometry(self, resolution):
-        """Height and width of the photo, top and left of the crop once resized, height and width of the crop."""
+        """Height and width of the photo, top and left of the crop once resized, height and width of
+        the crop."""
         width, height = self.photo.size
         left, top, right, bottom = square_box(self.photo.size, self.place)
         if self.mirrored:
@@ -77,7 +79,8 @@ class DreamBoothData:
         crop = 0.5 if self.config.center_crop or square else (
             integer(CROPS, seed, f"{stream} crop", step, number) / (CROPS - 1))
         mirrored = self.config.random_flip and integer(2, seed, f"{stream} flip", step, number) == 1
-        prompt = self.config.class_prompt if is_class else photo.caption or self.config.instance_prompt
+        prompt = (self.config.class_prompt if is_class else photo.caption
+                  or self.config.instance_prompt)
         return Sample(photo, prompt, crop, mirrored, number, is_class)
 
     def steps_per_epoch(self, world=1):
@@ -92,7 +95,8 @@ class DreamBoothData:
     def encode(self, base, samples):
         """Latents of each new view among `samples`, into the store.
 
-        One at a time: in a batch the last bits hang on the neighbours, and a resumed run has others.
+        One at a time: in a batch the last bits hang on the neighbours, and a resumed run has
+        others.
         """
         for sample in samples:
             if sample.view not in self.latents:
@@ -101,23 +105,29 @@ class DreamBoothData:
     def batch(self, base, samples, step):
         """Tensors of a batch on the base's device.
 
-        x0, noise: (n, c, h, w); t: (n,); mask: (n, 1, h, w) in [0, 1]; prompts: n strings; geometry: (n, 6)
-        pixels, as `Family.predict` takes it. x0 is drawn from the posterior: mean + std * epsilon.
+        x0, noise: (n, c, h, w); t: (n,); mask: (n, 1, h, w) in [0, 1]; prompts: n strings;
+        geometry: (n, 6) pixels, as `Family.predict` takes it. x0 is drawn from the posterior: mean
+        + std * epsilon.
         """
         if self.config.cache_latents:
             rows = [self.latents.get(s.view, base.device) for s in samples]
         else:
             rows = encode_views(base, samples, self.config)
-        mean, std, mask = (torch.stack([row[name] for row in rows]) for name in ("mean", "std", "mask"))
+        mean, std, mask = (torch.stack([row[name] for row in rows])
+                           for name in ("mean", "std", "mask"))
         epsilons, noises, us = zip(*(self.draws(s, step, mean.shape[1:]) for s in samples))
         eps, noise = (torch.stack(column).to(base.device) for column in (epsilons, noises))
-        t = base.process.timestep(torch.tensor(us, dtype=torch.float64), mean[0, 0].numel()).to(base.device)
-        geometry = torch.tensor([s.geometry(self.config.resolution) for s in samples], dtype=torch.float32)
-        return {"x0": mean + std * eps, "noise": noise, "t": t, "mask": mask, "prompts": [s.prompt for s in samples],
+        t = base.process.timestep(torch.tensor(us, dtype=torch.float64),
+                                  mean[0, 0].numel()).to(base.device)
+        geometry = torch.tensor([s.geometry(self.config.resolution) for s in samples],
+                                dtype=torch.float32)
+        return {"x0": mean + std * eps, "noise": noise, "t": t, "mask": mask,
+                "prompts": [s.prompt for s in samples],
                 "geometry": geometry.to(base.device)}
 
     def draws(self, sample, step, shape):
-        """(posterior's epsilon, noise, u of the timestep) of one sample, functions of (seed, stream, step, sample)."""
+        """(posterior's epsilon, noise, u of the timestep) of one sample, functions of (seed,
+        stream, step, sample)."""
         kind, seed = ("class " if sample.is_class else ""), self.config.seed
         epsilon = normal(shape, seed, kind + "posterior", step, [sample.number])[0]
         noise = normal(shape, seed, kind + "noise", step, [sample.number])[0]
@@ -132,25 +142,30 @@ def refuse_shared(photos, class_photos):
     by_size = {}
     for photo in photos:
         by_size.setdefault(photo.path.stat().st_size, []).append(photo.path)
-    shared = next(((photo.path, own) for photo in class_photos for own in by_size.get(photo.path.stat().st_size, [])
+    shared = next(((photo.path, own) for photo in class_photos
+                   for own in by_size.get(photo.path.stat().st_size, [])
                    if filecmp.cmp(photo.path, own, shallow=False)), None)
     if shared is not None:
-        raise PhotoError(f"--class_data_dir leads to {shown(shared[0])}, which is a photo of the subject, "
-                         f"{shown(shared[1].name)}: it would be learnt as its class; choose a folder of class images alone")
+        raise PhotoError(f"--class_data_dir leads to {shown(shared[0])}, which is a photo "
+                         f"of the subject, {shown(shared[1].name)}: it would be learnt as its "
+                         "class; choose a folder of class images alone")
 
 
 def encode_views(base, samples, config):
     """[{"mean", "std", "mask"}] of samples, one autoencoder pass."""
     looks = [look(sample, config) for sample in samples]
     mean, std = base.encode_images(torch.stack([pixels for pixels, _ in looks]))
-    masks = [torch.ones(1, *mean.shape[2:]) if mask is None else shrink(mask, mean.shape[2:]) for _, mask in looks]
-    return [{"mean": m, "std": s, "mask": mask.to(m.device)} for m, s, mask in zip(mean, std, masks)]
+    masks = [torch.ones(1, *mean.shape[2:]) if mask is None else shrink(mask, mean.shape[2:])
+             for _, mask in looks]
+    return [{"mean": m, "std": s, "mask": mask.to(m.device)}
+            for m, s, mask in zip(mean, std, masks)]
 
 
 def look(sample, config):
     """(pixels (3, r, r) in [-1, 1], mask image or None) of a photo as a sample sees it."""
     how = {"resolution": config.resolution, "center_crop": False, "at": sample.place}
-    image = crop_to_square(sample.photo.load(), interpolation=config.image_interpolation_mode, **how)
+    image = crop_to_square(sample.photo.load(), interpolation=config.image_interpolation_mode,
+                           **how)
     mask = sample.photo.load_mask() if config.use_masks else None
     if mask is not None:
         mask = crop_to_square(mask, interpolation="nearest", **how)
@@ -165,5 +180,7 @@ def to_pixels(image):
 
 
 def shrink(mask, size):
-    """A mask image as (1, h, w) in [0, 1] at the latents' size: the white share of each latent's patch."""
-    return torch.from_numpy(np.asarray(mask.resize(size[::-1], Image.Resampling.BOX), dtype=np.float32) / 255)[None]
+    """A mask image as (1, h, w) in [0, 1] at the latents' size: the white share of each latent's
+    patch."""
+    return torch.from_numpy(np.asarray(mask.resize(size[::-1], Image.Resampling.BOX),
+                                       dtype=np.float32) / 255)[None]

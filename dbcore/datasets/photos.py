@@ -1,8 +1,8 @@
 """Photos as people have them: find, check, crop.
 
 A `Photo` holds a path, never pixels, so 5,000 photos cost what five do. A photo that cannot be used
-becomes a `Problem` with `skipped=True`; one that can, but should be looked at, a `Problem` without it.
-`images.py` reads one file; `sidecars.py` finds the caption and the mask that belong to it.
+becomes a `Problem` with `skipped=True`; one that can, but should be looked at, a `Problem` without
+it. `images.py` reads one file; `sidecars.py` finds the caption and the mask that belong to it.
 """
 
 import hashlib
@@ -61,8 +61,8 @@ MAX_ASPECT = 2.5  # beyond this a centred square keeps less than 40 % of the pho
 PURE = 0.98  # of an image in black and white: masks have grey at their edges alone
 DARK = 16  # of 255: an image without a brighter pixel shows nothing
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-# Of copies of a photo (smaller, compressed, in other colours) 97 % are more alike than this, and two
-# thirds of those made brighter until white is cut off; different photos of one animal, on a
+# Of copies of a photo (smaller, compressed, in other colours) 97 % are more alike than this, and
+# two thirds of those made brighter until white is cut off; different photos of one animal, on a
 # white ground too, reach 0.976.
 THUMBNAIL, ALIKE = 16, 0.978
 BLOCK = 128  # photos compared at a time
@@ -82,7 +82,8 @@ class Photo:
         return load_rgb(self.path)
 
     def load_mask(self):
-        """The mask as an upright `PIL.Image` in mode L at the photo's size, or None if there is none."""
+        """The mask as an upright `PIL.Image` in mode L at the photo's size, or None if there is
+        none."""
         if self.mask_path is None:
             return None
         return load_mask(self.mask_path).resize(self.size, Image.Resampling.NEAREST)
@@ -92,10 +93,11 @@ class Photo:
 
 
 def find_photos(folder):
-    """The picture files in `folder` and the folders within it, sorted by path; junk and masks left out.
+    """The picture files in `folder` and the folders within it, sorted by path; junk and masks left
+    out.
 
-    A link to a folder is followed once, so a circle of links ends. Raises `PhotoError` if `folder` is
-    not a folder that can be read.
+    A link to a folder is followed once, so a circle of links ends. Raises `PhotoError` if `folder`
+    is not a folder that can be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -179,8 +181,8 @@ def check_photos(paths, resolution=None, folder=None, use_masks=True):
 
     `resolution` (pixels) adds the warning for photos smaller than that. `folder` is how far up a
     table of captions is looked for; without it, only in each photo's own folder. Whatever is in a
-    picture becomes a `Problem`. Raises PhotoError where a table of captions names no photo, or every
-    mask is black.
+    picture becomes a `Problem`. Raises PhotoError where a table of captions names no photo, or
+    every mask is black.
     """
     paths, photos, problems, prints, digests = list(map(Path, paths)), [], [], [], {}
     captions = Captions(paths, Path(folder) if folder is not None else None, problems)
@@ -188,7 +190,8 @@ def check_photos(paths, resolution=None, folder=None, use_masks=True):
     for path in paths:
         try:
             size, notes, print_ = _examine(path)
-        except Exception as error:  # noqa: BLE001 - decoders raise anything at all on a damaged file
+        except Exception as error:  # noqa: BLE001
+            # decoders raise anything at all on a damaged file
             problems.append(Problem(path, *reason(path, error), skipped=True))
             continue
         photos.append(Photo(path, size, captions.of(path), masks.of(path, size)))
@@ -224,7 +227,8 @@ def _mask_notes(picture):
     black, white, total = sum(levels[:8]), sum(levels[-8:]), sum(levels)
     if not (black and white) or black + white < PURE * total:
         return []
-    message = "black and white alone, as a mask is: if it is one, call it dog.mask.png beside dog.jpg"
+    message = ("black and white alone, as a mask is: if it is one, call it "
+               "dog.mask.png beside dog.jpg")
     return [("mask-like", message)]
 
 
@@ -256,7 +260,8 @@ def _shape_notes(size, resolution):
         notes.append(
             (
                 "small",
-                f"{size[0]} x {size[1]} is smaller than {resolution}: enlarged {resolution / short:.1f} times",
+                (f"{size[0]} x {size[1]} is smaller than {resolution}: "
+                 f"enlarged {resolution / short:.1f} times"),
             )
         )
     if long > MAX_ASPECT * short:
@@ -329,7 +334,8 @@ def _differences(thumbnails):
 def square_box(size, at=0.5):
     """The largest square in `size` = (width, height): (left, top, right, bottom) in whole pixels.
 
-    `at` in [0, 1] is its place along the longer side: 0 left or top, 0.5 centred, 1 right or bottom.
+    `at` in [0, 1] is its place along the longer side: 0 left or top, 0.5 centred, 1 right or
+    bottom.
     """
     width, height = size
     side = min(width, height)
@@ -338,7 +344,8 @@ def square_box(size, at=0.5):
 
 
 def check_box(box, size):
-    """`box` as four whole numbers; `PhotoError` unless it is a square inside `size` = (width, height)."""
+    """`box` as four whole numbers; `PhotoError` unless it is a square inside `size` = (width,
+    height)."""
     try:
         left, top, right, bottom = (round(float(value)) for value in box)
     except (TypeError, ValueError, OverflowError):
@@ -348,7 +355,8 @@ def check_box(box, size):
     width, height = size
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise PhotoError(
-            f"crop box {left},{top},{right},{bottom} does not lie inside the {width} x {height} photo"
+            f"crop box {left},{top},{right},{bottom} does not lie inside the {width} "
+            f"x {height} photo"
         )
     if abs((right - left) - (bottom - top)) > 1:
         raise PhotoError(
@@ -360,9 +368,9 @@ def check_box(box, size):
 def crop_to_square(image, resolution, center_crop=True, box=None, interpolation="lanczos", at=0.5):
     """A `resolution` x `resolution` copy of the largest square of an image, or of the square `box`.
 
-    The square is centred, or, with `center_crop=False`, lies at `at` in [0, 1] along the longer side
-    (the caller draws `at`, so that this function stays free of chance). `box` = (left, top, right,
-    bottom) goes before both. A mask is cropped with the same arguments and stays in step.
+    The square is centred, or, with `center_crop=False`, lies at `at` in [0, 1] along the longer
+    side (the caller draws `at`, so that this function stays free of chance). `box` = (left, top,
+    right, bottom) goes before both. A mask is cropped with the same arguments and stays in step.
     Raises `PhotoError` for a bad box or interpolation.
     """
     if interpolation not in INTERPOLATIONS:

@@ -1,8 +1,10 @@
 """Checkpoints that are whole or absent: written beside their name, flushed, checked, renamed.
 
 checkpoint-50/  pytorch_lora_weights.safetensors   a stock pipeline loads it
-                training.safetensors               weights, their running mean, the optimizer's tensors
-                state.json                         step, the optimizer's numbers, a digest of each file
+                training.safetensors               weights, their running mean, the optimizer's
+                                                   tensors
+                state.json                         step, the optimizer's numbers, a digest of each
+                                                   file
 No pickle anywhere: safetensors and JSON cannot run a program.
 """
 
@@ -22,7 +24,8 @@ from dbcore.models.lora import save_lora
 from dbcore.utils.files import FileError, whole_folder
 
 STATE, TRAINING = "state.json", "training.safetensors"
-OPTIONS = ("betas", "eps", "weight_decay")  # of an optimizer; the rate is set at each step, the rest is its own
+# of an optimizer; the rate is set at each step, the rest is its own
+OPTIONS = ("betas", "eps", "weight_decay")
 
 
 class CheckpointError(ConfigError):
@@ -34,13 +37,16 @@ def checkpoints(output_dir):
 
     `.old` is one that a kill kept from being replaced; where its successor stands, that one counts.
     """
-    found = {int(match[1]): path for path in sorted(Path(output_dir).glob("checkpoint-*"), reverse=True)
-             if (match := re.fullmatch(r"checkpoint-(\d+)(\.old)?", path.name)) and (path / STATE).is_file()}
+    found = {int(match[1]): path
+             for path in sorted(Path(output_dir).glob("checkpoint-*"), reverse=True)
+             if (match := re.fullmatch(r"checkpoint-(\d+)(\.old)?", path.name))
+             and (path / STATE).is_file()}
     return sorted(found.items())
 
 
 def find_checkpoint(output_dir, which):
-    """The folder that `--resume_from_checkpoint` means, or None for `latest` where there is none yet.
+    """The folder that `--resume_from_checkpoint` means, or None for `latest` where there is none
+    yet.
 
     Raises CheckpointError for a folder that is no checkpoint.
     """
@@ -48,18 +54,20 @@ def find_checkpoint(output_dir, which):
         there = [path for _, path in reversed(checkpoints(output_dir))]
         sound = next((path for path in there if is_sound(path)), None)
         if there and not sound:
-            raise CheckpointError(f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged; "
-                                  "choose another --output_dir, or --overwrite_output_dir to start anew")
+            raise CheckpointError("--resume_from_checkpoint latest: "
+                                  f"every checkpoint in {output_dir} is damaged; choose another "
+                                  "--output_dir, or --overwrite_output_dir to start anew")
         return sound
     for path in (Path(which), Path(output_dir) / which):
         if (path / STATE).is_file():
             if not is_sound(path):
-                raise CheckpointError(f"--resume_from_checkpoint {which} is damaged: a file in it is not what was "
-                                      "saved; give an earlier one, or latest")
+                raise CheckpointError(f"--resume_from_checkpoint {which} is damaged: "
+                                      "a file in it is not what was saved; "
+                                      "give an earlier one, or latest")
             return path
     have = ", ".join(path.name for _, path in checkpoints(output_dir)) or "none"
-    raise CheckpointError(f"--resume_from_checkpoint {which}: no such checkpoint (in {output_dir}: {have}); "
-                          "give one of them, or latest")
+    raise CheckpointError(f"--resume_from_checkpoint {which}: no such checkpoint (in "
+                          f"{output_dir}: {have}); give one of them, or latest")
 
 
 def last_good(output_dir):
@@ -74,7 +82,8 @@ def steps_done(folder):
 
 
 def circumstances_of(folder):
-    """What a checkpoint's run depended on beside its options, {} in those from before that was noted."""
+    """What a checkpoint's run depended on beside its options, {} in those from before that was
+    noted."""
     return json.loads((folder / STATE).read_text(encoding="utf-8")).get("circumstances", {})
 
 
@@ -94,8 +103,9 @@ def digest_of(path):
 def save_checkpoint(output_dir, trained, notes, circumstances, limit=None):
     """Write checkpoint-<step>, then remove the oldest beyond `limit`.
 
-    `trained`: `Trained`. `notes`: texts in the LoRA's file. `circumstances`: see `resume.circumstances`. Raises
-    CheckpointError if the disk is full or read-only; the checkpoints before it stand untouched.
+    `trained`: `Trained`. `notes`: texts in the LoRA's file. `circumstances`: see
+    `resume.circumstances`. Raises CheckpointError if the disk is full or read-only; the checkpoints
+    before it stand untouched.
     """
     step = trained.step
     final = Path(output_dir) / f"checkpoint-{step}"
@@ -108,9 +118,10 @@ def save_checkpoint(output_dir, trained, notes, circumstances, limit=None):
             state = {"step": step, **numbers, "circumstances": circumstances, "sha256": digests}
             (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     except FileError as error:
-        raise CheckpointError(f"checkpoint-{step} could not be written to {output_dir}: {error.reason}. "
-                              f"{last_good(output_dir)}; free some space or check the folder's permissions, then "
-                              "--resume_from_checkpoint latest") from error
+        raise CheckpointError(f"checkpoint-{step} could not be written to {output_dir}: "
+                              f"{error.reason}. {last_good(output_dir)}; free some space or check "
+                              "the folder's permissions, "
+                              "then --resume_from_checkpoint latest") from error
     for _, old in checkpoints(output_dir)[: -limit if limit else 0]:
         remove(old)
 
@@ -127,15 +138,18 @@ def write_training(path, trained):
     tensors |= {f"mean.{i}": m for i, m in enumerate(trained.mean or [])}
     kept = {}
     for index, parameter in enumerate(trained.parameters):
-        for name, value in trained.optimizer.state.get(parameter, {}).items():  # bitsandbytes' state_dict wraps its tensors
+        # bitsandbytes' state_dict wraps its tensors
+        for name, value in trained.optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(value):
                 tensors[f"optimizer.{index}.{name}"] = value
             else:
                 kept[f"{index}.{name}"] = value
-    groups = [{k: v for k, v in group.items() if plain(v)} for group in trained.optimizer.state_dict()["param_groups"]]
+    groups = [{k: v for k, v in group.items() if plain(v)}
+              for group in trained.optimizer.state_dict()["param_groups"]]
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     path.write_bytes(save(whole))
-    return {"optimizer": {"state": kept, "param_groups": groups}, "scaler": trained.scaler.state_dict(),
+    return {"optimizer": {"state": kept, "param_groups": groups},
+            "scaler": trained.scaler.state_dict(),
             "seconds": trained.seconds}
 
 
@@ -154,15 +168,19 @@ def load_checkpoint(folder, trained):
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         tensors = load((folder / TRAINING).read_bytes())
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}): give an earlier checkpoint") from None
-    shapes = [tuple(tensors[f"weight.{i}"].shape) for i in range(sum(k.startswith("weight.") for k in tensors))]
+        raise CheckpointError(f"{folder} cannot be read ({error}): "
+                              "give an earlier checkpoint") from None
+    shapes = [tuple(tensors[f"weight.{i}"].shape)
+              for i in range(sum(k.startswith("weight.") for k in tensors))]
     if shapes != [tuple(p.shape) for p in trained.parameters]:
-        raise CheckpointError(f"{folder.name} holds a LoRA of another shape: give the rank, lora_layers and "
-                              "train_text_encoder that it was trained with (they are in config.yaml)")
+        raise CheckpointError(f"{folder.name} holds a LoRA of another shape: give the rank, "
+                              "lora_layers and train_text_encoder that it was trained with (they "
+                              "are in config.yaml)")
     for i, parameter in enumerate(trained.parameters):
         parameter.data.copy_(tensors[f"weight.{i}"])
     if trained.mean is not None:
-        need("mean.0" in tensors, f"{folder.name} was saved without --use_ema: resume it without, or start anew")
+        need("mean.0" in tensors,
+             f"{folder.name} was saved without --use_ema: resume it without, or start anew")
         for i, mean in enumerate(trained.mean):
             mean.copy_(tensors[f"mean.{i}"])
     load_optimizer(trained.optimizer, optimizer_state(state["optimizer"], tensors))
@@ -172,8 +190,10 @@ def load_checkpoint(folder, trained):
 
 
 def load_optimizer(optimizer, state):
-    """Give it what it had gathered, and leave it the options of this run: those may have been changed."""
-    options = [{name: group[name] for name in OPTIONS if name in group} for group in optimizer.param_groups]
+    """Give it what it had gathered, and leave it the options of this run: those may have been
+    changed."""
+    options = [{name: group[name] for name in OPTIONS if name in group}
+               for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)

@@ -1,11 +1,12 @@
-"""Did it learn, in numbers: the measures of the DreamBooth paper (Ruiz et al. 2023, section 4.1 and 4.3).
+"""Did it learn, in numbers: the measures of the DreamBooth paper (Ruiz et al. 2023, section 4.1 and
+4.3).
 
-Every measure is a mean cosine between feature vectors. What it says hangs on the encoder that made them:
-CLIP's image tower sees kind, colour and place; DINO, trained to tell pictures apart without words, sees
-more of the individual. A base's folder may bring encoders of its own world, or name others (`metrics` in
-its recommended.json).
-Compare numbers of one encoder only, and only between a floor (the base without adapter) and a ceiling
-(real photos against each other).
+Every measure is a mean cosine between feature vectors. What it says hangs on the encoder that made
+them: CLIP's image tower sees kind, colour and place; DINO, trained to tell pictures apart without
+words, sees more of the individual. A base's folder may bring encoders of its own world, or name
+others (`metrics` in its recommended.json).
+Compare numbers of one encoder only, and only between a floor (the base without adapter) and a
+ceiling (real photos against each other).
 """
 
 from collections.abc import Callable
@@ -27,12 +28,15 @@ from dbcore.utils.seeding import key
 ENCODERS = ("openai/clip-vit-base-patch32", "facebook/dino-vits16")  # for a base that brings none
 
 
-# --- encoders -----------------------------------------------------------------------------------------
+# --- encoders -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Encoder:
-    """Pictures, and for some encoders texts, to unit vectors. `note` says what to keep in mind of it."""
+    """Pictures, and for some encoders texts, to unit vectors.
+
+    `note` says what to keep in mind of it.
+    """
 
     name: str
     embed_images: Callable  # list of PIL images -> (n, d)
@@ -46,9 +50,13 @@ class Encoder:
 
     @torch.no_grad()
     def texts(self, prompts, batch_size=32):
-        """(n, d) float32 unit vectors on the CPU. Raises ValueError for an encoder of pictures alone."""
+        """(n, d) float32 unit vectors on the CPU.
+
+        Raises ValueError for an encoder of pictures alone.
+        """
         if self.embed_texts is None:
-            raise InputError(f"{self.name} reads pictures and no text: take a CLIP for prompt fidelity")
+            raise InputError(f"{self.name} reads pictures and no text: "
+                             "take a CLIP for prompt fidelity")
         return self._batches(self.embed_texts, prompts, batch_size, "prompt")
 
     def _batches(self, embed, things, size, what):
@@ -81,37 +89,46 @@ def load_encoders(base_or_name):
 
 
 def toy_clip(folder):
-    """The CLIP that was trained with the toy base's text encoder (Radford et al. 2021, in miniature)."""
+    """The CLIP that was trained with the toy base's text encoder (Radford et al. 2021, in
+    miniature)."""
     from dbcore.toybox.clip import load_clip
 
     clip = load_clip(folder)
     return Encoder("clip_image", clip.embed_images, clip.embed_texts,
-                   "its text tower is the base's own text encoder, so prompt fidelity is on the kind side")
+                   "its text tower is the base's own text encoder, so prompt fidelity is "
+                   "on the kind side")
 
 
 def toy_subject(folder):
-    """The toy base's subject encoder: which individual it is; it shares no weight and no picture with the base."""
+    """The toy base's subject encoder: which individual it is; it shares no weight and no picture
+    with the base."""
     from dbcore.toybox.encoder import load_subject_encoder
 
     return Encoder("subject encoder", load_subject_encoder(folder).embed_images, None,
-                   "plays DINO's part: taught to tell renders of one character from those of all others")
+                   "plays DINO's part: taught to tell renders of one character from "
+                   "those of all others")
 
 
 OWN = {"clip_image": toy_clip, "subject": toy_subject}  # folders that a base may bring
 
 
 def load_hub_encoder(name):
-    """A CLIP, or a ViT such as DINO (Caron et al. 2021), of transformers. Raises ConfigError for another kind."""
+    """A CLIP, or a ViT such as DINO (Caron et al. 2021), of transformers.
+
+    Raises ConfigError for another kind.
+    """
     from transformers import AutoConfig
 
     try:
         kind = AutoConfig.from_pretrained(name).model_type
         make = {"clip": hub_clip, "vit": hub_vit, "dinov2": hub_vit}.get(kind)
     except (OSError, ValueError) as error:  # transformers' ValueError: a kind it does not know
-        raise ConfigError(f"metric encoder {name}: neither a base's folder nor a model of transformers "
-                          f"({first_line(error)}): {hub_answer(error) or 'check the name'}") from error
+        raise ConfigError(f"metric encoder {name}: neither a base's folder nor a model "
+                          f"of transformers ({first_line(error)}): "
+                          f"{hub_answer(error) or 'check the name'}") from error
     if make is None:
-        raise ConfigError(f"metric encoder {name} is a {kind}: give a CLIP or a ViT, such as {' or '.join(ENCODERS)}")
+        raise ConfigError(f"metric encoder {name} is a {kind}: give a CLIP or a ViT, such as "
+                          f"{' or '.join(ENCODERS)}")
     with reading(f"metric encoder {name} cannot be loaded"):
         return make(name, "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -137,11 +154,13 @@ def hub_vit(name, device):
     from transformers import AutoModel
 
     model, prepare = AutoModel.from_pretrained(name).eval().to(device), preprocessing(name)
-    return Encoder(name, lambda pictures: model(prepare(pictures).to(device)).last_hidden_state[:, 0])
+    return Encoder(name,
+                   lambda pictures: model(prepare(pictures).to(device)).last_hidden_state[:, 0])
 
 
 def preprocessing(name):
-    """A function from PIL images to the pixels (n, 3, h, w) that the model of that name was trained on."""
+    """A function from PIL images to the pixels (n, 3, h, w) that the model of that name was trained
+    on."""
     from PIL import Image, ImageOps
     from transformers.image_processing_utils import BaseImageProcessor
 
@@ -151,31 +170,34 @@ def preprocessing(name):
     mean, std = (torch.tensor(asked[which]).view(3, 1, 1) for which in ("image_mean", "image_std"))
 
     def prepare(pictures):
-        squares = [ImageOps.fit(p.convert("RGB"), (side, side), Image.Resampling.BICUBIC) for p in pictures]
+        squares = [ImageOps.fit(p.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+                   for p in pictures]
         return torch.stack([((to_pixels(square) + 1) / 2 - mean) / std for square in squares])
 
     return prepare
 
 
-# --- measures -----------------------------------------------------------------------------------------
+# --- measures -------------------------------------------------------------------------------------
 
 
 def features(pictures, encoder):
-    """(n, d) unit vectors of PIL images; vectors that `encoder.images` made before are taken as they are."""
+    """(n, d) unit vectors of PIL images; vectors that `encoder.images` made before are taken as
+    they are."""
     return pictures if torch.is_tensor(pictures) else encoder.images(pictures)
 
 
 def subject_fidelity(pictures, photos, encoder):
     """Is it this one? Mean cosine over all pairs of a drawn picture and a real photo, in [-1, 1].
 
-    With CLIP's image tower this is CLIP-I, with DINO it is DINO (Ruiz et al. 2023, section 4.1). Copies of
-    the photos score highest: read it beside `prompt_fidelity` and `nearest_photo`.
+    With CLIP's image tower this is CLIP-I, with DINO it is DINO (Ruiz et al. 2023, section 4.1).
+    Copies of the photos score highest: read it beside `prompt_fidelity` and `nearest_photo`.
     """
     return float((features(pictures, encoder) @ features(photos, encoder).T).mean())
 
 
 def real_against_real(photos, encoder):
-    """The ceiling of `subject_fidelity`: mean cosine over all pairs of different photos of the subject."""
+    """The ceiling of `subject_fidelity`: mean cosine over all pairs of different photos of the
+    subject."""
     vectors = features(photos, encoder)
     count = len(vectors)
     if count < 2:
@@ -187,50 +209,58 @@ def real_against_real(photos, encoder):
 def prompt_fidelity(pictures, prompts, encoder):
     """Does it show what was asked? Mean cosine of each picture and its prompt (CLIP-T), in [-1, 1].
 
-    `prompts`: one a picture, or one for all, without the identifier: to CLIP it is a stray word. Raises
-    ValueError if the numbers differ, or the encoder reads no text.
+    `prompts`: one a picture, or one for all, without the identifier: to CLIP it is a stray word.
+    Raises ValueError if the numbers differ, or the encoder reads no text.
     """
     vectors = features(pictures, encoder)
     prompts = [prompts] * len(vectors) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(vectors):
-        raise InputError(f"{len(prompts)} prompts for {len(vectors)} pictures: give one a picture, or one for all")
+        raise InputError(f"{len(prompts)} prompts for {len(vectors)} pictures: "
+                         "give one a picture, or one for all")
     unique = list(dict.fromkeys(prompts))
     texts = encoder.texts(unique)[[unique.index(prompt) for prompt in prompts]]
     return float((vectors * texts).sum(dim=1).mean())
 
 
 def prior_preservation_metric(class_pictures, photos, encoder):
-    """PRES: do others of its class now look like the subject? Mean cosine over all pairs; lower is better.
+    """PRES: do others of its class now look like the subject? Mean cosine over all pairs; lower is
+    better.
 
-    `class_pictures`: drawn for the class prompt, without the identifier, after training. The number of the
-    untrained base is what a perfect prior would keep (Ruiz et al. 2023, section 4.3).
+    `class_pictures`: drawn for the class prompt, without the identifier, after training. The number
+    of the untrained base is what a perfect prior would keep (Ruiz et al. 2023, section 4.3).
     """
     return subject_fidelity(class_pictures, photos, encoder)
 
 
 def diversity(pictures, encoder):
-    """DIV: how much pictures of one prompt differ, 1 - the mean cosine of different ones, in [0, 2].
+    """DIV: how much pictures of one prompt differ, 1 - the mean cosine of different ones, in [0,
+    2].
 
-    The paper takes LPIPS between them (`lpips_diversity`); this is the encoder's own distance. Higher is better while the
-    subject is kept. Raises ValueError for fewer than two pictures.
+    The paper takes LPIPS between them (`lpips_diversity`); this is the encoder's own distance.
+    Higher is better while the subject is kept. Raises ValueError for fewer than two pictures.
     """
     return 1 - real_against_real(pictures, encoder)
 
 
 def load_lpips():
-    """LPIPS on AlexNet (Zhang et al. 2018): two (n, 3, h, w) in [-1, 1] -> n distances. Raises ConfigError without it."""
+    """LPIPS on AlexNet (Zhang et al. 2018): two (n, 3, h, w) in [-1, 1] -> n distances.
+
+    Raises ConfigError without it.
+    """
     from dbcore.engines.trained import optional
 
     try:
         network = optional("lpips", "--lpips").LPIPS(net="alex", verbose=False)
     except OSError as error:
-        raise ConfigError(f"--lpips: AlexNet's weights, which torchvision fetches once, cannot be had ({error})") from None
+        raise ConfigError("--lpips: AlexNet's weights, which torchvision fetches once, "
+                          f"cannot be had ({error})") from None
     return network.eval().to(best_device())
 
 
 @torch.no_grad()
 def lpips_diversity(pictures, distance):
-    """DIV as the paper has it: the mean LPIPS over all pairs of PIL images of one prompt; 0 for copies.
+    """DIV as the paper has it: the mean LPIPS over all pairs of PIL images of one prompt; 0 for
+    copies.
 
     `distance`: from `load_lpips`. Raises InputError for fewer than two images.
     """
@@ -242,20 +272,22 @@ def lpips_diversity(pictures, distance):
 
 
 def nearest_photo(pictures, photos, encoder):
-    """Is it a copy? (which, cosine) for each picture: the photo nearest to it, and how near, each (n,).
+    """Is it a copy? (which, cosine) for each picture: the photo nearest to it, and how near, each
+    (n,).
 
-    A cosine above what photos of the subject reach among themselves, with a place that was not asked for,
-    is a memorised photo.
+    A cosine above what photos of the subject reach among themselves, with a place that was not
+    asked for, is a memorised photo.
     """
     cosines, which = (features(pictures, encoder) @ features(photos, encoder).T).max(dim=1)
     return which.tolist(), cosines.tolist()
 
 
 def agreement(values, right):
-    """Does a metric see the truth? The chance that a right picture has a higher value than a wrong one, in [0, 1].
+    """Does a metric see the truth? The chance that a right picture has a higher value than a wrong
+    one, in [0, 1].
 
-    `values`: one a picture; `right`: the truth of each, booleans. It is the area under the ROC curve: 1 is full
-    agreement, 0.5 a coin. None if all pictures are right, or none is.
+    `values`: one a picture; `right`: the truth of each, booleans. It is the area under the ROC
+    curve: 1 is full agreement, 0.5 a coin. None if all pictures are right, or none is.
     """
     values, right = np.asarray(values, dtype=float), np.asarray(right, dtype=bool)
     good, bad = values[right][:, None], values[~right]
@@ -265,14 +297,16 @@ def agreement(values, right):
 
 
 def bootstrap_interval(values, seed=0, level=0.95, count=10_000):
-    """(low, high) of the mean of `values`: the percentile bootstrap (Efron 1979), values drawn with return.
+    """(low, high) of the mean of `values`: the percentile bootstrap (Efron 1979), values drawn with
+    return.
 
-    Give one value a subject: pictures of one subject are not independent. One value gives (value, value).
-    Raises ValueError if there is none.
+    Give one value a subject: pictures of one subject are not independent. One value gives (value,
+    value). Raises ValueError if there is none.
     """
     values = np.asarray(values, dtype=float)
     if values.size == 0:
         raise InputError("bootstrap_interval: no values were given; give one a subject")
-    picks = np.random.default_rng(key(seed, "bootstrap")).integers(0, len(values), (count, len(values)))
+    picks = np.random.default_rng(key(seed, "bootstrap")).integers(0, len(values),
+                                                                   (count, len(values)))
     low, high = np.quantile(values[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -15,10 +15,11 @@ from dbcore.utils.grids import figure_png, image_grid
 
 
 def generate(config, base=None):
-    """A list for each prompt of `num_images` PIL images, with seeds config.seed, config.seed + 1, ...
+    """A list for each prompt of `num_images` PIL images, with seeds config.seed, config.seed + 1,
+    ...
 
-    `config`: GenerateConfig. `base`: one that is loaded already, LoRAs and all. Raises ConfigError and
-    LoraFileError for what cannot be loaded.
+    `config`: GenerateConfig. `base`: one that is loaded already, LoRAs and all. Raises ConfigError
+    and LoraFileError for what cannot be loaded.
     """
     config.check()
     config = settle(with_base(config))
@@ -28,15 +29,19 @@ def generate(config, base=None):
     pictures = base.draw(
         [prompt for prompt in config.prompt for _ in seeds], seeds * len(config.prompt),
         num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-        negative_prompt=config.negative_prompt, resolution=config.resolution, scheduler=config.scheduler,
-        batch_size=config.batch_size)
+        negative_prompt=config.negative_prompt, resolution=config.resolution,
+        scheduler=config.scheduler, batch_size=config.batch_size)
     return [pictures[first:first + len(seeds)] for first in range(0, len(pictures), len(seeds))]
 
 
 def check_prompts(config, base):
-    """Say what of the prompts is beyond the token limit. Raises PromptError where the subject of a LoRA's run is."""
+    """Say what of the prompts is beyond the token limit.
+
+    Raises PromptError where the subject of a LoRA's run is.
+    """
     run = next(filter(None, map(run_of, config.checkpoint_dir)), {})
-    texts = [("--prompt", prompt) for prompt in config.prompt] + [("--negative_prompt", config.negative_prompt)]
+    texts = ([("--prompt", prompt) for prompt in config.prompt]
+             + [("--negative_prompt", config.negative_prompt)])
     check_fit(base, texts, run.get("instance_prompt") or "", run.get("class_prompt"))
 
 
@@ -52,15 +57,18 @@ def with_base(config):
         return config
     first = config.checkpoint_dir[0]
     if run := run_of(first):
-        return dataclasses.replace(config, revision=config.revision or run.get("revision"),
-                                   pretrained_model_name_or_path=run["pretrained_model_name_or_path"])
-    raise ConfigError(f"--checkpoint_dir {first} does not say which base it belongs to, by a config.yaml that a run "
-                      "has written: give --pretrained_model_name_or_path as well")
+        return dataclasses.replace(
+            config, pretrained_model_name_or_path=run["pretrained_model_name_or_path"],
+            revision=config.revision or run.get("revision"))
+    raise ConfigError(f"--checkpoint_dir {first} does not say which base it belongs to, "
+                      "by a config.yaml that a run has written: "
+                      "give --pretrained_model_name_or_path as well")
 
 
 def base_with_loras(config):
     """The base on the best device there is, with every LoRA of `checkpoint_dir` at its scale."""
-    base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant, device=best_device(),
+    base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant,
+                     device=best_device(),
                      dtype=torch_dtype(config.mixed_precision), low_vram=config.low_vram)
     if base.low_vram:
         encode_ahead(base, config)
@@ -76,7 +84,8 @@ def base_with_loras(config):
 def encode_ahead(base, config):
     """Encode the prompts and let the text encoders go, unless a LoRA is to change what they say."""
     adapters = [read_adapter(path, base.name) for path in config.checkpoint_dir]
-    if not any(name in adapter.layers for adapter in adapters for name in base.roles["text_encoders"]):
+    if not any(name in adapter.layers for adapter in adapters
+               for name in base.roles["text_encoders"]):
         base.remember([*config.prompt, config.negative_prompt])
         base.release("text_encoders")
 
@@ -84,16 +93,18 @@ def encode_ahead(base, config):
 def generate_and_save(config):
     """`generate`, then PNG files and a grid in `output_dir`, which is returned.
 
-    Where other pictures have the names already, as of another LoRA or scale, all of these get a number. Raises
-    FileError where the folder cannot be written to.
+    Where other pictures have the names already, as of another LoRA or scale, all of these get a
+    number. Raises FileError where the folder cannot be written to.
     """
     folder = Path(config.output_dir)
     with writing(f"--output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     rows, seeds = generate(config), [config.seed + k for k in range(config.num_images)]
-    files = {f"{name}-seed{seed}.png": png(image) for name, row in zip(file_names(config.prompt), rows)
+    files = {f"{name}-seed{seed}.png": png(image)
+             for name, row in zip(file_names(config.prompt), rows)
              for seed, image in zip(seeds, row)}
-    files["grid.png"] = figure_png(image_grid(rows, config.prompt, [f"seed {seed}" for seed in seeds]))
+    files["grid.png"] = figure_png(image_grid(rows, config.prompt,
+                                              [f"seed {seed}" for seed in seeds]))
     if mark := write_beside(folder, files):
         print(f"Other pictures have these names already: the new ones end in {mark}.")
     return folder
@@ -107,7 +118,8 @@ def png(image):
 
 
 def file_names(prompts):
-    """Each prompt as part of a file name; where two would be called the same, the later one gets a number."""
+    """Each prompt as part of a file name; where two would be called the same, the later one gets a
+    number."""
     names = []
     for prompt in prompts:
         name, count = slug(prompt), 2

@@ -1,12 +1,14 @@
-"""DreamBooth's loss: how far the network's word is from the target, on the subject and on its class."""
+"""DreamBooth's loss: how far the network's word is from the target, on the subject and on its
+class."""
 
 
 def dreambooth_loss(prediction, target, mask, weight, num_instance, prior_loss_weight):
     """E |w (y - y_theta)|^2 over the subject + lambda E |w (y' - y'_theta)|^2 over the class.
 
-    Equation 2 of Ruiz et al. 2023 (DreamBooth), with the network's own kind of target y. `prediction`,
-    `target`: (n, c, h, w), the first `num_instance` of the subject; `mask`: (n, 1, h, w) in [0, 1]; `weight`:
-    (n,). Returns (loss, losses): a scalar, and the unweighted mean squared error of each sample, (n,).
+    Equation 2 of Ruiz et al. 2023 (DreamBooth), with the network's own kind of target y.
+    `prediction`, `target`: (n, c, h, w), the first `num_instance` of the subject; `mask`: (n, 1, h,
+    w) in [0, 1]; `weight`: (n,). Returns (loss, losses): a scalar, and the unweighted mean squared
+    error of each sample, (n,).
     """
     errors = (prediction - target).square().mean(dim=1, keepdim=True) * mask
     losses = errors.sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)).clamp(min=1e-6)

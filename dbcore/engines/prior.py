@@ -1,8 +1,8 @@
 """Class images: what the base itself draws of the class, kept so that training cannot forget it.
 
-They are kept under a name made of everything they depend on (base, prompt, sampler, size, seed), with a
-manifest that says so: pictures of another class or base are refused, never taken for these. A folder of
-the user's own class photos has no manifest and is taken as it is.
+They are kept under a name made of everything they depend on (base, prompt, sampler, size, seed),
+with a manifest that says so: pictures of another class or base are refused, never taken for these.
+A folder of the user's own class photos has no manifest and is taken as it is.
 """
 
 import hashlib
@@ -25,8 +25,10 @@ DAY = 86_400.0  # seconds after which no job can still be writing a picture
 
 
 def cache_dir():
-    """Where class images are kept: $DBCORE_CACHE, or the user's cache folder, or that of temporary files."""
-    cache = os.environ.get("XDG_CACHE_HOME") or (home_folder() or Path(tempfile.gettempdir())) / ".cache"
+    """Where class images are kept: $DBCORE_CACHE, or the user's cache folder, or that of temporary
+    files."""
+    cache = os.environ.get("XDG_CACHE_HOME") or (home_folder()
+                                                 or Path(tempfile.gettempdir())) / ".cache"
     return Path(os.environ.get("DBCORE_CACHE") or Path(cache, "dbcore")) / "class_images"
 
 
@@ -41,11 +43,12 @@ def describe(base, config):
 
 
 def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None):
-    """The folder with at least `num_class_images` pictures of the class, made where they are missing.
+    """The folder with at least `num_class_images` pictures of the class, made where they are
+    missing.
 
-    Processes share the work: whole batches go round, so the pictures are those one process would make.
-    `wait` returns when every process has called it. Raises ConfigError for a folder made for another base,
-    prompt or size.
+    Processes share the work: whole batches go round, so the pictures are those one process would
+    make. `wait` returns when every process has called it. Raises ConfigError for a folder made for
+    another base, prompt or size.
     """
     if own := own_folder(config):
         return own
@@ -61,7 +64,8 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     size = config.sample_batch_size
     batches = [range(first, min(first + size, config.num_class_images))
                for first in range(0, config.num_class_images, size)]
-    mine = batches[rank::world]  # by number, so that no process takes another's unfinished work for its own
+    # by number, so that no process takes another's unfinished work for its own
+    mine = batches[rank::world]
     missing = [batch for batch in mine if not all(picture(folder, k).is_file() for k in batch)]
     for batch in (progress or (lambda x: x))(missing):
         for index, image in zip(batch, draw_class(base, config, list(batch))):
@@ -71,7 +75,8 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
 
 
 def own_folder(config):
-    """The folder of class photos that the user filled (photos and no manifest), or None; no network is needed for it."""
+    """The folder of class photos that the user filled (photos and no manifest), or None; no network
+    is needed for it."""
     folder = Path(config.class_data_dir or "")
     filled = config.class_data_dir and folder.is_dir() and not (folder / MANIFEST).is_file()
     return folder if filled and find_photos(folder) else None
@@ -87,8 +92,9 @@ def refuse_others(folder, about):
     found = found if isinstance(found, dict) else {}
     for name, value in about.items():
         if found.get(name) != value:
-            raise ConfigError(f"--class_data_dir {folder} holds class images made with another {name} "
-                              f"({found.get(name)!r}, now {value!r}): choose another folder, or empty this one")
+            raise ConfigError(f"--class_data_dir {folder} holds class images made with "
+                              f"another {name} ({found.get(name)!r}, now {value!r}): "
+                              "choose another folder, or empty this one")
 
 
 def picture(folder, index):
@@ -96,21 +102,26 @@ def picture(folder, index):
 
 
 def draw_class(base, config, indices):
-    """Pictures of the class prompt; a blank one (overflow, a safety checker's black) is drawn again."""
+    """Pictures of the class prompt; a blank one (overflow, a safety checker's black) is drawn
+    again."""
     seeds, images = [key(config.seed, "class image", 0, index) for index in indices], {}
     for attempt in range(TRIES):
         left = [k for k in range(len(indices)) if k not in images]
         drawn = base.draw([config.class_prompt] * len(left), [seeds[k] + attempt for k in left],
-                          resolution=config.resolution, stream="class image", batch_size=config.sample_batch_size)
-        images |= {k: image for k, image in zip(left, drawn) if np.asarray(image, np.float32).std() > BLANK}
+                          resolution=config.resolution, stream="class image",
+                          batch_size=config.sample_batch_size)
+        images |= {k: image for k, image in zip(left, drawn)
+                   if np.asarray(image, np.float32).std() > BLANK}
         if len(images) == len(indices):
             return [images[k] for k in range(len(indices))]
-    raise ConfigError(f"{config.class_prompt!r} was drawn blank {TRIES} times: try --prior_generation_precision no, "
-                      "or give your own photos with --class_data_dir")
+    raise ConfigError(f"{config.class_prompt!r} was drawn blank {TRIES} times: "
+                      "try --prior_generation_precision no, or give your own photos with "
+                      "--class_data_dir")
 
 
 def class_photos(folder, config):
-    """(photos, problems) of the class: all of the user's own, the first `num_class_images` of those made."""
+    """(photos, problems) of the class: all of the user's own, the first `num_class_images` of those
+    made."""
     photos, problems = gather_photos(folder, resolution=config.resolution)
     if (folder / MANIFEST).is_file():  # a killed run may have left a half-named file there
         made = {picture(folder, k) for k in range(config.num_class_images)}

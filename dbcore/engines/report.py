@@ -1,10 +1,12 @@
 """Did it learn? What a run leaves beside its weights: evidence, costs, and a model card.
 
-The commonest complaint about LoRA training is a run that ends without an error and changes nothing. So
-every run ends with the same prompts and seeds drawn with the adapter on and off, the size of the update
-in every layer, and the loss where it matters (by timestep), in `README.md` in the run's folder.
+The commonest complaint about LoRA training is a run that ends without an error and changes nothing.
+So every run ends with the same prompts and seeds drawn with the adapter on and off, the size of the
+update in every layer, and the loss where it matters (by timestep), in `README.md` in the run's
+folder.
 
-matplotlib, behind `dbcore.utils.grids`, is imported where it draws: when the LoRA is saved, and nobody waits for it.
+matplotlib, behind `dbcore.utils.grids`, is imported where it draws: when the LoRA is saved, and
+nobody waits for it.
 """
 
 import json
@@ -22,8 +24,9 @@ from peft.tuners.lora import LoraLayer
 
 from dbcore.utils.files import home_folder, write_whole
 
-# Mean difference of pictures with and without the adapter, in grey levels of 255. Two renderings of one
-# picture in half and single precision differ by well under 1; a subject that is there differs by 10 or more.
+# Mean difference of pictures with and without the adapter, in grey levels of 255. Two renderings of
+# one picture in half and single precision differ by well under 1; a subject that is there differs
+# by 10 or more.
 VISIBLE = 2.0
 BANDS = 5
 SECRETS = {"hub_token"}
@@ -31,7 +34,10 @@ SECRETS = {"hub_token"}
 
 @dataclass
 class Evidence:
-    """What the report measured. `difference`: grey levels, None without pictures; `update`: {layer: ||dW||_F / ||W||_F}."""
+    """What the report measured.
+
+    `difference`: grey levels, None without pictures; `update`: {layer: ||dW||_F / ||W||_F}.
+    """
 
     difference: float | None
     update: dict[str, float]
@@ -46,14 +52,16 @@ class Evidence:
 
     def verdict(self):
         if self.difference is None:
-            return (f"No pictures were drawn, as num_report_images is 0. The update is {self.overall:.2%} of the adapted "
-                    "layers' weights; draw some to see what that does.")
-        words = f"the same prompts and seeds with the adapter on and off differ by {self.difference:.1f} of 255"
+            return ("No pictures were drawn, as num_report_images is 0. "
+                    f"The update is {self.overall:.2%} of the adapted layers' weights; "
+                    "draw some to see what that does.")
+        words = ("the same prompts and seeds with the adapter on and off differ by "
+                 f"{self.difference:.1f} of 255")
         if self.visible:
             return f"Yes, it changed the pictures: {words} grey levels on average."
-        return (f"WARNING: nothing visible was learned: {words} grey levels on average (visible: {VISIBLE:g}). "
-                "Train for more steps, raise learning_rate or rank, and check that the prompt you draw "
-                "with holds the words of instance_prompt.")
+        return (f"WARNING: nothing visible was learned: {words} grey levels on average "
+                f"(visible: {VISIBLE:g}). Train for more steps, raise learning_rate or rank, "
+                "and check that the prompt you draw with holds the words of instance_prompt.")
 
 
 def write_report(modules, draw, config, output_dir, history, seconds):
@@ -61,15 +69,17 @@ def write_report(modules, draw, config, output_dir, history, seconds):
 
     `modules`: {name: network with LoRA layers}, those that were trained;
     `draw(prompts, seeds) -> list of PIL images`, one a pair, with the modules as they are;
-    `config`: the run's TrainConfig; `history`: the records of log.jsonl, each {"step", "loss"} and, for the
-    plot by band, "timesteps" and "losses", one value a sample; `seconds`: wall time of the run.
+    `config`: the run's TrainConfig; `history`: the records of log.jsonl, each {"step", "loss"} and,
+    for the plot by band, "timesteps" and "losses", one value a sample; `seconds`: wall time of the
+    run.
     """
     from dbcore.utils.grids import bar_plot, save_figure
 
     output_dir = Path(output_dir)
     prompts = report_prompts(config)
     seeds = range(config.num_report_images)
-    difference = compare_pictures(output_dir / "report" / "on_off.png", modules, draw, prompts, seeds) if seeds else None
+    difference = compare_pictures(output_dir / "report" / "on_off.png", modules, draw, prompts,
+                                  seeds) if seeds else None
     update, overall = update_sizes(modules)
     evidence = Evidence(difference, update, overall, seconds, *peak_memory())
     save_figure(output_dir / "report" / "update_by_layer.png",
@@ -79,7 +89,7 @@ def write_report(modules, draw, config, output_dir, history, seconds):
     return evidence
 
 
-# Evidence ---------------------------------------------------------------------------------------------
+# Evidence -----------------------------------------------------------------------------------------
 
 def report_prompts(config):
     """The instance prompt, then the validation prompts, without repeats; at most four."""
@@ -89,7 +99,8 @@ def report_prompts(config):
 
 
 def compare_pictures(path, modules, draw, prompts, seeds):
-    """Draw without the adapter and with it, save both as a grid, and return how far they are apart in grey levels."""
+    """Draw without the adapter and with it, save both as a grid, and return how far they are apart
+    in grey levels."""
     from dbcore.utils.grids import save_grid
 
     on, off = draw_on_and_off(modules, draw, prompts, seeds)
@@ -147,18 +158,21 @@ def update_sizes(modules):
 
 
 def by_block(update):
-    """{block and kind: mean size}: the hundred layers of a large network do not fit in one readable plot."""
+    """{block and kind: mean size}: the hundred layers of a large network do not fit in one readable
+    plot."""
     blocks = {}
     for name, size in update.items():
         parts = name.split(".")
         kinds = [part for part in parts if part.startswith(("attn", "ff"))]
-        depth = 3 if parts[2:] and parts[2].isdigit() else 2  # the network, its list of blocks, and which of them
+        # the network, its list of blocks, and which of them
+        depth = 3 if parts[2:] and parts[2].isdigit() else 2
         blocks.setdefault(" ".join([".".join(parts[:depth]), *kinds[:1]]), []).append(size)
     return {name: float(np.mean(sizes)) for name, sizes in blocks.items()}
 
 
 def pixel_difference(on, off):
-    """Mean absolute difference in grey levels (0 to 255) of two equally shaped lists of lists of images."""
+    """Mean absolute difference in grey levels (0 to 255) of two equally shaped lists of lists of
+    images."""
     pairs = [(a, b) for row_a, row_b in zip(on, off) for a, b in zip(row_a, row_b)]
     return float(np.mean([np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean()
                           for a, b in pairs]))
@@ -167,8 +181,9 @@ def pixel_difference(on, off):
 def loss_by_band(history, edges):
     """{band: mean loss} of the samples whose timestep lies in [edges[k], edges[k + 1]).
 
-    The plain loss hardly falls in a DreamBooth run, because a step's loss depends far more on its timestep
-    (how much noise was to be removed) than on what was learned. Within a band it can be compared.
+    The plain loss hardly falls in a DreamBooth run, because a step's loss depends far more on its
+    timestep (how much noise was to be removed) than on what was learned. Within a band it can be
+    compared.
     """
     samples = [pair for record in history
                for pair in zip(record.get("timesteps", []), record.get("losses", []))]
@@ -176,13 +191,15 @@ def loss_by_band(history, edges):
     for low, high in pairwise(edges):
         inside = [loss for timestep, loss in samples if low <= timestep < high]
         if inside:
-            name = f"t {low} to {high - 1}" if isinstance(high, int) else f"t {low:.1f} to {high:.1f}"
+            name = f"t {low} to {high - 1}" if isinstance(high,
+                                                          int) else f"t {low:.1f} to {high:.1f}"
             bands[name] = float(np.mean(inside))
     return bands
 
 
 def band_edges(history):
-    """Edges of `BANDS` equal bands of timesteps: whole numbers from 0, or in (0, 1), as they were logged."""
+    """Edges of `BANDS` equal bands of timesteps: whole numbers from 0, or in (0, 1), as they were
+    logged."""
     times = [t for record in history for t in record.get("timesteps", [])]
     if all(isinstance(t, int) for t in times):
         return [round(edge) for edge in np.linspace(0, max(times, default=0) + 1, BANDS + 1)]
@@ -190,13 +207,15 @@ def band_edges(history):
 
 
 def plot_loss(path, history, parts=6):
-    """Loss over the run, a line a band of timesteps; where no timesteps were logged, the plain loss."""
+    """Loss over the run, a line a band of timesteps; where no timesteps were logged, the plain
+    loss."""
     from dbcore.utils.grids import line_plot, save_figure
 
     edges, series = band_edges(history), {}
     for rows in np.array_split(np.arange(len(history)), min(parts, len(history))):
         piece = [history[row] for row in rows]
-        bands = loss_by_band(piece, edges) or {"all timesteps": float(np.mean([r["loss"] for r in piece]))}
+        bands = loss_by_band(piece,
+                             edges) or {"all timesteps": float(np.mean([r["loss"] for r in piece]))}
         for band, loss in bands.items():
             xs, ys = series.setdefault(band, ([], []))
             xs.append(float(np.mean([record["step"] for record in piece])))
@@ -215,10 +234,11 @@ def peak_memory():
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024), "process"  # macOS counts bytes, Linux KiB
+    # macOS counts bytes, Linux KiB
+    return peak * (1 if sys.platform == "darwin" else 1024), "process"
 
 
-# The model card ---------------------------------------------------------------------------------------
+# The model card -----------------------------------------------------------------------------------
 
 def model_card(config, output_dir, evidence, prompts):
     """The text of README.md: front matter for the hub, then what was learned, how, from what."""
@@ -233,10 +253,12 @@ def model_card(config, output_dir, evidence, prompts):
         "## On the way", validation_links(output_dir),
         "## Use it", usage(name, config.instance_prompt),
         "## The base", f"{name}. Licence: {base['license']}. {base['provenance']}",
-        "The photos it was trained on, and whoever they show, have rights of their own: ask before you share.",
+        ("The photos it was trained on, and whoever they show, have rights of their own: "
+         "ask before you share."),
         "## Settings", settings_table(config),
     ]
-    return f"---\n{front_matter(config, name, base, prompts)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return (f"---\n{front_matter(config, name, base, prompts)}\n---\n\n" + "\n\n".join(sections)
+            + "\n")
 
 
 def front_matter(config, name, base, prompts):
@@ -248,7 +270,8 @@ def front_matter(config, name, base, prompts):
         license=base["license"] if base["license"] != "unknown" else "other",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "lora", "dreambooth", "template:sd-lora"],
-        widget=[{"text": prompt, "output": {"url": "report/on_off.png"}} for prompt in prompts if config.num_report_images],
+        widget=[{"text": prompt, "output": {"url": "report/on_off.png"}} for prompt in prompts
+                if config.num_report_images],
     ).to_yaml()
 
 
@@ -262,15 +285,16 @@ def base_facts(name_or_path, revision=None):
     except (OSError, HfHubHTTPError, ValueError):
         data = {}
     return {"license": str(data.get("license", "unknown")),
-            "provenance": str(data.get("provenance", "Its card does not state what it was trained on."))}
+            "provenance": str(data.get("provenance",
+                                       "Its card does not state what it was trained on."))}
 
 
 def learned(evidence):
     largest = max(evidence.update, key=evidence.update.get)
     size = f"{evidence.overall:.2%} of the adapted layers' weights (Frobenius norms)"
     memory = f"at most {evidence.memory / 1e9:.2f} GB ({evidence.memory_of})"
-    return (f"- Size of the update: {size}; largest in `{largest}` ({evidence.update[largest]:.2%}).\n"
-            f"- Cost: {evidence.seconds:.0f} s, {memory}.")
+    return (f"- Size of the update: {size}; largest in `{largest}` "
+            f"({evidence.update[largest]:.2%}).\n- Cost: {evidence.seconds:.0f} s, {memory}.")
 
 
 def validation_links(output_dir):
@@ -278,7 +302,8 @@ def validation_links(output_dir):
     found = sorted(Path(output_dir).glob("validation/step-*/*grid*.png"))
     links = [f"[{path.parent.name.removeprefix('step-').lstrip('0') or '0'}]"
              f"({path.relative_to(output_dir).as_posix()})" for path in found]
-    return "Validation pictures after step " + ", ".join(links) if links else "No validation was asked for."
+    return ("Validation pictures after step " + ", ".join(links) if links
+            else "No validation was asked for.")
 
 
 def usage(name, prompt):
@@ -304,7 +329,8 @@ def settings_table(config):
 
 
 def shown(value):
-    """A value as text for others to read: paths in the working folder relative, below home from `~`, others by name."""
+    """A value as text for others to read: paths in the working folder relative, below home from
+    `~`, others by name."""
     text = str(value)
     if isinstance(value, (str, Path)) and Path(text).is_absolute():
         for parent, stands in ((Path.cwd(), ""), (home_folder(), "~/")):

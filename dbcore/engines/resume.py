@@ -1,4 +1,5 @@
-"""What a resumed run shares with its first part: checked, and every difference said before it goes on."""
+"""What a resumed run shares with its first part: checked, and every difference said before it goes
+on."""
 
 import hashlib
 import os
@@ -8,20 +9,27 @@ from dbcore.engines.checkpoint import circumstances_of
 from dbcore.models.fingerprint import fingerprint
 
 # What cannot change; other changes are allowed and named.
-SHAPE = ("pretrained_model_name_or_path", "rank", "lora_layers", "use_dora", "use_rslora", "lora_alpha", "optimizer",
+SHAPE = ("pretrained_model_name_or_path", "rank", "lora_layers", "use_dora", "use_rslora",
+         "lora_alpha", "optimizer",
          "train_text_encoder", "text_encoder_rank", "use_ema", "seed")
-FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "max_train_steps", "num_train_epochs",
-        "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs", "num_report_images",
-        "report_to", "logging_dir", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id", "hub_token"}
-BY_CONTENT = {"pretrained_model_name_or_path", "revision", "variant", "instance_data_dir", "class_data_dir"}
+FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "max_train_steps",
+        "num_train_epochs",
+        "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs",
+        "num_report_images",
+        "report_to", "logging_dir", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub",
+        "hub_model_id", "hub_token"}
+BY_CONTENT = {"pretrained_model_name_or_path", "revision", "variant", "instance_data_dir",
+              "class_data_dir"}
 DIFFERS = "the rest of the run differs from an uninterrupted one."
 
 
 def circumstances(config, photos, class_photos, processes):
-    """All that a run depends on beside its options, for state.json: weights, photos, processes, and its length."""
+    """All that a run depends on beside its options, for state.json: weights, photos, processes, and
+    its length."""
     return {
         "base": fingerprint(config.pretrained_model_name_or_path, config.revision, config.variant),
-        "photos": contents(photos, config.instance_data_dir), "class photos": contents(class_photos),
+        "photos": contents(photos, config.instance_data_dir),
+        "class photos": contents(class_photos),
         "processes": processes, "steps": config.max_train_steps,
     }
 
@@ -39,18 +47,22 @@ def digest(photo):
 
 
 def compare(config, resume, say):
-    """Refuse to resume on another base, or a LoRA of another shape; name every other option that has changed.
+    """Refuse to resume on another base, or a LoRA of another shape; name every other option that
+    has changed.
 
-    `resume`: a checkpoint's folder. The base is compared by its weights, photos by their contents (`say_changes`), so
-    that both may lie elsewhere now; checkpoints from before those were noted, by their paths.
+    `resume`: a checkpoint's folder. The base is compared by its weights, photos by their contents
+    (`say_changes`), so that both may lie elsewhere now; checkpoints from before those were noted,
+    by their paths.
     """
     path = resume.parent / "config.yaml"
     before, known = read_yaml(path, TrainConfig) if path.is_file() else {}, circumstances_of(resume)
     if known:
         own = fingerprint(config.pretrained_model_name_or_path, config.revision, config.variant)
-        need(known["base"] == own, f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}: its weights "
-             f"are not those that {resume.name} was trained on (they were {before.get('pretrained_model_name_or_path')}): "
-             "give that base, its --revision and --variant, or another --output_dir")
+        need(known["base"] == own, "--pretrained_model_name_or_path "
+             f"{config.pretrained_model_name_or_path}: its weights are not those that "
+             f"{resume.name} was trained on (they were "
+             f"{before.get('pretrained_model_name_or_path')}): give that base, its --revision and "
+             "--variant, or another --output_dir")
     now = full_paths(config)
     for name, value in before.items():
         if name in FREE | (BY_CONTENT if known else set()) or AUTO in (value, getattr(now, name)):
@@ -62,26 +74,30 @@ def compare(config, resume, say):
 
 
 def say_changes(before, now, config, say):
-    """A line for each change between two `circumstances`; `before` is {} where they were not noted."""
+    """A line for each change between two `circumstances`; `before` is {} where they were not
+    noted."""
     if not before:
         return
     for kind in ("photos", "class photos"):
         if words := difference(before[kind], now[kind]):
             say(f"The {kind} are not those of the run to resume ({words}): {DIFFERS}")
     if before["processes"] != now["processes"]:
-        say(f"The number of processes was {before['processes']} in the run to resume and is {now['processes']} now, so a "
-            f"step takes other photos unless --train_batch_size makes up for it: {DIFFERS}")
+        say(f"The number of processes was {before['processes']} in the run to resume and is "
+            f"{now['processes']} now, so a step takes other photos unless --train_batch_size makes "
+            f"up for it: {DIFFERS}")
     depends = [f"--{name} {getattr(config, name)}" for name, alike in (
         ("lr_scheduler", ("constant", "constant_with_warmup")), ("train_text_encoder_frac", (1,)))
         if getattr(config, name) not in alike]
     if before["steps"] != now["steps"] and depends:
-        say(f"The run to resume was to have {before['steps']} steps and has {now['steps']} now, on which "
-            f"{' and '.join(depends)} depends: {DIFFERS}")
+        say(f"The run to resume was to have {before['steps']} steps and has "
+            f"{now['steps']} now, on which {' and '.join(depends)} depends: {DIFFERS}")
 
 
 def difference(before, now):
-    """"2 added (a.png, b.png), 1 changed (c.png)" of two {name: digest}, "" where they are the same."""
+    """"2 added (a.png, b.png), 1 changed (c.png)" of two {name: digest}, "" where they are the
+    same."""
     kinds = {"added": now.keys() - before.keys(), "taken away": before.keys() - now.keys(),
              "changed": {name for name in before.keys() & now.keys() if before[name] != now[name]}}
-    return ", ".join(f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+    return ", ".join(f"{len(names)} {kind} "
+                     f"({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
                      for kind, names in kinds.items() if names)

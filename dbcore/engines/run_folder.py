@@ -1,7 +1,9 @@
-"""A run's folder: one run at a time writes to it, and a run in it goes only when its successor's LoRA stands.
+"""A run's folder: one run at a time writes to it, and a run in it goes only when its successor's
+LoRA stands.
 
-A run that replaces another is written to `replacement/` within the folder. Once its LoRA and report are there, that is
-renamed to `.finished` and takes the other's place; cut short on the way, the next run in the folder completes it.
+A run that replaces another is written to `replacement/` within the folder. Once its LoRA and report
+are there, that is renamed to `.finished` and takes the other's place; cut short on the way, the
+next run in the folder completes it.
 """
 
 import contextlib
@@ -19,30 +21,36 @@ from dbcore.engines.checkpoint import checkpoints
 from dbcore.utils.files import sweep, write_whole
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-WRITTEN = ("log.jsonl", "README.md", "validation", "report")  # by a run, beside its LoRA and checkpoints
+# by a run, beside its LoRA and checkpoints
+WRITTEN = ("log.jsonl", "README.md", "validation", "report")
 REPLACEMENT, FINISHED = "replacement", ".finished"
 LOCK, HOLDER = ".lock", ".running"
 
 
 @contextlib.contextmanager
 def held(folder):
-    """Keep other runs out of a folder, which is made if need be. Raises ConfigError that says which run has it."""
+    """Keep other runs out of a folder, which is made if need be.
+
+    Raises ConfigError that says which run has it.
+    """
     folder = Path(folder)
     lock, is_new = FileLock(folder / LOCK), not folder.exists()
     try:
         with writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-            write_whole(folder / HOLDER, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n")
+            write_whole(folder / HOLDER, f"process {os.getpid()} on {socket.gethostname()}, "
+                        f"since {time.ctime()}\n")
     except Timeout:
-        raise ConfigError(f"--output_dir {folder} is being written to by another run ({holder(folder)}): wait for it, or "
-                          "choose another folder") from None
+        raise ConfigError(f"--output_dir {folder} is being written to by another run "
+                          f"({holder(folder)}): wait for it, or choose another folder") from None
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             (folder / HOLDER).unlink()
-            (folder / LOCK).unlink()  # while it is held, so that nobody waits at a name that is gone
+            # while it is held, so that nobody waits at a name that is gone
+            (folder / LOCK).unlink()
         lock.release()
         if is_new:
             with contextlib.suppress(OSError):
@@ -72,7 +80,8 @@ def holds_run(folder):
 
 
 def home(output_dir):
-    """Where the run to go on with is: in `replacement`, once that has a checkpoint, else in the folder itself."""
+    """Where the run to go on with is: in `replacement`, once that has a checkpoint, else in the
+    folder itself."""
     replacement = Path(output_dir) / REPLACEMENT
     return replacement if checkpoints(replacement) else Path(output_dir)
 
@@ -91,7 +100,8 @@ def place(output_dir, resume):
 
 
 def prepare_folder(config, accelerator, resume, folder):
-    """The run's folder with its config.yaml, and nothing of an earlier run unless it is gone on with."""
+    """The run's folder with its config.yaml, and nothing of an earlier run unless it is gone on
+    with."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with writable(folder):
@@ -124,11 +134,13 @@ def replace_run(output_dir):
 
 
 def complete(folder):
-    """Move what a finished replacement wrote into the folder, the earlier run's files away before."""
+    """Move what a finished replacement wrote into the folder, the earlier run's files away
+    before."""
     finished = Path(folder) / FINISHED
     if (finished / LORA_FILE).is_file():
         clear(Path(folder))
     if finished.is_dir():
-        for path in sorted(finished.iterdir(), key=lambda path: path.name != LORA_FILE):  # after it, nothing is cleared
+        # after it, nothing is cleared
+        for path in sorted(finished.iterdir(), key=lambda path: path.name != LORA_FILE):
             os.replace(path, Path(folder) / path.name)
         finished.rmdir()

@@ -1,8 +1,8 @@
 """Training: set up, then the loop, on one screen each.
 
-photos -> class images -> latents and embeddings, once -> LoRA -> steps -> one file, and a report of what it
-learned. Processes (accelerate) draw parts of one batch and average the LoRA's gradients; there is no other
-state between them.
+photos -> class images -> latents and embeddings, once -> LoRA -> steps -> one file, and a report of
+what it learned. Processes (accelerate) draw parts of one batch and average the LoRA's gradients;
+there is no other state between them.
 """
 
 import contextlib
@@ -62,10 +62,10 @@ SYNC_EVERY = 10  # steps between looks at the loss on a GPU, which waits for it 
 def train(config, callback=None, should_stop=None):
     """Teach the base a subject as `config` (TrainConfig) says; returns the path of the LoRA file.
 
-    `callback`: called after each step with {"step", "steps", "loss", "lr", "seconds"}, and after a validation
-    with {"step", "pictures": {prompt: [PIL images]}}. `should_stop()`: True ends the run after the step.
-    Raises ConfigError (also for data), CheckpointError, Interrupted after Ctrl-C, SIGTERM or `should_stop`,
-    and Diverged when the loss is no longer a number.
+    `callback`: called after each step with {"step", "steps", "loss", "lr", "seconds"}, and after a
+    validation with {"step", "pictures": {prompt: [PIL images]}}. `should_stop()`: True ends the run
+    after the step. Raises ConfigError (also for data), CheckpointError, Interrupted after Ctrl-C,
+    SIGTERM or `should_stop`, and Diverged when the loss is no longer a number.
     """
     with printable():
         return check_and_train(config, callback, should_stop or bool)
@@ -77,19 +77,24 @@ def check_and_train(config, callback, should_stop):
     check_launch()
     if config.optimizer in PACKAGES:  # asked for now, and not after the class images are made
         optional(PACKAGES[config.optimizer], f"--optimizer {config.optimizer}")
-    project = ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir)))
+    project = ProjectConfiguration(config.output_dir,
+                                   logging_dir=str(Path(config.output_dir, config.logging_dir)))
     # several processes on CPUs are only taken for a group if accelerate is told that CPUs are meant
     on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and best_device() == "cpu"
-    accelerator = Accelerator(cpu=on_cpus, mixed_precision="no", log_with=tracker(config), project_config=project)
+    accelerator = Accelerator(cpu=on_cpus, mixed_precision="no", log_with=tracker(config),
+                              project_config=project)
     say = accelerator.print
     config = settle(config, accelerator.device)
     say("Chosen for this base and machine: " + ", ".join(
-        f"{name} {getattr(config, name)}" for name in ("resolution", "rank", "learning_rate", "lora_layers",
-                                                       "train_batch_size", "mixed_precision")) + ".")
+        f"{name} {getattr(config, name)}"
+        for name in ("resolution", "rank", "learning_rate", "lora_layers",
+                                                       "train_batch_size", "mixed_precision"))
+        + ".")
     photos, problems = gather_photos(config.instance_data_dir, config.resolution, config.use_masks)
     for problem in problems:
         say(f"  {problem}")
-    base = load_base(config.pretrained_model_name_or_path, config.revision, tokenizer_name=config.tokenizer_name,
+    base = load_base(config.pretrained_model_name_or_path, config.revision,
+                     tokenizer_name=config.tokenizer_name,
                      tokenizer_max_length=config.tokenizer_max_length)  # for its tokenizers
     check_fit(base, texts_of(config, photos), config.instance_prompt, config.class_prompt, say)
     with held(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
@@ -97,15 +102,18 @@ def check_and_train(config, callback, should_stop):
 
 
 def check_launch():
-    """Raises ConfigError where `accelerate launch` was asked for several processes and has started one, as on a CPU."""
+    """Raises ConfigError where `accelerate launch` was asked for several processes and has started
+    one, as on a CPU."""
     if "ACCELERATE_USE_CPU" not in os.environ or "WORLD_SIZE" in os.environ:
         return
     import psutil
 
     words = " ".join(psutil.Process().parent().cmdline()).replace("=", " ")
     asked = re.search(r"--num[-_]processes (\d+)", words)
-    need(not asked or int(asked[1]) < 2, f"accelerate launch --num_processes {asked and asked[1]} has started one process, "
-         "as it does on CPUs: launch with `torchrun --nproc_per_node N -m dbcore train ...`, or leave the number out")
+    need(not asked or int(asked[1]) < 2,
+         f"accelerate launch --num_processes {asked and asked[1]} has started one process, "
+         "as it does on CPUs: launch with `torchrun --nproc_per_node N -m dbcore train ...`, "
+         "or leave the number out")
 
 
 def train_in_folder(config, accelerator, photos, callback, should_stop):
@@ -134,14 +142,16 @@ def train_in_folder(config, accelerator, photos, callback, should_stop):
     except torch.OutOfMemoryError as error:
         from dbcore.engines.memory import remedy  # what it traces with takes a while to import
 
-        raise MemoryFull(f"the run has stopped: the memory of the {accelerator.device.type} device is full. "
-                         f"{remedy(config, accelerator.device.type)}. {checkpoint.last_good(folder)}; give the same "
-                         "command with these options and --resume_from_checkpoint latest") from error
+        raise MemoryFull(f"the run has stopped: the memory of the {accelerator.device.type} "
+                         f"device is full. {remedy(config, accelerator.device.type)}. "
+                         f"{checkpoint.last_good(folder)}; give the same command with these "
+                         "options and --resume_from_checkpoint latest") from error
 
 
 @contextlib.contextmanager
 def tf32(allowed):
-    """TensorFloat-32 products within the block, if they are asked for; then the process has its own choice again."""
+    """TensorFloat-32 products within the block, if they are asked for; then the process has its own
+    choice again."""
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn) if allowed else ()
     before = [switch.allow_tf32 for switch in switches]
     try:
@@ -162,7 +172,8 @@ class Run:
         self.folder = Path(folder or config.output_dir)
         self.config = config
         self.base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant,
-                              config.tokenizer_name, accelerator.device, torch_dtype(config.mixed_precision),
+                              config.tokenizer_name, accelerator.device,
+                              torch_dtype(config.mixed_precision),
                               config.tokenizer_max_length, config.low_vram)
         self.data = DreamBoothData(config, photos, self.make_class_photos())
         refuse_shared(self.data.photos, self.data.class_photos)
@@ -170,9 +181,10 @@ class Run:
         say_too_short(self.config, accelerator.print)
         self.circumstances = circumstances(self.config, photos, self.data.class_photos, self.world)
         self.notes = {"base": Path(self.base.name).name, "trigger_words": config.instance_prompt}
-        self.pending, self.skips = [], 0  # losses that have not been looked at; steps in a row that changed nothing
+        # losses that have not been looked at; steps in a row that changed nothing
+        self.pending, self.skips = [], 0
 
-    # --- before the loop ------------------------------------------------------------------------------
+    # --- before the loop --------------------------------------------------------------------------
 
     def make_class_photos(self):
         c = self.config
@@ -184,17 +196,21 @@ class Run:
             if problem.skipped:
                 self.accelerator.print(f"  class picture {problem}")
         if len(photos) < c.num_class_images:
-            self.accelerator.print(f"{folder} holds {len(photos)} class pictures of {c.num_class_images} asked for: these "
-                                   "are used.")
+            self.accelerator.print(f"{folder} holds {len(photos)} class pictures of "
+                                   f"{c.num_class_images} asked for: these are used.")
         return photos
 
     def make_class_images(self):
-        base, apart = self.base, self.config.prior_generation_precision != self.config.mixed_precision
+        base = self.base
+        apart = self.config.prior_generation_precision != self.config.mixed_precision
         if apart:
-            base = load_base(base.name, base.revision, base.variant, self.config.tokenizer_name, base.device,
-                             torch_dtype(self.config.prior_generation_precision), low_vram=base.low_vram)
+            base = load_base(base.name, base.revision, base.variant, self.config.tokenizer_name,
+                             base.device,
+                             torch_dtype(self.config.prior_generation_precision),
+                             low_vram=base.low_vram)
         with replayed(base.denoiser):
-            folder = class_images(base, self.config, self.rank, self.world, self.accelerator.wait_for_everyone,
+            folder = class_images(base, self.config, self.rank, self.world,
+                                  self.accelerator.wait_for_everyone,
                                   lambda batches: self.bar(batches, desc="class images"))
         if base.low_vram:
             base.release("denoiser")  # so that it is not there while photos are encoded
@@ -210,13 +226,15 @@ class Run:
         return inject(self.base, self.config)
 
     def faster(self, predict):
-        """The same function of the denoiser, compiled if that was asked for, else without Python where that can be."""
+        """The same function of the denoiser, compiled if that was asked for, else without Python
+        where that can be."""
         if self.config.compile:
             return torch.compile(predict)
         return Replay(predict, self.base.denoiser) if can_replay(self.base.denoiser) else predict
 
     def encode_ahead(self, start):
-        """Latents and embeddings of everything the steps to come will meet; then the encoders are let go."""
+        """Latents and embeddings of everything the steps to come will meet; then the encoders are
+        let go."""
         c = self.config
         if c.pre_compute_text_embeddings and not c.train_text_encoder:
             self.base.remember([*self.data.prompts(), *c.validation_prompt, *report_prompts(c), ""])
@@ -235,16 +253,19 @@ class Run:
         return [sample for micro in range(self.config.gradient_accumulation_steps)
                 for sample in self.data.samples(step, micro, self.rank, self.world)]
 
-    # --- the loop -------------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     def go(self, resume, should_stop):
         c, start = self.config, checkpoint.steps_done(resume) if resume else 0
-        self.encode_ahead(start)  # before there is a denoiser, so that it and the encoders are not in memory together
+        # before there is a denoiser, so that it and the encoders are not in memory together
+        self.encode_ahead(start)
         self.prepare()
         if resume is not None:
             checkpoint.load_checkpoint(resume, self.trained)
-            say_changes(checkpoint.circumstances_of(resume), self.circumstances, c, self.accelerator.print)
-            self.accelerator.print(f"Resuming from {resume.name}: step {start} of {c.max_train_steps}.")
+            say_changes(checkpoint.circumstances_of(resume), self.circumstances, c,
+                        self.accelerator.print)
+            self.accelerator.print(f"Resuming from {resume.name}: "
+                                   f"step {start} of {c.max_train_steps}.")
         self.log = Log(self.folder, start, self.rank, resume.parent if resume else self.folder)
         self.start_trackers()
         with Signals() as signals:
@@ -253,7 +274,8 @@ class Run:
 
     def loop(self, start, should_stop):
         c = self.config
-        bar = self.bar(range(start, c.max_train_steps), initial=start, total=c.max_train_steps, desc="steps")
+        bar = self.bar(range(start, c.max_train_steps), initial=start, total=c.max_train_steps,
+                       desc="steps")
         for step in bar:
             record = self.step(step)
             done = step + 1
@@ -268,11 +290,13 @@ class Run:
             if save:
                 self.save(done)
             if stop and not last:
-                raise Interrupted(f"Stopped after step {done} of {c.max_train_steps}; checkpoint-{done} is saved in "
-                                  f"{self.folder}. Go on with --resume_from_checkpoint latest.")
+                raise Interrupted(f"Stopped after step {done} of {c.max_train_steps}; "
+                                  f"checkpoint-{done} is saved in {self.folder}. "
+                                  "Go on with --resume_from_checkpoint latest.")
 
     def step(self, step):
-        """One optimizer step over all its batches; returns its record for the log, still on the device."""
+        """One optimizer step over all its batches; returns its record for the log, still on the
+        device."""
         c = self.config
         rates, records = self.trained.set_rates(step), []
         for micro in range(c.gradient_accumulation_steps):
@@ -281,60 +305,72 @@ class Run:
             x_t = self.base.process.corrupt(batch["x0"], batch["noise"], batch["t"])
             target = self.base.process.target(batch["x0"], batch["noise"], batch["t"])
             if c.lora_dropout:
-                set_dropout(self.trained.modules, [key(c.seed, ("class " if s.is_class else "") + "dropout", step,
+                set_dropout(self.trained.modules,
+                            [key(c.seed, ("class " if s.is_class else "") + "dropout", step,
                                                        s.number) for s in samples])
-            prediction = self.predict(x_t, batch["t"], self.encode(batch["prompts"], step), batch["geometry"])
+            prediction = self.predict(x_t, batch["t"], self.encode(batch["prompts"], step),
+                                      batch["geometry"])
             weight = self.base.process.weight(batch["t"], c.snr_gamma)
-            loss, losses = dreambooth_loss(prediction, target, batch["mask"], weight, c.train_batch_size,
-                                           c.prior_loss_weight)
+            loss, losses = dreambooth_loss(prediction, target, batch["mask"], weight,
+                                           c.train_batch_size, c.prior_loss_weight)
             self.trained.scaler.scale(loss / c.gradient_accumulation_steps).backward()
             records.append((loss.detach(), batch["t"], losses))
         average_gradients(self.trained.parameters, self.world)
         skipped = self.trained.update(self.trained.clip(c.max_grad_norm))
         self.trained.average_weights(c.ema_decay)
         loss, t, losses = gather(*map(torch.stack, zip(*records)), c.train_batch_size, self.world)
-        return {"step": step + 1, "loss": loss.mean(), "lr": rates, "timesteps": t.flatten(), "losses": losses.flatten(),
+        return {"step": step + 1, "loss": loss.mean(), "lr": rates, "timesteps": t.flatten(),
+                "losses": losses.flatten(),
                 "skipped": skipped}
 
     def encode(self, prompts, step):
         """Embeddings of a batch; with gradients while the text encoder is being trained."""
         c = self.config
-        with torch.set_grad_enabled(c.train_text_encoder and step < c.train_text_encoder_frac * c.max_train_steps):
+        with torch.set_grad_enabled(c.train_text_encoder
+                                    and step < c.train_text_encoder_frac * c.max_train_steps):
             return self.base.encode_prompts(prompts)
 
-    # --- between steps --------------------------------------------------------------------------------
+    # --- between steps ----------------------------------------------------------------------------
 
     def look(self):
-        """Read the losses of the steps since the last look, log them, and stop if one is no number."""
+        """Read the losses of the steps since the last look, log them, and stop if one is no
+        number."""
         for record in self.pending:
-            record = {name: value.tolist() if torch.is_tensor(value) else value for name, value in record.items()}
+            record = {name: value.tolist() if torch.is_tensor(value) else value
+                      for name, value in record.items()}
             if not math.isfinite(record["loss"]):
                 self.pending.clear()
-                raise Diverged(self.blame(f"the loss is {record['loss']} at", record["step"], record["lr"]))
+                raise Diverged(self.blame(f"the loss is {record['loss']} at", record["step"],
+                                          record["lr"]))
             self.count_skipped(record)
             self.log.write(record)
             if self.accelerator.trackers:
-                self.accelerator.log({"loss": record["loss"], "lr": record["lr"]}, step=record["step"])
-            self.tell(step=record["step"], steps=self.config.max_train_steps, loss=record["loss"], lr=record["lr"])
+                self.accelerator.log({"loss": record["loss"], "lr": record["lr"]},
+                                     step=record["step"])
+            self.tell(step=record["step"], steps=self.config.max_train_steps, loss=record["loss"],
+                      lr=record["lr"])
         self.pending.clear()
         return record["loss"]
 
     def count_skipped(self, record):
-        """Say so where a step changed nothing, mark it in its record, and stop after `SKIPS` in a row."""
+        """Say so where a step changed nothing, mark it in its record, and stop after `SKIPS` in a
+        row."""
         if not record.pop("skipped"):
             self.skips = 0
             return
         record["skipped"], self.skips = True, self.skips + 1
-        self.accelerator.print(f"Step {record['step']} changed nothing: a gradient was not a number.")
+        self.accelerator.print(f"Step {record['step']} changed nothing: "
+                               "a gradient was not a number.")
         if self.skips == SKIPS:
             self.pending.clear()
-            raise Diverged(self.blame(f"gradients were no numbers {SKIPS} times in a row, up to", record["step"],
-                                      record["lr"]))
+            raise Diverged(self.blame(f"gradients were no numbers {SKIPS} times in a row, up to",
+                                      record["step"], record["lr"]))
 
     def blame(self, what, step, rate):
         # the weights after a step are proved by the next step's loss
         good = [path for done, path in checkpoint.checkpoints(self.folder) if done < step - 1]
-        cause = ("fp16 has overflowed: try --mixed_precision bf16 or no" if self.config.mixed_precision == "fp16" else
+        cause = ("fp16 has overflowed: try --mixed_precision bf16 or "
+                 "no" if self.config.mixed_precision == "fp16" else
                  "the learning rate is too high: try a third of it")
         last = f"{good[-1].name} is good" if good else "no checkpoint was saved before"
         return f"{what} step {step} (learning rate {rate:g}); most likely {cause}. {last}."
@@ -351,7 +387,8 @@ class Run:
         return bool(self.config.validation_prompt) and done % self.config.validation_steps == 0
 
     def validate_or_keep(self, done):
-        """`validate`; where that fills the memory, the steps until then are saved before it ends the run."""
+        """`validate`; where that fills the memory, the steps until then are saved before it ends
+        the run."""
         try:
             self.validate(done)
         except torch.OutOfMemoryError:
@@ -366,10 +403,11 @@ class Run:
             seeds = [c.seed + k for k in range(c.num_validation_images)]
             prompts = [prompt for prompt in c.validation_prompt for _ in seeds]
             with self.trained.averaged():
-                drawn = self.base.draw(prompts, seeds * len(c.validation_prompt), resolution=c.resolution,
-                                       stream="validation")
+                drawn = self.base.draw(prompts, seeds * len(c.validation_prompt),
+                                       resolution=c.resolution, stream="validation")
             rows = [drawn[k:k + len(seeds)] for k in range(0, len(drawn), len(seeds))]
-            save_validation(self.folder / "validation" / f"step-{done:06d}", c.validation_prompt, rows, done)
+            save_validation(self.folder / "validation" / f"step-{done:06d}", c.validation_prompt,
+                            rows, done)
             self.tell(step=done, pictures=dict(zip(c.validation_prompt, rows)))
             self.track(dict(zip(c.validation_prompt, rows)), done)
         self.accelerator.wait_for_everyone()
@@ -378,7 +416,8 @@ class Run:
         """Validation pictures into the tracker, under their prompt."""
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({prompt: np.stack(row) for prompt, row in pictures.items()}, step=done, **layout)
+            tracker.log_images({prompt: np.stack(row) for prompt, row in pictures.items()},
+                               step=done, **layout)
 
     def save(self, done):
         if not all(p.isfinite().all() for p in self.trained.parameters):
@@ -397,8 +436,8 @@ class Run:
         if self.rank == 0:
             with self.trained.averaged():
                 save_lora(self.trained.modules, self.folder / LORA_FILE, self.notes)
-                evidence = write_report(self.trained.modules, self.draw_for_report, self.config, self.folder,
-                                        self.log.records, self.trained.seconds)
+                evidence = write_report(self.trained.modules, self.draw_for_report, self.config,
+                                        self.folder, self.log.records, self.trained.seconds)
             if self.folder != output_dir:
                 replace_run(output_dir)
             print(evidence.verdict())
@@ -413,48 +452,57 @@ class Run:
         return self.base.draw(prompts, list(seeds), resolution=self.config.resolution)
 
     def start_trackers(self):
-        values = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config) if f.name != "hub_token"}
+        values = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)
+                  if f.name != "hub_token"}
         self.accelerator.init_trackers("dbcore", config={
-            name: value if isinstance(value, (int, float, bool)) else shown(value) for name, value in values.items()})
+            name: value if isinstance(value, (int, float, bool)) else shown(value)
+            for name, value in values.items()})
 
 
-# --- setting up ---------------------------------------------------------------------------------------
+# --- setting up -----------------------------------------------------------------------------------
 
 
 def with_lengths(config, steps_per_epoch):
     """`config` with its length and its validations in steps."""
     steps = config.max_train_steps or (config.num_train_epochs or 0) * steps_per_epoch or STEPS
-    every = config.validation_steps or (config.validation_epochs or 0) * steps_per_epoch or max(1, steps // VALIDATIONS)
-    return dataclasses.replace(config, max_train_steps=steps, num_train_epochs=None, validation_steps=every,
-                               validation_epochs=None)
+    every = (config.validation_steps or (config.validation_epochs or 0) * steps_per_epoch
+             or max(1, steps // VALIDATIONS))
+    return dataclasses.replace(config, max_train_steps=steps, num_train_epochs=None,
+                               validation_steps=every, validation_epochs=None)
 
 
 def say_too_short(config, say):
     """A line for each option that wants a longer run than this is."""
     steps = config.max_train_steps
     if config.lr_warmup_steps >= steps:
-        say(f"--lr_warmup_steps {config.lr_warmup_steps}: the run has {steps} steps, so the learning rate never reaches "
-            f"{config.learning_rate:g}. Give fewer, such as {steps // 10}.")
+        say(f"--lr_warmup_steps {config.lr_warmup_steps}: the run has {steps} steps, "
+            f"so the learning rate never reaches {config.learning_rate:g}. "
+            f"Give fewer, such as {steps // 10}.")
     if config.validation_prompt and config.validation_steps > steps:
-        say(f"--validation_steps {config.validation_steps}: the run has {steps} steps, so nothing is generated before its "
-            f"end. Give fewer, such as {max(1, steps // VALIDATIONS)}.")
+        say(f"--validation_steps {config.validation_steps}: the run has {steps} steps, so nothing "
+            f"is generated before its end. Give fewer, such as {max(1, steps // VALIDATIONS)}.")
 
 
 def tracker(config):
-    """accelerate's name of the tracker, or None; TensorBoard, which nobody asked for by name, may be missing."""
+    """accelerate's name of the tracker, or None; TensorBoard, which nobody asked for by name, may
+    be missing."""
     import importlib.util
 
     if config.report_to == "wandb":
         optional("wandb", "--report_to wandb")
         return "wandb"
     if config.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
-        print("TensorBoard is not installed (pip install tensorboard); the run is logged in log.jsonl alone.")
+        print("TensorBoard is not installed (pip install tensorboard); "
+              "the run is logged in log.jsonl alone.")
         return None
     return None if config.report_to == "none" else config.report_to
 
 
 def find_resume(config, say):
-    """The checkpoint to go on from, or None. Refuses one of another shape, and a folder with another run in it."""
+    """The checkpoint to go on from, or None.
+
+    Refuses one of another shape, and a folder with another run in it.
+    """
     folder, resume = Path(config.output_dir), None
     if config.resume_from_checkpoint:
         resume = checkpoint.find_checkpoint(home(folder), config.resume_from_checkpoint)
@@ -462,30 +510,38 @@ def find_resume(config, say):
         compare(config, resume, say)
     if not goes_on(place(folder, resume), resume):
         need(config.overwrite_output_dir or not holds_run(folder),
-             f"--output_dir {folder} holds a run already: choose another folder, give --resume_from_checkpoint latest "
-             "to go on with it, or --overwrite_output_dir to replace it")
+             f"--output_dir {folder} holds a run already: choose another folder, "
+             "give --resume_from_checkpoint latest to go on with it, "
+             "or --overwrite_output_dir to replace it")
         theirs = [name for name in WRITTEN if (folder / name).exists()]
         need((folder / "config.yaml").is_file() or not theirs,
-             f"--output_dir {folder} is not the folder of a run, and its {', '.join(theirs)} would be overwritten: "
-             "choose another folder")
+             f"--output_dir {folder} is not the folder of a run, and its {', '.join(theirs)} would "
+             "be overwritten: choose another folder")
     return resume
 
 
 
 
 def is_finished(config, resume, photos, world):
-    """Whether the checkpoint to go on from has all the steps that are asked for, and their LoRA and report stand."""
+    """Whether the checkpoint to go on from has all the steps that are asked for, and their LoRA and
+    report stand."""
     folder, data = Path(config.output_dir), DreamBoothData(config, photos)
     there = goes_on(folder, resume) and (folder / LORA_FILE).is_file()
-    return there and (folder / "README.md").is_file() and checkpoint.steps_done(resume) >= with_lengths(config, data.steps_per_epoch(world)).max_train_steps
+    steps = with_lengths(config, data.steps_per_epoch(world)).max_train_steps
+    return (there and (folder / "README.md").is_file()
+            and checkpoint.steps_done(resume) >= steps)
 
 
 class Log:
-    """log.jsonl: one record a step. A resumed run takes over those up to its checkpoint, from `source`'s log."""
+    """log.jsonl: one record a step.
+
+    A resumed run takes over those up to its checkpoint, from `source`'s log.
+    """
 
     def __init__(self, folder, start, rank, source):
         self.path, self.rank = folder / "log.jsonl", rank
-        self.records = [r for r in self.read(source / "log.jsonl") if r["step"] <= start] if start else []
+        self.records = ([r for r in self.read(source / "log.jsonl") if r["step"] <= start] if start
+                        else [])
         if rank == 0:
             write_whole(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
 
@@ -503,7 +559,8 @@ class Log:
 
 
 class Signals:
-    """Ctrl-C and SIGTERM (a cluster's or Colab's time-out) end the run after the step; a second one at once."""
+    """Ctrl-C and SIGTERM (a cluster's or Colab's time-out) end the run after the step; a second one
+    at once."""
 
     def __init__(self):
         self.caught = False
@@ -511,7 +568,8 @@ class Signals:
     def __enter__(self):
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {name: signal.signal(name, self.catch) for name in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {name: signal.signal(name, self.catch)
+                           for name in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def catch(self, number, frame):
@@ -546,11 +604,16 @@ def push(config):
     name = config.hub_model_id or Path(config.output_dir).resolve().name
     try:
         url = api.create_repo(name, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=config.output_dir, commit_message="Trained LoRA",
-                          allow_patterns=[LORA_FILE, "README.md", "report/*", "validation/*/grid.png"])
-    except Exception as error:  # noqa: BLE001 - a network fails in many ways, and the LoRA is safe in all of them
-        reason = (str(error).replace(config.hub_token or "\0", "***").splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"--push_to_hub: {name} could not be uploaded ({reason}); the LoRA is safe in "
-                          f"{config.output_dir}. Log in with `hf auth login`, then the same command with "
-                          "--resume_from_checkpoint latest uploads it") from None
+        api.upload_folder(repo_id=url.repo_id, folder_path=config.output_dir,
+                          commit_message="Trained LoRA",
+                          allow_patterns=[LORA_FILE, "README.md", "report/*",
+                                          "validation/*/grid.png"])
+    except Exception as error:  # noqa: BLE001
+        # a network fails in many ways, and the LoRA is safe in all of them
+        reason = (str(error).replace(config.hub_token or "\0", "***").splitlines()
+                  or [type(error).__name__])[0]
+        raise ConfigError(f"--push_to_hub: {name} could not be uploaded ({reason}); "
+                          f"the LoRA is safe in {config.output_dir}. Log in with `hf auth login`, "
+                          "then the same command with --resume_from_checkpoint "
+                          "latest uploads it") from None
     print(f"Uploaded to {url}.")

@@ -108,7 +108,7 @@ def recommended(name_or_path):
     return settings
 
 
-# --- what `auto` becomes ----------------------------------------------------------------------------
+# --- what `auto` becomes --------------------------------------------------------------------------
 
 
 def settle(config, device=None):
@@ -129,7 +129,8 @@ def settle(config, device=None):
     if "resolution" in names:
         check_resolution(config.resolution, base.side_multiple)
     need(not getattr(config, "train_text_encoder", False) or {*base.roles["text_encoders"]} <= {
-        *base.lora_targets}, "--train_text_encoder: this base's text encoder is used as it is; leave it out")
+        *base.lora_targets},
+         "--train_text_encoder: this base's text encoder is used as it is; leave it out")
     if "rank" in names:
         follow = {"lora_alpha": float(config.rank)}
         if config.train_text_encoder:
@@ -142,7 +143,8 @@ def settle(config, device=None):
 
 def settle_precision(config, device=None):
     """{option: precision} of those that are `auto`, or cannot be on this device."""
-    asked = {name: getattr(config, name) for name in ("mixed_precision", "prior_generation_precision")
+    asked = {name: getattr(config, name)
+             for name in ("mixed_precision", "prior_generation_precision")
              if hasattr(config, name)}
     chosen = {name: best_precision(device) for name, value in asked.items() if value == AUTO}
     if torch.device(device or best_device()).type == "cpu":  # which has no arithmetic in fp16
@@ -157,11 +159,12 @@ def check_resolution(resolution, multiple):
     """Raises ConfigError for a side that the networks cannot halve often enough."""
     below = resolution // multiple * multiple
     near = " or ".join(str(side) for side in (below, below + multiple) if side)
-    need(resolution == below, f"--resolution {resolution}: this base's pictures have sides that are "
+    need(resolution == below,
+         f"--resolution {resolution}: this base's pictures have sides that are "
          f"multiples of {multiple}; give {near}")
 
 
-# --- precision and memory ---------------------------------------------------------------------------
+# --- precision and memory -------------------------------------------------------------------------
 
 
 def best_precision(device=None):
@@ -211,7 +214,7 @@ def give_back():
         trim(0)
 
 
-# --- the contract -----------------------------------------------------------------------------------
+# --- the contract ---------------------------------------------------------------------------------
 
 
 class Family(ABC):
@@ -260,7 +263,8 @@ class Family(ABC):
     @property
     @abstractmethod
     def process(self):
-        """The `Process` (models/process.py) that the denoiser was trained on, the same each time."""
+        """The `Process` (models/process.py) that the denoiser was trained on, the same each
+        time."""
 
     @abstractmethod
     def native_resolution(self):
@@ -283,9 +287,9 @@ class Family(ABC):
     def encode_text(self, prompts):
         """{name: (n, ...)} of n strings, on the device, with gradients where they are switched on.
 
-        Row k depends on prompt k alone, and its shape on no prompt, so that rows can be kept and put
-        together again. The names are the family's own: only `predict` and `pipeline_inputs` look at
-        them.
+        Row k depends on prompt k alone, and its shape on no prompt, so that rows can be kept and
+        put together again. The names are the family's own: only `predict` and `pipeline_inputs`
+        look at them.
         """
 
     @abstractmethod
@@ -305,18 +309,19 @@ class Family(ABC):
         """The denoiser's prediction of the process's target, float32, in the shape of x_t.
 
         x_t: (n, *latent_shape). t: (n,), as `process.timestep` gives it. cond: from `encode_text`.
-        geometry: (n, 6) pixels: height and width of the photo, top and left of the crop in the photo
-        once resized, height and width of the crop (SDXL's micro-conditioning, Podell et al. 2023,
-        section 2.2); None for whole images of x_t's own size.
+        geometry: (n, 6) pixels: height and width of the photo, top and left of the crop in the
+        photo once resized, height and width of the crop (SDXL's micro-conditioning, Podell et al.
+        2023, section 2.2); None for whole images of x_t's own size.
         """
 
     @abstractmethod
     def pipeline_inputs(self, cond, negative):
-        """Arguments that hand the pipeline n encoded prompts and n negative ones (`encode_text`)."""
+        """Arguments that hand the pipeline n encoded prompts and n negative ones
+        (`encode_text`)."""
 
     # --- what a family may do otherwise
 
-    def check(self):
+    def check(self):  # noqa: B027 - most families have nothing to refuse
         """Raise ConfigError where the folder's configs are not of a base that can be trained."""
 
     def precision(self, component):
@@ -422,14 +427,16 @@ class Family(ABC):
                 self.name, subfolder=component, revision=self.revision, variant=self.variant,
                 use_safetensors=True, **{dtype: self.precision(component)})
         odd = not_finite(module)
-        need(not odd, f"--pretrained_model_name_or_path {self.name}: {odd} of its {component} has numbers "
-             f"that are not finite in {self.precision(component)}: copy it again, choose another base, or "
-             "try --mixed_precision no")
+        need(not odd, f"--pretrained_model_name_or_path {self.name}: "
+             f"{odd} of its {component} has numbers that are not finite in "
+             f"{self.precision(component)}: copy it again, choose another base, "
+             "or try --mixed_precision no")
         return module
 
     def reading(self, part, how=""):
         """Within it, what cannot be read of the base is a ConfigError."""
-        return reading(f"--pretrained_model_name_or_path {self.name}: its {part} cannot be loaded{how}",
+        return reading(f"--pretrained_model_name_or_path {self.name}: "
+                       f"its {part} cannot be loaded{how}",
                        lambda: other_variant(self.name, part, self.revision, self.variant))
 
     def shapes_of(self, component):
@@ -471,20 +478,24 @@ class Family(ABC):
     def token_limit(self, tokenizer):
         """How many tokens of a prompt, its start and end marks among them, are read."""
         most = getattr(self, tokenizer).model_max_length
-        need((self.tokenizer_max_length or 0) <= most, f"--tokenizer_max_length {self.tokenizer_max_length}: "
+        need((self.tokenizer_max_length or 0) <= most,
+             f"--tokenizer_max_length {self.tokenizer_max_length}: "
              f"this base reads {most} tokens at most; give fewer, or leave it out")
         return self.tokenizer_max_length or most
 
     def cut_off(self, prompt):
-        """The end of a prompt, in whole words, that is beyond the token limit; "" where all is read."""
+        """The end of a prompt, in whole words, that is beyond the token limit; "" where all is
+        read."""
         kept = len(prompt.split())
         for name in self.tokenizers:
-            kept = min(kept, self.words_read(prompt.split(), getattr(self, name), self.token_limit(name)))
+            kept = min(kept,
+                       self.words_read(prompt.split(), getattr(self, name), self.token_limit(name)))
         return prompt.split(maxsplit=kept)[-1] if kept < len(prompt.split()) else ""
 
     @staticmethod
     def words_read(words, tokenizer, limit):
-        """How many of the first words fit into `limit` tokens; more words never make fewer tokens."""
+        """How many of the first words fit into `limit` tokens; more words never make fewer
+        tokens."""
         def too_long(count):
             return len(tokenizer(" ".join(words[:count]), verbose=False).input_ids) > limit
 
@@ -518,7 +529,8 @@ class Family(ABC):
 
         Raises ConfigError while one has a LoRA, which may change at any time.
         """
-        need(not self.rewords, "a prompt's encoding cannot be kept while the text encoder has a LoRA: "
+        need(not self.rewords,
+             "a prompt's encoding cannot be kept while the text encoder has a LoRA: "
              "remember it before")
         for prompt in prompts:
             if prompt not in self.known:
@@ -542,7 +554,8 @@ class Family(ABC):
     def sampler(self, scheduler=AUTO):
         """A sampler's diffusers class; auto is the one that the base recommends, else its own."""
         name = self.settings.get("scheduler", AUTO) if scheduler == AUTO else scheduler
-        need(name in (AUTO, *self.samplers), f"the sampler {name!r} is not known for this base: give "
+        need(name in (AUTO, *self.samplers),
+             f"the sampler {name!r} is not known for this base: give "
              f"one of {', '.join([AUTO, *self.samplers])}")
         return self.index["scheduler"][1] if name == AUTO else self.samplers[name]
 
@@ -550,7 +563,8 @@ class Family(ABC):
         """A stock pipeline around the very same modules; a text encoder that was let go is None."""
         import diffusers
 
-        make, own = self.pipeline_class, [*self.networks("denoiser", "autoencoder"), *self.tokenizers]
+        make = self.pipeline_class
+        own = [*self.networks("denoiser", "autoencoder"), *self.tokenizers]
         parts = {name: getattr(self, name) for name in own}
         parts |= {name: vars(self).get(name) for name in self.networks("text_encoders")}
         # a base made for `trailing` steps keeps them under every sampler
@@ -566,7 +580,8 @@ class Family(ABC):
         return 1 if self.low_vram else count
 
     @torch.no_grad()
-    def draw(self, prompts, seeds, num_inference_steps=None, guidance_scale=None, negative_prompt="",
+    def draw(self, prompts, seeds, num_inference_steps=None, guidance_scale=None,
+             negative_prompt="",
              resolution=None, scheduler=AUTO, stream="picture", batch_size=8, callback=None):
         """PIL images, one for each (prompt, seed) pair; image k depends on its own pair alone.
 
@@ -576,7 +591,8 @@ class Family(ABC):
         """
         need(not isinstance(prompts, str) and len(prompts) == len(seeds), "draw takes a list of "
              f"prompts and one seed for each prompt: there are {prompts!r} and {seeds!r}")
-        steps, limit = num_inference_steps or self.settings["num_inference_steps"], self.process.num_timesteps
+        steps = num_inference_steps or self.settings["num_inference_steps"]
+        limit = self.process.num_timesteps
         need(steps <= limit, f"--num_inference_steps {steps}: this base was trained with {limit} "
              "timesteps; give that many at most (25 to 50 are usual)")
         guidance = self.settings["guidance_scale"] if guidance_scale is None else guidance_scale
@@ -598,7 +614,8 @@ class Family(ABC):
         shape = self.latent_shape(options["height"])
         noise = torch.cat([normal(shape, seed, stream) for seed in seeds])
         latents = self.run_pipeline(
-            pipeline, self.encode_prompts(prompts), self.encode_prompts([negative_prompt] * len(prompts)),
+            pipeline, self.encode_prompts(prompts),
+            self.encode_prompts([negative_prompt] * len(prompts)),
             noise.to(self.device, self.dtype),
             generator=[generator(seed, f"{stream} sampler") for seed in seeds], **options)
         pixels = self.decode(latents.float())  # in the autoencoder's own precision

@@ -1,4 +1,5 @@
-"""Which weights a base has, told from its files: nothing is loaded, and no library's names are used."""
+"""Which weights a base has, told from its files: nothing is loaded, and no library's names are
+used."""
 
 import hashlib
 import json
@@ -9,10 +10,12 @@ NO_WEIGHTS = ("safety_checker/", "feature_extractor/")  # parts that neither tra
 
 
 def fingerprint(name_or_path, revision=None, variant=None):
-    """Hex digest of a pipeline's weights (the first bytes of every tensor): other weights have another one.
+    """Hex digest of a pipeline's weights (the first bytes of every tensor): other weights have
+    another one.
 
-    It depends neither on where the base lies nor on what its tensors are called, which versions of transformers
-    disagree on; a copy in another precision has another one. A hub's base is looked up in the cache, or downloaded.
+    It depends neither on where the base lies nor on what its tensors are called, which versions of
+    transformers disagree on; a copy in another precision has another one. A hub's base is looked up
+    in the cache, or downloaded.
     """
     digest = hashlib.sha256()
     for part in sorted(weight_files(name_or_path, revision, variant)):
@@ -31,17 +34,20 @@ def weight_files(name_or_path, revision, variant):
 
         folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=wanted,
                                         ignore_patterns=None if variant else "*/*.*.safetensors"))
-    found = [path for path in folder.glob(wanted) if not path.relative_to(folder).as_posix().startswith(NO_WEIGHTS)]
+    found = [path for path in folder.glob(wanted)
+             if not path.relative_to(folder).as_posix().startswith(NO_WEIGHTS)]
     return found if variant else [path for path in found if "." not in path.stem]
 
 
 def tensor_heads(path):
-    """Digests of the floating-point tensors of a safetensors file, by their type, size and first numbers."""
+    """Digests of the floating-point tensors of a safetensors file, by their type, size and first
+    numbers."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         for name, tensor in header.items():
-            if name == "__metadata__" or "F" not in tensor["dtype"]:  # integers number tokens; some versions leave them out
+            # integers number tokens; some versions leave them out
+            if name == "__metadata__" or "F" not in tensor["dtype"]:
                 continue
             first, last = tensor["data_offsets"]
             file.seek(8 + length + first)

@@ -1,6 +1,7 @@
 """LoRA on a base's networks: put on, count, save, load, merge. The layers are peft's.
 
-    y = W x + (alpha / r) B A x        Hu et al. 2021, equation 3; B starts at 0, so at first nothing changes
+    y = W x + (alpha / r) B A x        Hu et al. 2021, equation 3; B starts at 0, so at first
+                                       nothing changes
 """
 
 import math
@@ -13,27 +14,38 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from dbcore.config import need
 from dbcore.models.adapter import Adapter, Layer, LoraFileError, plain_name
-from dbcore.models.lora_files import fits, lora_config, modules_by_name, read_adapter, save_diffusers
+from dbcore.models.lora_files import (
+    fits,
+    lora_config,
+    modules_by_name,
+    read_adapter,
+    save_diffusers,
+)
 from dbcore.utils.seeding import key
 
-# How diffusers' denoisers and transformers' text encoders call their projections: no network has both.
+# How diffusers' denoisers and transformers' text encoders call their projections: no network has
+# both.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "fc1", "fc2"]
 PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD, "all": [""]}
 
 
 def target_modules(module, layers, presets=PRESETS):
-    """Names of the linear layers and convolutions of a network that a choice of `lora_layers` means.
+    """Names of the linear layers and convolutions of a network that a choice of `lora_layers`
+    means.
 
     `layers`: "attention", "attention+ff" (see `presets`), "all" of them, or endings of names with
     commas. Raises ConfigError if nothing in the network has such a name.
     """
-    wanted = {**PRESETS, **presets}.get(layers) or [n.strip() for n in layers.split(",") if n.strip()]
+    wanted = {**PRESETS, **presets}.get(layers) or [n.strip() for n in layers.split(",")
+                                                    if n.strip()]
     endings = tuple("." + name for name in wanted)
-    found = [name for name, m in module.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+    found = [name for name, m in module.named_modules()
+             if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
              and ("" in wanted or f".{name}".endswith(endings))]
-    need(found, f"--lora_layers {layers}: no linear layer or convolution of {type(module).__name__} has such a name; "
-         f"choose {', '.join(PRESETS)}, or endings such as {', '.join(ATTENTION[:3])}")
+    need(found, f"--lora_layers {layers}: no linear layer or convolution of "
+         f"{type(module).__name__} has such a name; choose {', '.join(PRESETS)}, or endings such "
+         f"as {', '.join(ATTENTION[:3])}")
     return found
 
 
@@ -57,10 +69,12 @@ def add_lora(module, rank, alpha, layers="attention", dropout=0.0, use_dora=Fals
 
 
 class SampleDropout(torch.nn.Module):
-    """Dropout in which a sample loses the same inputs whoever else is in its batch, and on whichever process.
+    """Dropout in which a sample loses the same inputs whoever else is in its batch, and on
+    whichever process.
 
-    PyTorch's own draws one mask for the whole batch from a state that is carried along; here each row has its key,
-    and the layer its name, so that gradient checkpointing, too, sees the same mask twice.
+    PyTorch's own draws one mask for the whole batch from a state that is carried along; here each
+    row has its key, and the layer its name, so that gradient checkpointing, too, sees the same mask
+    twice.
     """
 
     def __init__(self, p, name):
@@ -72,8 +86,10 @@ class SampleDropout(torch.nn.Module):
         """x: (n, ...), for n keys from `set_dropout`; without keys PyTorch's own dropout."""
         if not self.training or self.keys is None:
             return torch.nn.functional.dropout(x, self.p, self.training)
-        generators = [torch.Generator(x.device).manual_seed(key(own, self.name)) for own in self.keys]
-        drawn = torch.stack([torch.rand(x.shape[1:], device=x.device, generator=one) for one in generators])
+        generators = [torch.Generator(x.device).manual_seed(key(own, self.name))
+                      for own in self.keys]
+        drawn = torch.stack([torch.rand(x.shape[1:], device=x.device, generator=one)
+                             for one in generators])
         return x * (drawn >= self.p) / (1 - self.p)
 
 
@@ -97,7 +113,8 @@ def lora_parameters(module):
 
 def count_parameters(module):
     """(trainable, all) parameters of a network."""
-    return sum(p.numel() for p in lora_parameters(module)), sum(p.numel() for p in module.parameters())
+    return sum(p.numel() for p in lora_parameters(module)), sum(p.numel()
+                                                                for p in module.parameters())
 
 
 def read_lora(modules, name="default"):
@@ -117,13 +134,15 @@ def read_lora(modules, name="default"):
 
 
 def save_lora(modules, path, notes=None, name="default"):
-    """Write the LoRA on {component: network} as one file that a stock pipeline's load_lora_weights reads."""
+    """Write the LoRA on {component: network} as one file that a stock pipeline's load_lora_weights
+    reads."""
     adapter = read_lora(modules, name)
     return save_diffusers(Adapter(adapter.layers, notes or {}), path)
 
 
 def load_lora(base, path, scale=1.0, name="default"):
-    """Put a saved LoRA (a run's folder; a file of diffusers, kohya or peft) on a base, beside others.
+    """Put a saved LoRA (a run's folder; a file of diffusers, kohya or peft) on a base, beside
+    others.
 
     It is then used alone; `set_scale` mixes several. Raises LoraFileError for a file that cannot be
     used, or was trained on a base of another shape; then nothing has changed.
@@ -150,19 +169,22 @@ def check_fit(adapter, modules, path):
     for component, name, layer in adapter.every():
         if not fits(own.get((component, name)), layer):
             size = f"{tuple(layer.down.shape[1:])} to {len(layer.up)}"
-            raise LoraFileError(f"{path} does not fit this base, which has no {component}.{name} of "
-                                f"size {size}; give the base that it was trained on")
+            raise LoraFileError(f"{path} does not fit this base, which has no "
+                                f"{component}.{name} of size {size}; "
+                                "give the base that it was trained on")
 
 
 @torch.no_grad()
 def copy_weights(peft_layer, layer, name):
     """Copy a saved layer's numbers into one peft layer."""
     like = peft_layer.get_base_layer().weight
-    for linear, values in ((peft_layer.lora_A[name], layer.down), (peft_layer.lora_B[name], layer.up)):
+    for linear, values in ((peft_layer.lora_A[name], layer.down),
+                           (peft_layer.lora_B[name], layer.up)):
         linear.weight.data = values.to(like.device, torch.float32).reshape(linear.weight.shape)
     if layer.magnitude is not None:
         vector = peft_layer.lora_magnitude_vector[name]
-        vector.weight.data = layer.magnitude.to(like.device, torch.float32).reshape(vector.weight.shape)
+        vector.weight.data = layer.magnitude.to(like.device,
+                                                torch.float32).reshape(vector.weight.shape)
     peft_layer.scaling[name] = layer.scale
 
 

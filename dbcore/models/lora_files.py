@@ -146,8 +146,9 @@ def _read_layers(tensors, configs, names):
             named[module] = Layer(down, up, scale, rows)
             names.check(component, module, named[module], keys["down"])
     if strange := configs.keys() - layers.keys():
-        raise LoraFileError(f"its header has a LoraConfig of {min(strange)!r}, a network that none of "
-                            "its tensors belongs to, so their scale is in doubt: copy it again")
+        raise LoraFileError(f"its header has a LoraConfig of {min(strange)!r}, "
+                            "a network that none of its tensors belongs to, so their scale is in "
+                            "doubt: copy it again")
     for component, named in layers.items():
         _check_dora(component, named, configs.get(component))
     return layers
@@ -236,8 +237,9 @@ class Names:
     def stranger(self, key):
         module = _split(key)[0]
         if bare := [component for component, name in self.modules if name == module]:
-            return LoraFileError(f"{key} does not say which network it is of, as one that a network "
-                                 f"alone has saved: rename each key to {bare[0]}.{key}")
+            return LoraFileError(f"{key} does not say which network it is of, "
+                                 "as one that a network alone has saved: "
+                                 f"rename each key to {bare[0]}.{key}")
         return LoraFileError(f"{key} fits no module of {self.base}: "
                              "it was trained on another model family")
 

@@ -2,10 +2,11 @@
 
     W ~ s q,    s = max |W| / 127,    q = round(W / s)
 
-with one s for each output channel, a row of W: absmax quantization with vector-wise constants (Dettmers et al. 2022,
-LLM.int8(), section 2.1). What is multiplied and added stays in the network's own precision: a layer's weights are made
-from q each time they are used, and are gone again after it. Convolutions, two thirds of Stable Diffusion's weights, are
-quantized too, which libraries for language models leave alone.
+with one s for each output channel, a row of W: absmax quantization with vector-wise constants
+(Dettmers et al. 2022, LLM.int8(), section 2.1). What is multiplied and added stays in the network's
+own precision: a layer's weights are made from q each time they are used, and are gone again after
+it. Convolutions, two thirds of Stable Diffusion's weights, are quantized too, which libraries for
+language models leave alone.
 """
 
 import torch
@@ -13,7 +14,8 @@ from torch.nn.utils import parametrize
 
 
 def quantize(module):
-    """Put the weights of every linear layer and convolution of a frozen network in 8 bits, in place; returns it.
+    """Put the weights of every linear layer and convolution of a frozen network in 8 bits, in
+    place; returns it.
 
     Raises RuntimeError if a weight is to be trained: integers have no gradient.
     """
@@ -24,13 +26,16 @@ def quantize(module):
 
 
 class Int8(torch.nn.Module):
-    """A weight (out, ...) as int8 of its shape and one scale an output channel, (out, 1, ...), of its own dtype."""
+    """A weight (out, ...) as int8 of its shape and one scale an output channel, (out, 1, ...), of
+    its own dtype."""
 
     def forward(self, q, scale):
         return q.to(scale.dtype) * scale
 
     def right_inverse(self, weight):
-        rows = weight.flatten(1).abs().amax(1).float().clamp(min=torch.finfo(torch.float16).tiny)  # a row may be all 0
+        # a row may be all 0
+        rows = weight.flatten(1).abs().amax(1).float().clamp(min=torch.finfo(torch.float16).tiny)
         scale = (rows / 127).to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
-        q = (weight.float() / scale.float()).round().clamp(-127, 127)  # a scale rounded down would reach 128
+        # a scale rounded down would reach 128
+        q = (weight.float() / scale.float()).round().clamp(-127, 127)
         return q.to(torch.int8), scale

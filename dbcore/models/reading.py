@@ -1,4 +1,5 @@
-"""Reading models from a folder or the Hugging Face hub: an error says which of the two failed, and how."""
+"""Reading models from a folder or the Hugging Face hub: an error says which of the two failed, and
+how."""
 
 import contextlib
 import json
@@ -11,17 +12,23 @@ from safetensors import SafetensorError
 from dbcore.config import ConfigError
 from dbcore.utils.errors import DBCoreError
 
-NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")  # the packages between us and the hub
-VARIANT = re.compile(r"[^.]+(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")  # of a file of weights, and its variant
+# the packages between us and the hub
+NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
+# of a file of weights, and its variant
+VARIANT = re.compile(r"[^.]+(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
 # the first that fits, by the name of an exception's class or of one it was made from
 ANSWERS = {
-    "GatedRepoError": "the hub wants its terms accepted first: open its page there, then `hf auth login`",
-    "RepositoryNotFoundError": "the hub has no model of this name, or a private one: check the name, or `hf auth login`",
+    "GatedRepoError": "the hub wants its terms accepted first: open its page there, "
+    "then `hf auth login`",
+    "RepositoryNotFoundError": "the hub has no model of this name, or a private one: "
+    "check the name, or `hf auth login`",
     "RevisionNotFoundError": "the hub has no such --revision of it",
     "HFValidationError": "there is no such folder, and the hub's models are called owner/name",
     "RemoteEntryNotFoundError": "the hub's model lacks this file",
-    "OfflineModeIsEnabled": "it is not in the hub's cache, and HF_HUB_OFFLINE keeps it from being downloaded",
-    "LocalEntryNotFoundError": "it is not in the hub's cache, and the hub could not be reached: check the network",
+    "OfflineModeIsEnabled": "it is not in the hub's cache, and HF_HUB_OFFLINE keeps it from "
+    "being downloaded",
+    "LocalEntryNotFoundError": "it is not in the hub's cache, and the hub could not be reached: "
+    "check the network",
 }
 
 
@@ -29,14 +36,15 @@ ANSWERS = {
 def reading(what, hint=None):
     """Turn a file that is missing, damaged or out of reach into a ConfigError.
 
-    `what` says so, such as "--pretrained_model_name_or_path x: its unet cannot be loaded"; `hint()`, asked only then,
-    adds what to do, or None.
+    `what` says so, such as "--pretrained_model_name_or_path x: its unet cannot be loaded";
+    `hint()`, asked only then, adds what to do, or None.
     """
     try:
         yield
     except DBCoreError:
         raise
-    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, HFValidationError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError,
+            HFValidationError) as error:
         more = hub_answer(error) or (hint and hint())
         raise ConfigError(f"{what} ({first_line(error)})" + f": {more}" * bool(more)) from error
 
@@ -46,7 +54,8 @@ def first_line(error):
 
 
 def hub_answer(error):
-    """What the hub, or the way to it, has to do with an error, in words; None where it is the folder's own."""
+    """What the hub, or the way to it, has to do with an error, in words; None where it is the
+    folder's own."""
     kinds = [kind for e in causes(error) for kind in type(e).__mro__]
     names = {kind.__name__ for kind in kinds}
     answer = next((words for name, words in ANSWERS.items() if name in names), None)
@@ -63,13 +72,15 @@ def causes(error):
 
 
 def other_variant(name_or_path, part, revision=None, variant=None):
-    """The words for a network whose only files are of another `variant`; None where that is not so."""
+    """The words for a network whose only files are of another `variant`; None where that is not
+    so."""
     names = file_names(name_or_path, part, revision)
     marks = {match[1] for name in names if (match := VARIANT.fullmatch(name))}
     if variant and None in marks:
         return f"it has no files of variant {variant}: leave --variant out"
     there = sorted(mark for mark in marks - {None, variant})
-    return f"all its files are of variant {there[0]}: add --variant {there[0]}" if there and None not in marks else None
+    return (f"all its files are of variant {there[0]}: add --variant {there[0]}" if there
+            and None not in marks else None)
 
 
 def not_finite(module):
@@ -83,7 +94,10 @@ def not_finite(module):
 
 
 def load_pipeline(option, name_or_path, **more):
-    """A whole stock pipeline, in whichever variant its folder has. Raises ConfigError, which names the option."""
+    """A whole stock pipeline, in whichever variant its folder has.
+
+    Raises ConfigError, which names the option.
+    """
     from diffusers import DiffusionPipeline
 
     marks = {VARIANT.fullmatch(path.name) for path in Path(name_or_path).glob("*/*.safetensors")}
@@ -103,8 +117,8 @@ def check_finite(pipeline, what):
     for name, part in pipeline.components.items():
         odd = isinstance(part, torch.nn.Module) and not_finite(part)
         if odd:
-            raise ConfigError(f"{what}: {odd} of its {name} has numbers that are not finite, and images "
-                              "would be black")
+            raise ConfigError(f"{what}: {odd} of its {name} has numbers that are not "
+                              "finite, and images would be black")
 
 
 def file_names(name_or_path, part, revision=None):

@@ -41,7 +41,8 @@ class StableDiffusion(Family):
     def check(self):
         takes = self.config_of("unet").get("in_channels", 4)
         latents = self.config_of("vae").get("latent_channels", 4)
-        need(takes == latents, f"--pretrained_model_name_or_path {self.name}: its UNet takes {takes} "
+        need(takes == latents,
+             f"--pretrained_model_name_or_path {self.name}: its UNet takes {takes} "
              f"channels and latents have {latents}. It {INPAINTING}")
 
     def native_resolution(self):

@@ -1,7 +1,8 @@
-"""Tell the notebooks where the project lives: `python -m dbcore.tools.badges owner/name`, or `make badges REPO=...`.
+"""Tell the notebooks where the project lives: `python -m dbcore.tools.badges owner/name`, or `make
+badges REPO=...`.
 
-Writes the link of every "Open in Colab" badge, and DBCORE_REPO in every set-up cell: a notebook that is
-opened without the project beside it then fetches it from there.
+Writes the link of every "Open in Colab" badge, and DBCORE_REPO in every set-up cell: a notebook
+that is opened without the project beside it then fetches it from there.
 """
 
 import argparse
@@ -12,11 +13,15 @@ from dbcore.utils.errors import InputError
 
 NOTEBOOKS = Path("notebooks")
 BADGE = re.compile(r"\]\(https://colab\.research\.google\.com/(?!assets/)[^)]*\)")
-ADDRESS = re.compile(r'DBCORE_REPO = \\"[^"\\]*\\"')  # in the file, quotes of the source are escaped
+# in the file, quotes of the source are escaped
+ADDRESS = re.compile(r'DBCORE_REPO = \\"[^"\\]*\\"')
 
 
 def write_address(path, repository, branch="main"):
-    """Rewrite one notebook for `repository` = "owner/name" on GitHub. Raises InputError if there is no place for it."""
+    """Rewrite one notebook for `repository` = "owner/name" on GitHub.
+
+    Raises InputError if there is no place for it.
+    """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise InputError(f"REPO is {repository!r}: give it as owner/name")
     text = path.read_text(encoding="utf-8")
@@ -25,14 +30,17 @@ def write_address(path, repository, branch="main"):
     text, badges = BADGE.subn(colab, text)
     text, addresses = ADDRESS.subn(rf'DBCORE_REPO = \\"{source}\\"', text)
     if not badges or addresses != 1:
-        raise InputError(f"{path}: {badges} Colab badges and {addresses} DBCORE_REPO; it needs a badge and one address")
+        raise InputError(f"{path}: {badges} Colab badges and {addresses} DBCORE_REPO; "
+                         "it needs a badge and one address")
     path.write_text(text, encoding="utf-8")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="write where the project lives into every notebook")
+    parser = argparse.ArgumentParser(description="write where the project lives "
+                                     "into every notebook")
     parser.add_argument("repository", help="owner/name on GitHub")
-    parser.add_argument("--branch", default="main", help="the branch that people open (%(default)s)")
+    parser.add_argument("--branch", default="main",
+                        help="the branch that people open (%(default)s)")
     options = parser.parse_args()
     for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
         write_address(path, options.repository, options.branch)

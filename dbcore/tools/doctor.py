@@ -7,8 +7,10 @@ import platform
 
 from dbcore.config import AUTO, TrainConfig, add_options, from_args
 
-HELP = "look at photos, words, memory and machine before a run; takes train's options and writes nothing"
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "xformers")
+HELP = ("look at photos, words, memory and machine before a run; takes train's options "
+        "and writes nothing")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors",
+            "bitsandbytes", "xformers")
 # Ordinary words in the identifier's place: how far a word that means something moves an encoding.
 ORDINARY = ("red", "small", "old", "wet", "white")
 NEIGHBOURS = 3
@@ -28,7 +30,8 @@ def main(args):
 def examine(config):
     """[(title, lines)], one part of the report after another, as each is known.
 
-    `config`: TrainConfig; what is missing in it leaves its part out, with a line that says which option to give.
+    `config`: TrainConfig; what is missing in it leaves its part out, with a line that says which
+    option to give.
     """
     yield "Machine", machine()
     if config.pretrained_model_name_or_path:
@@ -40,21 +43,24 @@ def examine(config):
         yield "Memory", memory(config)
 
 
-# --- the machine --------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------
 
 
 def machine():
     import torch
 
     computer = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
-    lines = [f"Python {platform.python_version()} on {computer}, {total_memory() / 1e9:.0f} GB of memory"]
-    lines.append(", ".join(f"{name} {version}" for name in PACKAGES if (version := installed(name))))
+    lines = [(f"Python {platform.python_version()} on {computer}, "
+              f"{total_memory() / 1e9:.0f} GB of memory")]
+    lines.append(", ".join(f"{name} {version}" for name in PACKAGES
+                           if (version := installed(name))))
     for k in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(k)
         lines.append(f"GPU {k}: {card.name}, {card.total_memory / 1e9:.0f} GB")
     if not torch.cuda.is_available():
         apple = torch.backends.mps.is_available()
-        lines.append("GPU: Apple's (mps)" if apple else "GPU: none that PyTorch can use; the CPU does the work")
+        lines.append("GPU: Apple's (mps)" if apple else "GPU: none that PyTorch can use; "
+                     "the CPU does the work")
     return lines
 
 
@@ -74,7 +80,7 @@ def total_memory():
     return psutil.virtual_memory().total
 
 
-# --- the options --------------------------------------------------------------------------------------
+# --- the options ----------------------------------------------------------------------------------
 
 
 def chosen(config):
@@ -99,24 +105,29 @@ def photos(config):
     skipped = sum(problem.skipped for problem in problems)
     lines = [f"{len(found)} can be used, {skipped} are skipped."]
     if len(found) < 3:
-        lines.append("Three to ten photos from several sides teach a subject; fewer teach one view of it.")
+        lines.append("Three to ten photos from several sides teach a subject; "
+                     "fewer teach one view of it.")
     return lines + [f"- {problem}" for problem in problems]
 
 
-# --- the words ----------------------------------------------------------------------------------------
+# --- the words ------------------------------------------------------------------------------------
 
 
 def identifier(config):
     """Whether the word that will call the subject already means something to the base."""
-    if not (config.instance_prompt and config.class_prompt and config.pretrained_model_name_or_path):
-        return ["Not looked at: give --instance_prompt, --class_prompt and --pretrained_model_name_or_path."]
+    if not (config.instance_prompt and config.class_prompt
+            and config.pretrained_model_name_or_path):
+        return [("Not looked at: give --instance_prompt, --class_prompt and "
+                 "--pretrained_model_name_or_path.")]
     word = new_word(config.instance_prompt, config.class_prompt)
     if not word:
-        return [f"{config.instance_prompt!r} has no word that {config.class_prompt!r} has not, so the subject would "
-                + "take the whole class: put a rare word before the class, such as 'a photo of sks dog'."]
+        return [(f"{config.instance_prompt!r} has no word that {config.class_prompt!r} has not, "
+                 "so the subject would take the whole class: put a rare word before the class, "
+                 "such as 'a photo of sks dog'.")]
     from dbcore.models.base import load_base
 
-    base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant, config.tokenizer_name)
+    base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant,
+                     config.tokenizer_name)
     return describe_word(base, word, config.instance_prompt)
 
 
@@ -127,25 +138,30 @@ def new_word(instance_prompt, class_prompt):
 
 
 def describe_word(base, word, prompt):
-    """The report on one identifier: its pieces, its weight in the prompt, and the words next to it."""
-    pieces = base.tokenizer.tokenize(f" {word}")  # as within a prompt: to some, a space is part of it
-    moved, ordinary = weight_of(base, word, prompt), [weight_of(base, word, prompt, other) for other in ORDINARY]
+    """The report on one identifier: its pieces, its weight in the prompt, and the words next to
+    it."""
+    # as within a prompt: to some, a space is part of it
+    pieces = base.tokenizer.tokenize(f" {word}")
+    moved, ordinary = weight_of(base, word, prompt), [weight_of(base, word, prompt, other)
+                                                      for other in ORDINARY]
     lines = [f"{word!r} is {len(pieces)} token{'s' * (len(pieces) > 1)}: {' '.join(pieces)}"]
     if len(pieces) > 1:
-        lines.append("  Each piece brings a meaning of its own and a place that training must move: one rare token "
-                     "is learnt faster. Try sks or ohwx.")
-    lines.append(f"it moves the prompt's encoding by {moved:.2f}; words such as {', '.join(ORDINARY[:3])} move it by "
-                 f"{min(ordinary):.2f} to {max(ordinary):.2f}")
+        lines.append("  Each piece brings a meaning of its own and a place that training must "
+                     "move: one rare token is learnt faster. Try sks or ohwx.")
+    lines.append(f"it moves the prompt's encoding by {moved:.2f}; "
+                 f"words such as {', '.join(ORDINARY[:3])} move it by {min(ordinary):.2f} to "
+                 f"{max(ordinary):.2f}")
     if moved > max(ordinary):
-        lines.append("  It already says more than an ordinary word: draw it first (dbcore generate), and choose "
-                     "another if the base has a picture for it.")
+        lines.append("  It already says more than an ordinary word: draw it first (dbcore "
+                     "generate), and choose another if the base has a picture for it.")
     near = ", ".join(f"{name} {cosine:.2f}" for name, cosine in neighbours(base, pieces[-1]))
     lines.append(f"nearest in the base's vocabulary (cosine): {near}")
     return lines
 
 
 def weight_of(base, word, prompt, other=None):
-    """Distance of the pooled encodings of `prompt` with `word` (or `other` in its place) and without it, in [0, 2]."""
+    """Distance of the pooled encodings of `prompt` with `word` (or `other` in its place) and
+    without it, in [0, 2]."""
     import torch
 
     said = prompt if other is None else prompt.replace(word, other)
@@ -164,11 +180,12 @@ def neighbours(base, token):
     own = base.tokenizer.convert_tokens_to_ids(token)
     cosines, ids = (table @ table[own]).topk(NEIGHBOURS + 1)
     names = base.tokenizer.convert_ids_to_tokens(ids.tolist())
-    return [(name.replace("</w>", ""), c) for name, c, k in zip(names, cosines.tolist(), ids.tolist()) if k != own][
+    return [(name.replace("</w>", ""), c)
+            for name, c, k in zip(names, cosines.tolist(), ids.tolist()) if k != own][
         :NEIGHBOURS]
 
 
-# --- the memory ---------------------------------------------------------------------------------------
+# --- the memory -----------------------------------------------------------------------------------
 
 
 def memory(config):
@@ -184,7 +201,8 @@ def memory(config):
     lines += ["", "| card | GB | precision | needs | |", "|---|---:|---|---:|---|"]
     for card, (size, precision, needed) in by_card(config).items():
         fits = "fits" if needed.peak <= size else "does not fit"
-        lines.append(f"| {card} | {size / 1e9:.0f} | {precision} | {needed.peak / 1e9:.1f} | {fits} |")
+        lines.append(f"| {card} | {size / 1e9:.0f} | {precision} | "
+                     f"{needed.peak / 1e9:.1f} | {fits} |")
     return lines
 
 
@@ -196,4 +214,5 @@ def verdict(needed, there, advice):
 
     changes = advice()
     return f"It does not fit: {needed / 1e9:.1f} of {there / 1e9:.1f} GB. " + (
-        f"It would with {flags(changes)}." if changes else "No option makes it small enough: take a larger card.")
+        f"It would with {flags(changes)}." if changes else "No option makes it small enough: "
+        "take a larger card.")

@@ -1,8 +1,9 @@
 """`dbcore evaluate`: the DreamBooth paper's protocol for one run or many, as a table.
 
-Subjects x prompts x pictures (Ruiz et al. 2023, section 4.1), with a floor (the base without adapter, the same
-prompts and seeds) and a ceiling (the real photos against each other), without which no number says anything.
-Pictures that are there are not drawn again, so an evaluation that was stopped goes on where it was.
+Subjects x prompts x pictures (Ruiz et al. 2023, section 4.1), with a floor (the base without
+adapter, the same prompts and seeds) and a ceiling (the real photos against each other), without
+which no number says anything. Pictures that are there are not drawn again, so an evaluation that
+was stopped goes on where it was.
 """
 
 import hashlib
@@ -16,8 +17,8 @@ from dbcore.datasets.prompts import check_fit
 from dbcore.utils.files import save_png, sweep, write_beside, write_whole
 from dbcore.utils.text import read_text
 
-HELP = ("measure runs after the DreamBooth paper: subject and prompt fidelity, PRES, DIV (1 - cosine; the paper's LPIPS "
-        "with --lpips), with floor and ceiling")
+HELP = ("measure runs after the DreamBooth paper: subject and prompt fidelity, PRES, DIV (1 - "
+        "cosine; the paper's LPIPS with --lpips), with floor and ceiling")
 LISTS = dbcore.DATA / "prompts"
 STREAM = "evaluation"
 DAY = 86_400.0
@@ -29,37 +30,47 @@ IDENTIFIERS = ("sks", "ohwx", "zwx")  # that can be nothing else
 def add_arguments(parser):
     parser.add_argument("--checkpoint_dir", nargs="+", required=True, metavar="RUN",
                         help="runs to measure, one subject each: folders that train wrote")
-    parser.add_argument("--class_prompt", nargs="+", default=[], metavar="TEXT", help="the class in words, such as 'a "
-                        "photo of a dog', one for all runs or one each; without it, what the run was trained with")
-    parser.add_argument("--prompts", metavar="LIST", help="objects, live (the paper's), toy, or a JSON file like them; "
+    parser.add_argument("--class_prompt", nargs="+", default=[], metavar="TEXT",
+                        help="the class in words, such as 'a "
+                        "photo of a dog', one for all runs or one each; without it, what the run "
+                        "was trained with")
+    parser.add_argument("--prompts", metavar="LIST",
+                        help="objects, live (the paper's), toy, or a JSON file like them; "
                         "without it, what the base recommends, else objects")
-    parser.add_argument("--num_prompts", type=int, metavar="N", help="only N of them, spread over the list")
+    parser.add_argument("--num_prompts", type=int, metavar="N",
+                        help="only N of them, spread over the list")
     parser.add_argument("--num_images", type=int, default=4, help="pictures a prompt (%(default)s)")
-    parser.add_argument("--encoder", nargs="+", metavar="NAME", help="metric encoders instead of the base's own, CLIP "
+    parser.add_argument("--encoder", nargs="+", metavar="NAME",
+                        help="metric encoders instead of the base's own, CLIP "
                         "first: names of transformers, such as openai/clip-vit-large-patch14")
-    parser.add_argument("--lpips", action="store_true", help="also measure DIV by LPIPS, as the paper does; needs pip "
+    parser.add_argument("--lpips", action="store_true",
+                        help="also measure DIV by LPIPS, as the paper does; needs pip "
                         "install lpips, which loads AlexNet's weights once")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the first picture of each prompt (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8,
+                        help="pictures drawn at a time (%(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"),
                         help="pictures, evaluation.json and evaluation.md go there (%(default)s)")
 
 
 def main(args):
     runs, classes = args.checkpoint_dir, args.class_prompt
-    need(len(classes) in (0, 1, len(runs)), f"{len(classes)} values of --class_prompt for {len(runs)} of "
+    need(len(classes) in (0, 1, len(runs)),
+         f"{len(classes)} values of --class_prompt for {len(runs)} of "
          "--checkpoint_dir: give one each, or one for all")
     classes = classes if len(classes) == len(runs) else (classes or [None]) * len(runs)
     subjects = [read_run(path, class_prompt) for path, class_prompt in zip(runs, classes)]
     for subject in subjects:
-        print(f"{subject.name}: {subject.instance_prompt!r}, compared with its class, {subject.class_prompt!r}.")
-    result = evaluate(subjects, args.output_dir, args.prompts, args.num_prompts, args.num_images, args.encoder,
-                      args.seed, args.batch_size, args.lpips)
+        print(f"{subject.name}: {subject.instance_prompt!r}, compared with its class, "
+              f"{subject.class_prompt!r}.")
+    result = evaluate(subjects, args.output_dir, args.prompts, args.num_prompts, args.num_images,
+                      args.encoder, args.seed, args.batch_size, args.lpips)
     print(result_table(result))
     print(f"\nPictures, and these numbers as .json and .md, are in {args.output_dir}.")
 
 
-# --- what is measured ---------------------------------------------------------------------------------
+# --- what is measured -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -76,23 +87,31 @@ class Subject:
 
 
 def read_run(folder, class_prompt=None):
-    """The `Subject` of a run's folder. Raises ConfigError where it is not a finished run, or its class is in doubt."""
+    """The `Subject` of a run's folder.
+
+    Raises ConfigError where it is not a finished run, or its class is in doubt.
+    """
     folder = Path(folder)
     path, lora = folder / "config.yaml", folder / "pytorch_lora_weights.safetensors"
     for needed in (path, lora):
-        need(needed.is_file(), f"--checkpoint_dir {folder} has no {needed.name}: give the folder of a finished run")
+        need(needed.is_file(), f"--checkpoint_dir {folder} has no {needed.name}: "
+             "give the folder of a finished run")
     run = read_run_config(folder) or {}
     need({"instance_data_dir", "instance_prompt"} <= run.keys(),
-         f"--checkpoint_dir {folder}: its {path.name} is not a run's; give the folder of a finished run")
+         f"--checkpoint_dir {folder}: its {path.name} is not a run's; "
+         "give the folder of a finished run")
     class_prompt = class_prompt or run.get("class_prompt") or bare_class(run["instance_prompt"])
-    need(class_prompt, f"--checkpoint_dir {folder} was trained without a class prompt, and {run['instance_prompt']!r} does "
-         "not tell its class for certain: give --class_prompt, such as 'a photo of a dog'")
-    return Subject(folder.resolve().name, lora, run["pretrained_model_name_or_path"], run["instance_data_dir"],
+    need(class_prompt, f"--checkpoint_dir {folder} was trained without a class prompt, "
+         f"and {run['instance_prompt']!r} does not tell its class for certain: "
+         "give --class_prompt, such as 'a photo of a dog'")
+    return Subject(folder.resolve().name, lora, run["pretrained_model_name_or_path"],
+                   run["instance_data_dir"],
                    run["instance_prompt"], class_prompt, run.get("revision"))
 
 
 def bare_class(instance_prompt):
-    """'a photo of sks dog' -> 'a photo of a dog'; None where it is in doubt which words are the class."""
+    """'a photo of sks dog' -> 'a photo of a dog'; None where it is in doubt which words are the
+    class."""
     *start, identifier, noun = ["", "", *instance_prompt.split()]
     if identifier.lower() not in IDENTIFIERS or not noun.isalpha():
         return None
@@ -102,7 +121,10 @@ def bare_class(instance_prompt):
 
 
 def read_prompts(name, base):
-    """{"scenes", "looks"}: the list of that name or file, by default the base's. Raises ConfigError."""
+    """{"scenes", "looks"}: the list of that name or file, by default the base's.
+
+    Raises ConfigError.
+    """
     from dbcore.models.base import recommended
 
     name = name or recommended(base).get("prompts", "objects")
@@ -111,19 +133,27 @@ def read_prompts(name, base):
     try:
         found = json.loads(read_text(path))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--prompts {name}: give {known}, or a JSON file {PROMPT_FORM} ({error})") from None
+        raise ConfigError(f"--prompts {name}: give {known}, or a JSON file "
+                          f"{PROMPT_FORM} ({error})") from None
     return check_prompts(found, f"--prompts {name}")
 
 
 def check_prompts(found, option):
-    """The two lists of a prompt file. Raises ConfigError for other names, and for what is no list of texts."""
-    need(isinstance(found, dict), f"{option} holds a {type(found).__name__} of JSON: write {PROMPT_FORM}")
+    """The two lists of a prompt file.
+
+    Raises ConfigError for other names, and for what is no list of texts.
+    """
+    need(isinstance(found, dict), f"{option} holds a {type(found).__name__} of JSON: "
+         f"write {PROMPT_FORM}")
     strange = sorted(set(found) - {"scenes", "looks", "source"})
-    need(not strange, f"{option} has {strange[0] if strange else ''!r}, which is neither scenes nor looks: write {PROMPT_FORM}")
+    need(not strange, f"{option} has {strange[0] if strange else ''!r}, which is neither scenes "
+         f"nor looks: write {PROMPT_FORM}")
     lists = {kind: found.get(kind, []) for kind in ("scenes", "looks")}
     for kind, phrases in lists.items():
-        need(isinstance(phrases, list) and all(isinstance(phrase, str) and phrase.strip() for phrase in phrases),
-             f"{option}: {kind} is {json.dumps(phrases)[:60]}, and should be a list of texts: write {PROMPT_FORM}")
+        need(isinstance(phrases, list)
+             and all(isinstance(phrase, str) and phrase.strip() for phrase in phrases),
+             f"{option}: {kind} is {json.dumps(phrases)[:60]}, and should be a list of texts: "
+             f"write {PROMPT_FORM}")
     need(any(lists.values()), f"{option} holds no prompt: write {PROMPT_FORM}")
     return lists
 
@@ -135,12 +165,15 @@ def compose(phrases, instance_prompt, class_prompt):
     """
     start, noun = split_class(instance_prompt, class_prompt)
     ours, subject = split_subject(instance_prompt, class_prompt)
-    return [*((f"{instance_prompt} {scene}", f"{class_prompt} {scene}") for scene in phrases["scenes"]),
-            *((f"{ours} {look} {subject}".strip(), f"{start} {look} {noun}".strip()) for look in phrases["looks"])]
+    return [*((f"{instance_prompt} {scene}", f"{class_prompt} {scene}")
+              for scene in phrases["scenes"]),
+            *((f"{ours} {look} {subject}".strip(), f"{start} {look} {noun}".strip())
+              for look in phrases["looks"])]
 
 
 def split_class(instance_prompt, class_prompt):
-    """'a photo of a golden retriever' -> ('a photo of a', 'golden retriever'): the noun is what both prompts end with."""
+    """'a photo of a golden retriever' -> ('a photo of a', 'golden retriever'): the noun is what
+    both prompts end with."""
     ours, words = instance_prompt.lower().split(), class_prompt.split()
     shared = 0
     for own, word in zip(reversed(ours), reversed(words)):
@@ -152,10 +185,12 @@ def split_class(instance_prompt, class_prompt):
 
 
 def split_subject(instance_prompt, class_prompt):
-    """'a photo of sks dog' -> ('a photo of', 'sks dog'): the subject begins with a new word, or with the class's noun."""
+    """'a photo of sks dog' -> ('a photo of', 'sks dog'): the subject begins with a new word, or
+    with the class's noun."""
     words, known = instance_prompt.split(), {*class_prompt.lower().split(), *ARTICLES}
     noun = split_class(instance_prompt, class_prompt)[1].lower().split()[0]
-    first = next((k for k, word in enumerate(words) if word.lower() not in known or word.lower() == noun), len(words) - 1)
+    first = next((k for k, word in enumerate(words) if word.lower() not in known
+                  or word.lower() == noun), len(words) - 1)
     return " ".join(words[:first]), " ".join(words[first:])
 
 
@@ -167,67 +202,83 @@ def spread(prompts, count):
     return [prompts[k * len(prompts) // count] for k in range(count)]
 
 
-# --- the protocol -------------------------------------------------------------------------------------
+# --- the protocol ---------------------------------------------------------------------------------
 
 
-def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4, encoder=None, seed=0, batch_size=8,
-             lpips=False):
-    """Draw what is missing, measure everything, write evaluation.json and .md; returns the result, a dict.
+def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4, encoder=None,
+             seed=0, batch_size=8, lpips=False):
+    """Draw what is missing, measure everything, write evaluation.json and .md; returns the result,
+    a dict.
 
-    Numbers that are there already, of other runs or prompts, stay: the new files get a number, evaluation-2.json.
+    Numbers that are there already, of other runs or prompts, stay: the new files get a number,
+    evaluation-2.json.
 
-    {"encoders": {name: note}, "class_prompts": {name: text}, "prompts", "num_images", "subjects": {name: {"floor", "adapter", "ceiling"}}, "mean":
-    {"floor": {measure: [mean, low, high]}, ...}}; the intervals are over subjects, 95 %. Raises ConfigError.
+    {"encoders": {name: note}, "class_prompts": {name: text}, "prompts", "num_images", "subjects":
+    {name: {"floor", "adapter", "ceiling"}}, "mean": {"floor": {measure: [mean, low, high]}, ...}};
+    the intervals are over subjects, 95 %. Raises ConfigError.
     """
     from dbcore.engines.evaluate import load_encoder, load_encoders, load_lpips
 
     need(num_images >= 2, f"--num_images {num_images}: diversity needs 2 or more")
     output_dir, scores, encoders = Path(output_dir), {}, None
     names = [subject.name for subject in subjects]
-    need(len(set(names)) == len(names), f"two runs are named {max(names, key=names.count)}: rename one of the folders")
+    need(len(set(names)) == len(names), f"two runs are named {max(names, key=names.count)}: "
+         "rename one of the folders")
     lists = {subject.name: check_subject(subject, prompts, num_prompts) for subject in subjects}
     distance = load_lpips() if lpips else None
     for subject in subjects:
         asked = lists[subject.name]
-        encoders = encoders or ([load_encoder(name) for name in encoder] if encoder else load_encoders(subject.base))
+        encoders = encoders or ([load_encoder(name) for name in encoder] if encoder
+                                else load_encoders(subject.base))
         drawn = {which: draw_all(subject, which, asked, output_dir, num_images, seed, batch_size)
                  for which in ("floor", "adapter")}
         scores[subject.name] = measure(subject, drawn, asked, num_images, encoders, distance)
     result = {"encoders": {e.name: e.note for e in encoders},
-              "class_prompts": {subject.name: subject.class_prompt for subject in subjects}, "prompts": len(asked), "num_images": num_images,
+              "class_prompts": {subject.name: subject.class_prompt for subject in subjects},
+              "prompts": len(asked), "num_images": num_images,
               "seed": seed, "subjects": scores, "mean": means(scores, seed)}
     files = {"evaluation.json": json.dumps(result, indent=1), "evaluation.md": result_table(result)}
-    if mark := write_beside(output_dir, {name: f"{text}\n".encode() for name, text in files.items()}):
-        print(f"Other numbers are in evaluation.json already: the new ones are in evaluation{mark}.json and .md.")
+    if mark := write_beside(output_dir,
+                            {name: f"{text}\n".encode() for name, text in files.items()}):
+        print("Other numbers are in evaluation.json already: "
+              f"the new ones are in evaluation{mark}.json and .md.")
     return result
 
 
 def check_subject(subject, prompts, num_prompts):
-    """What is drawn and asked of a subject, as `compose` gives it. Raises InputError for what hours would end with."""
+    """What is drawn and asked of a subject, as `compose` gives it.
+
+    Raises InputError for what hours would end with.
+    """
     from dbcore.models.base import load_base
 
     read_photos(subject)
-    asked = spread(compose(read_prompts(prompts, subject.base), subject.instance_prompt, subject.class_prompt), num_prompts)
-    check_fit(load_base(subject.base, subject.revision), [("--prompts", drawn) for drawn, _ in asked],
+    asked = spread(compose(read_prompts(prompts, subject.base), subject.instance_prompt,
+                           subject.class_prompt), num_prompts)
+    check_fit(load_base(subject.base, subject.revision),
+              [("--prompts", drawn) for drawn, _ in asked],
               subject.instance_prompt, subject.class_prompt)
     return asked
 
 
 def draw_all(subject, which, asked, output_dir, num_images, seed, batch_size):
-    """PIL images, `num_images` a prompt and then as many of the class, from the disk where they are there."""
+    """PIL images, `num_images` a prompt and then as many of the class, from the disk where they are
+    there."""
     from PIL import Image
 
     texts = [drawn for drawn, _ in asked] + [subject.class_prompt]
     what = about(subject, which, texts, seed)
-    folder = output_dir / "pictures" / (subject.name if which == "adapter" else f"base-{digest(what)}")
+    folder = output_dir / "pictures" / (subject.name if which == "adapter"
+                                        else f"base-{digest(what)}")
     refuse_others(folder, what)
-    paths = {(p, k): folder / f"{p:03d}-{k}.png" for p in range(len(texts)) for k in range(num_images)}
+    paths = {(p, k): folder / f"{p:03d}-{k}.png" for p in range(len(texts))
+             for k in range(num_images)}
     missing = [place for place, path in paths.items() if not path.is_file()]
     base = load_subject(subject, which) if missing else None
     for first in range(0, len(missing), batch_size):
         places = missing[first:first + batch_size]
-        pictures = base.draw([texts[p] for p, _ in places], [seed + k for _, k in places], stream=STREAM,
-                             batch_size=batch_size)
+        pictures = base.draw([texts[p] for p, _ in places], [seed + k for _, k in places],
+                             stream=STREAM, batch_size=batch_size)
         for place, picture in zip(places, pictures):
             save_png(picture, paths[place])
     return [Image.open(path).convert("RGB") for path in paths.values()]
@@ -236,7 +287,8 @@ def draw_all(subject, which, asked, output_dir, num_images, seed, batch_size):
 def about(subject, which, texts, seed):
     """All that the pictures depend on, but their number."""
     lora = hashlib.sha256(subject.lora.read_bytes()).hexdigest() if which == "adapter" else None
-    return {"base": subject.base, "revision": subject.revision, "lora": lora, "prompts": texts, "seed": seed}
+    return {"base": subject.base, "revision": subject.revision, "lora": lora, "prompts": texts,
+            "seed": seed}
 
 
 def digest(what):
@@ -245,13 +297,16 @@ def digest(what):
 
 
 def refuse_others(folder, what):
-    """Write down what a folder's pictures depend on, or compare. Raises ConfigError where it has changed."""
+    """Write down what a folder's pictures depend on, or compare.
+
+    Raises ConfigError where it has changed.
+    """
     path = folder / "about.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name, value in what.items() if before.get(name) != value]
-        need(not changed, f"{folder} holds pictures of another {' and '.join(changed)}: remove it, or give another "
-             "--output_dir")
+        need(not changed, f"{folder} holds pictures of another {' and '.join(changed)}: "
+             "remove it, or give another --output_dir")
     sweep(folder, age=DAY)
     write_whole(path, json.dumps(what, indent=1))
 
@@ -262,11 +317,11 @@ def load_subject(subject, which):
     from dbcore.models.base import settle
 
     loras = [str(subject.lora)] if which == "adapter" else []
-    return base_with_loras(settle(GenerateConfig(pretrained_model_name_or_path=subject.base, checkpoint_dir=loras,
-                                                 revision=subject.revision)))
+    return base_with_loras(settle(GenerateConfig(pretrained_model_name_or_path=subject.base,
+                                                 checkpoint_dir=loras, revision=subject.revision)))
 
 
-# --- the measures -------------------------------------------------------------------------------------
+# --- the measures ---------------------------------------------------------------------------------
 
 
 def read_photos(subject):
@@ -276,12 +331,14 @@ def read_photos(subject):
     try:
         return [photo.load() for photo in gather_photos(subject.photos)[0]]
     except PhotoError as error:
-        raise ConfigError(f"the photos of {subject.name} are needed to compare with: {error}. Put them back, or correct "
-                          "instance_data_dir in its config.yaml") from None
+        raise ConfigError(f"the photos of {subject.name} are needed to compare with: {error}. "
+                          "Put them back, or correct instance_data_dir in "
+                          "its config.yaml") from None
 
 
 def measure(subject, drawn, asked, num_images, encoders, distance=None):
-    """{"floor": {measure: value}, "adapter": ..., "ceiling": ...} of one subject; None where there is no value."""
+    """{"floor": {measure: value}, "adapter": ..., "ceiling": ...} of one subject; None where there
+    is no value."""
     from dbcore.engines.evaluate import lpips_diversity, real_against_real
 
     photos = read_photos(subject)
@@ -289,17 +346,21 @@ def measure(subject, drawn, asked, num_images, encoders, distance=None):
     for encoder in encoders:
         real = encoder.images(photos)
         for which, pictures in drawn.items():
-            rows[which] |= measure_pictures(encoder, encoder.images(pictures), real, asked, num_images)
+            rows[which] |= measure_pictures(encoder, encoder.images(pictures), real, asked,
+                                            num_images)
         alike = real_against_real(real, encoder) if len(photos) > 1 else None
         rows["ceiling"] |= dict.fromkeys(rows["floor"]) | {f"subject, {encoder.name}": alike}
     for which, pictures in drawn.items() if distance else ():
-        of_prompts = [pictures[k:k + num_images] for k in range(0, len(asked) * num_images, num_images)]
-        rows[which]["DIV, LPIPS"] = sum(lpips_diversity(same, distance) for same in of_prompts) / len(of_prompts)
+        of_prompts = [pictures[k:k + num_images]
+                      for k in range(0, len(asked) * num_images, num_images)]
+        rows[which]["DIV, LPIPS"] = sum(lpips_diversity(same, distance)
+                                        for same in of_prompts) / len(of_prompts)
     return {which: {name: rows[which].get(name) for name in rows["floor"]} for which in rows}
 
 
 def measure_pictures(encoder, vectors, real, asked, num_images):
-    """{measure: value} of one subject's pictures under one encoder; the last `num_images` are of the class."""
+    """{measure: value} of one subject's pictures under one encoder; the last `num_images` are of
+    the class."""
     from dbcore.engines.evaluate import (
         diversity,
         nearest_photo,
@@ -322,7 +383,8 @@ def measure_pictures(encoder, vectors, real, asked, num_images):
 
 
 def means(scores, seed):
-    """{row: {measure: [mean, low, high]}} over subjects, by bootstrap; None where a subject has no value."""
+    """{row: {measure: [mean, low, high]}} over subjects, by bootstrap; None where a subject has no
+    value."""
     from dbcore.engines.evaluate import bootstrap_interval
 
     subjects = list(scores.values())
@@ -332,7 +394,8 @@ def means(scores, seed):
         for name in subjects[0][which]:
             values = [subject[which][name] for subject in subjects]
             known = None not in values
-            rows[which][name] = [sum(values) / len(values), *bootstrap_interval(values, seed)] if known else None
+            rows[which][name] = ([sum(values) / len(values), *bootstrap_interval(values, seed)]
+                                 if known else None)
     return rows
 
 
@@ -340,16 +403,21 @@ def result_table(result):
     """Markdown: the mean over subjects with its interval, then each subject."""
     names = list(result["mean"]["floor"])
     count = len(result["subjects"])
-    size = f"{count} subject{'s' * (count > 1)} x {result['prompts']} prompts x {result['num_images']} pictures"
+    size = (f"{count} subject{'s' * (count > 1)} x {result['prompts']} prompts x "
+            f"{result['num_images']} pictures")
     lines = [f"{size}; in brackets 95 % intervals over subjects (bootstrap).", "",
              "| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     rows = [("**all**", result["mean"])] if count > 1 else []
     for subject, row in [*rows, *result["subjects"].items()]:
-        for which, label in (("floor", "base alone"), ("adapter", "with LoRA"), ("ceiling", "photos")):
-            lines.append(f"| {subject}, {label} | " + " | ".join(cell(row[which][name]) for name in names) + " |")
-    notes = [f"{name} is compared with {prompt!r}." for name, prompt in result["class_prompts"].items()]
+        for which, label in (("floor", "base alone"), ("adapter", "with LoRA"),
+                             ("ceiling", "photos")):
+            lines.append(f"| {subject}, {label} | "
+                         + " | ".join(cell(row[which][name]) for name in names) + " |")
+    notes = [f"{name} is compared with {prompt!r}."
+             for name, prompt in result["class_prompts"].items()]
     notes += [f"{name}: {note}." for name, note in result["encoders"].items() if note]
-    return "\n".join([*lines, "", *notes, "DIV is 1 - the mean cosine of two pictures of one prompt; the paper's is LPIPS."])
+    return "\n".join([*lines, "", *notes, ("DIV is 1 - the mean cosine of two pictures of one "
+                      "prompt; the paper's is LPIPS.")])
 
 
 def cell(value):

@@ -36,7 +36,8 @@ def add_arguments(parser):
         "--pretrained_model_name_or_path",
         help="the base's folder: needed to merge, and to read kohya's names",
     )
-    parser.add_argument("--trigger_words", help="words that call the subject, shown by A1111 and ComfyUI")
+    parser.add_argument("--trigger_words",
+                        help="words that call the subject, shown by A1111 and ComfyUI")
     parser.add_argument(
         "--lora_scale", type=finite, default=1.0, help="merged only: how much of the LoRA, 1 is all"
     )
@@ -44,7 +45,8 @@ def add_arguments(parser):
 
 
 def add_overwrite(parser):
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there already")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace the output if it is there already")
 
 
 def finite(text):
@@ -71,35 +73,42 @@ def main(args):
             save_peft(adapter, folder)
     else:
         {"kohya": save_kohya, "diffusers": save_diffusers}[args.format](adapter, output)
-    counts = ", ".join(f"{len(named)} layers of the {name}" for name, named in adapter.layers.items())
+    counts = ", ".join(f"{len(named)} layers of the {name}"
+                       for name, named in adapter.layers.items())
     print(f"{args.format}: {counts} -> {output}")
     if args.format == "kohya" and (left_out := kohya_leaves_out(adapter)):
         print("A1111, ComfyUI and diffusers use all of them; "
               f"kohya's scripts leave out {', '.join(left_out)}")
     if args.format == "kohya" and adapter.has_dora:
-        print("diffusers leaves DoRA's magnitudes out of such a file: give it one of --format diffusers")
+        print("diffusers leaves DoRA's magnitudes out of such a file: "
+              "give it one of --format diffusers")
 
 
 def free_path(text, overwrite=False, is_file=True):
     """The path to write to. Raises InputError if it must not be replaced, or names no LoRA file."""
     path = Path(text)
     if is_file and path.suffix.lower() != ".safetensors":
-        raise InputError(f"--output {path}: give a name that ends in .safetensors, or it is not read")
+        raise InputError(f"--output {path}: give a name that ends in .safetensors, "
+                         "or it is not read")
     if path.exists() and not overwrite:
         raise InputError(f"--output {path} exists: choose another name, or add --overwrite")
     if path.exists() and (theirs := what_no_export_wrote(path)):
-        raise InputError(f"--output {path}: {theirs}, and --overwrite replaces no more than an export: choose another name")
+        raise InputError(f"--output {path}: {theirs}, and --overwrite replaces no more than an "
+                         "export: choose another name")
     return path
 
 
 def what_no_export_wrote(path):
-    """Words for what would be lost if `path` were replaced; None where it is a LoRA file, or an export's folder alone."""
+    """Words for what would be lost if `path` were replaced; None where it is a LoRA file, or an
+    export's folder alone."""
     if path.is_dir():
         ours = {MANIFEST, *written(path)}
-        found = (Path(folder, name).relative_to(path).as_posix() for folder, _, names in os.walk(path) for name in names)
+        found = (Path(folder, name).relative_to(path).as_posix()
+                 for folder, _, names in os.walk(path) for name in names)
         other = next((name for name in found if name not in ours), None)
         return f"{other} in it was written by no export" if other else None
-    if path.name == RUN_FILE and any((path.parent / name).is_file() for name in ("config.yaml", "state.json")):
+    if path.name == RUN_FILE and any((path.parent / name).is_file()
+                                     for name in ("config.yaml", "state.json")):
         return "it is a run's own LoRA"
     return None if is_lora(path) else "it is no LoRA file"
 
@@ -126,7 +135,8 @@ def export_folder(path):
     """A new folder to fill, with a note of what was written, in the place of an earlier export."""
     with whole_folder(path) as partial:
         yield partial
-        files = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
+        files = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*")
+                       if file.is_file())
         (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
@@ -157,7 +167,8 @@ def save_merged(adapter, base, folder, lora_scale=1.0):
 
 
 def stored_precision(base, component):
-    """The dtype of a network's file in a pipeline folder, float32 where there is none to look at."""
+    """The dtype of a network's file in a pipeline folder, float32 where there is none to look
+    at."""
     import torch
     from safetensors import safe_open
 

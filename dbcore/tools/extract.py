@@ -13,7 +13,8 @@ def add_arguments(parser):
         "--pretrained_model_name_or_path", required=True, help="the base the tuning began with"
     )
     parser.add_argument("--tuned", required=True, help="the fine-tuned pipeline's folder")
-    parser.add_argument("--output", required=True, help="the new .safetensors file, in diffusers' format")
+    parser.add_argument("--output", required=True,
+                        help="the new .safetensors file, in diffusers' format")
     parser.add_argument("--rank", type=int, default=16, help="more keeps more of the tuning")
     add_overwrite(parser)
 
@@ -28,11 +29,13 @@ def main(args):
     base = load_networks("--pretrained_model_name_or_path", args.pretrained_model_name_or_path)
     tuned = load_networks("--tuned", args.tuned)
     adapter, figures = extract_adapter(base, tuned, args.rank)
-    save_diffusers(Adapter(adapter.layers, {"base": Path(args.pretrained_model_name_or_path).name}), output)
+    save_diffusers(Adapter(adapter.layers, {"base": Path(args.pretrained_model_name_or_path).name}),
+                   output)
     print(f"rank {args.rank} of {len(adapter.every())} layers -> {output}")
     print(f"relative Frobenius error {figures['error']:.4f}; a higher rank lowers it")
     print(
-        f"{100 * figures['outside']:.2f} % of the change is in biases, norms and embeddings, and stays behind"
+        f"{100 * figures['outside']:.2f} % of the change is in biases, norms and embeddings, "
+        "and stays behind"
     )
 
 

@@ -7,15 +7,19 @@ HELP = "add several LoRAs, each with a weight, into one"
 
 
 def add_arguments(parser):
-    parser.add_argument("--lora", required=True, nargs="+", help="two or more run folders or LoRA files")
+    parser.add_argument("--lora", required=True, nargs="+",
+                        help="two or more run folders or LoRA files")
     parser.add_argument(
         "--weights", type=finite, nargs="+", help="one number for each LoRA; 1 each if left out"
     )
-    parser.add_argument("--output", required=True, help="the new .safetensors file, in diffusers' format")
+    parser.add_argument("--output", required=True,
+                        help="the new .safetensors file, in diffusers' format")
     parser.add_argument(
-        "--rank", type=int, help="truncate to this rank by SVD; without it the ranks add up, exactly"
+        "--rank", type=int,
+        help="truncate to this rank by SVD; without it the ranks add up, exactly"
     )
-    parser.add_argument("--pretrained_model_name_or_path", help="the base's folder, to read kohya's names")
+    parser.add_argument("--pretrained_model_name_or_path",
+                        help="the base's folder, to read kohya's names")
     add_overwrite(parser)
 
 

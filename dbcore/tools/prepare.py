@@ -19,24 +19,29 @@ from dbcore.utils.files import whole_folder
 from dbcore.utils.text import read_text
 
 HELP = "check photos, turn them upright, crop them square and write a folder ready to train on"
-SHEET_PHOTOS, SHEET_COLUMNS, CELL = 60, 4, 150  # the contact sheet: at most 60 photos, 150 pixels each
+# the contact sheet: at most 60 photos, 150 pixels each
+SHEET_PHOTOS, SHEET_COLUMNS, CELL = 60, 4, 150
 
 
 def add_arguments(parser):
     parser.add_argument(
         "--instance_data_dir", required=True, help="folder of photos; nothing is written there"
     )
-    parser.add_argument("--output_dir", required=True, help="new folder for the squares and the report")
+    parser.add_argument("--output_dir", required=True,
+                        help="new folder for the squares and the report")
     parser.add_argument("--resolution", type=int, default=512, help="side of the squares in pixels")
     parser.add_argument("--image_interpolation_mode", choices=INTERPOLATIONS, default="lanczos")
     parser.add_argument("--seed", type=int, default=0, help="decides where --random crops")
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--center_crop", action="store_true", help="the middle of each photo (the default)")
+    place.add_argument("--center_crop", action="store_true",
+                       help="the middle of each photo (the default)")
     place.add_argument("--random", action="store_true", help="somewhere along the longer side")
     place.add_argument(
         "--crop_box",
-        help="left,top,right,bottom in pixels of the upright photo, for every photo, or a JSON file "
-        '{"dog.jpg": [left, top, right, bottom], ...}; photos not named there are cropped in the middle',
+        help="left,top,right,bottom in pixels of the upright photo, for every photo, "
+        "or a JSON file "
+        '{"dog.jpg": [left, top, right, bottom], ...}; photos not named there are '
+        'cropped in the middle',
     )
 
 
@@ -54,14 +59,17 @@ def main(args):
 
 
 def prepare(
-    instance_data_dir, output_dir, resolution=512, crop="center", boxes=None, interpolation="lanczos", seed=0
+    instance_data_dir, output_dir, resolution=512, crop="center", boxes=None,
+    interpolation="lanczos", seed=0
 ):
-    """Write `output_dir`: 0000.png, ... (with .txt captions and .mask.png masks), sheet and reports.
+    """Write `output_dir`: 0000.png, ... (with .txt captions and .mask.png masks), sheet and
+    reports.
 
-    `crop`: "center" or "random" (by `seed` and the photo's number). `boxes`: one box (left, top, right,
-    bottom) for every photo or a dict file name -> box, in pixels of the upright photo. Returns the report,
-    a dict. The folder appears whole or not at all. The pictures carry no EXIF: no place, no owner.
-    Raises `PhotoError` if no photo is usable, a box does not fit, or `output_dir` is in the way.
+    `crop`: "center" or "random" (by `seed` and the photo's number). `boxes`: one box (left, top,
+    right, bottom) for every photo or a dict file name -> box, in pixels of the upright photo.
+    Returns the report, a dict. The folder appears whole or not at all. The pictures carry no EXIF:
+    no place, no owner. Raises `PhotoError` if no photo is usable, a box does not fit, or
+    `output_dir` is in the way.
     """
     source, target = Path(instance_data_dir), Path(output_dir)
     if resolution < 8:
@@ -74,7 +82,8 @@ def prepare(
         for number, photo in enumerate(photos):
             at = random.Random(f"{seed} crop {number}").random() if crop == "random" else 0.5
             box = boxes.get(photo.path) or square_box(photo.size, at)
-            rows.append(_write_square(photo, partial / f"{number:04d}.png", box, resolution, interpolation))
+            rows.append(_write_square(photo, partial / f"{number:04d}.png", box, resolution,
+                                      interpolation))
             rows[-1]["from"] = shown(photo.path.relative_to(source))
             rows[-1]["problems"] = [note.message if note.path == photo.path else str(note)
                                     for note in problems if photo.path in (note.path, note.photo)]
@@ -84,12 +93,14 @@ def prepare(
             "seed": seed,
             "photos": rows,
             "skipped": [
-                {"from": shown(p.path.relative_to(source)), "why": p.message} for p in problems if p.skipped
+                {"from": shown(p.path.relative_to(source)), "why": p.message} for p in problems
+                if p.skipped
             ],
             "notes": _other_notes(problems, photos, source),
         }
         contact_sheet(photos, rows, partial).save(partial / CONTACT_SHEET)
-        (partial / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        (partial / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False),
+                                             encoding="utf-8")
         (partial / "report.md").write_text(describe(report) + "\n", encoding="utf-8")
         if target.exists():
             target.rmdir()  # it is empty: _refuse_target has looked
@@ -108,13 +119,15 @@ def read_boxes(text):
     except ValueError as error:
         raise PhotoError(f"--crop_box {shown(text)} is not JSON: {error}") from None
     if not isinstance(boxes, dict):
-        raise PhotoError(f'--crop_box {shown(text)}: write {{"dog.jpg": [left, top, right, bottom], ...}}')
+        raise PhotoError(f'--crop_box {shown(text)}: write {{"dog.jpg": '
+                         f'[left, top, right, bottom], ...}}')
     return boxes
 
 
 def _refuse_target(source, target):
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
-        raise PhotoError(f"--output_dir {shown(target)} lies in the photo folder: choose a place outside it")
+        raise PhotoError(f"--output_dir {shown(target)} lies in the photo folder: "
+                         "choose a place outside it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PhotoError(
             f"--output_dir {shown(target)} exists and is not empty: choose another, or remove it"
@@ -130,7 +143,8 @@ def _boxes_by_photo(boxes, photos, source):
     named = {photo.path.relative_to(source).as_posix(): photo for photo in photos}
     unknown = sorted(set(boxes) - set(named))
     if unknown:
-        raise PhotoError(f"--crop_box names {shown(unknown[0])}, which is no usable photo of {shown(source)}")
+        raise PhotoError(f"--crop_box names {shown(unknown[0])}, which is no usable photo of "
+                         f"{shown(source)}")
     checked = {}
     for name, box in boxes.items():
         try:
@@ -156,14 +170,16 @@ def _write_square(photo, path, box, resolution, interpolation):
 
 
 def _other_notes(problems, photos, source):
-    """What was found about files that are no photo and belong to none, such as a table of captions."""
+    """What was found about files that are no photo and belong to none, such as a table of
+    captions."""
     of_photos = {photo.path for photo in photos}
     return [{"from": shown(p.path.relative_to(source)), "why": p.message}
             for p in problems if not p.skipped and not of_photos & {p.path, p.photo}]
 
 
 def contact_sheet(photos, rows, folder):
-    """One picture of the whole folder: each photo with its square drawn on it, beside what was made of it."""
+    """One picture of the whole folder: each photo with its square drawn on it, beside what was made
+    of it."""
     from PIL import Image, ImageDraw
 
     shown_rows = rows[:SHEET_PHOTOS]
@@ -173,7 +189,8 @@ def contact_sheet(photos, rows, folder):
     pen = ImageDraw.Draw(sheet)
     for number, (photo, row) in enumerate(zip(photos, shown_rows)):
         left, top = number % columns * wide + 4, number // columns * high + 20
-        label = f"{row['file']}  {photo.size[0]} x {photo.size[1]}" + "  (!)" * bool(row["problems"])
+        label = (f"{row['file']}  {photo.size[0]} x {photo.size[1]}"
+                 + "  (!)" * bool(row["problems"]))
         pen.text((left, top - 15), label, fill="black", font_size=12)
         small = photo.load()
         small.thumbnail((CELL, CELL))
@@ -196,7 +213,8 @@ def describe(report):
         extras = ["has a caption"] * ("caption" in row) + ["has a mask"] * ("mask" in row)
         remarks = "; ".join(row["problems"] + extras) or "good"
         size, box = "{} x {}".format(*row["size"]), "{}, {} to {}, {}".format(*row["box"])
-        lines.append(f"| {row['file']} | {_cell(row['from'])} | {size} | {box} | {_cell(remarks)} |")
+        lines.append(f"| {row['file']} | {_cell(row['from'])} | {size} | {box} | "
+                     f"{_cell(remarks)} |")
     for title, notes in (("Skipped:", skipped), ("Other files:", report["notes"])):
         if notes:
             lines += ["", title] + [f"- {row['from']}: {row['why']}" for row in notes]

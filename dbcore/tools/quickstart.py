@@ -1,7 +1,8 @@
 """The main job from beginning to end: five photos in, a LoRA and one picture that shows it out.
 
-It trains through the same config and functions as `python -m dbcore train`, with prior preservation, at
-the base's recommended settings, and then draws the same prompts and seeds without and with the LoRA.
+It trains through the same config and functions as `python -m dbcore train`, with prior
+preservation, at the base's recommended settings, and then draws the same prompts and seeds without
+and with the LoRA.
 """
 
 import dataclasses
@@ -21,14 +22,18 @@ CLASS_IMAGES = 40
 
 def add_arguments(parser):
     parser.add_argument("--subject", default="dog",
-                        help="a subject that ships with dbcore (%(default)s), or a folder made like one")
-    parser.add_argument("--pretrained_model_name_or_path", default=str(dbcore.TOY_BASE), metavar="BASE",
-                        help="the base to teach; the toy base if not given")
-    parser.add_argument("--max_train_steps", type=int, default=150, help="training steps (%(default)s)")
+                        help="a subject that ships with dbcore (%(default)s), "
+                        "or a folder made like one")
+    parser.add_argument("--pretrained_model_name_or_path", default=str(dbcore.TOY_BASE),
+                        metavar="BASE", help="the base to teach; the toy base if not given")
+    parser.add_argument("--max_train_steps", type=int, default=150,
+                        help="training steps (%(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("work_dirs/quickstart"),
                         help="where the LoRA and before_after.png go (%(default)s)")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace another run that is there")
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the first picture (%(default)s)")
+    parser.add_argument("--overwrite_output_dir", action="store_true",
+                        help="replace another run that is there")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of training and of the first picture (%(default)s)")
 
 
 def main(args):
@@ -44,8 +49,10 @@ def main(args):
           f"in {args.max_train_steps} steps.")
     print(f"Time: {learned - started:.0f} s to learn, class images and report included; "
           f"{drawn - learned:.0f} s for {2 * SEEDS * len(prompts)} pictures before and after.")
-    print(f"Look: {shown(grid)} (the LoRA: {shown(lora)}; did it learn: {shown(lora.parent / 'README.md')}).")
-    print("Next: --subject cat --output_dir work_dirs/cat, or your own photos (python -m dbcore train --help), or the course in notebooks/.")
+    print(f"Look: {shown(grid)} (the LoRA: {shown(lora)}; did it learn: "
+          f"{shown(lora.parent / 'README.md')}).")
+    print("Next: --subject cat --output_dir work_dirs/cat, or your own photos (python -m dbcore "
+          "train --help), or the course in notebooks/.")
 
 
 def shown(path):
@@ -60,8 +67,8 @@ def read_subject(name):
     path = folder / "subject.json"
     if not path.is_file():
         known = sorted(path.parent.name for path in dbcore.SUBJECTS.glob("*/subject.json"))
-        raise InputError(f"--subject {name}: not there; choose one of {', '.join(known)}, or a folder with photos "
-                         "and a subject.json like theirs")
+        raise InputError(f"--subject {name}: not there; choose one of {', '.join(known)}, "
+                         "or a folder with photos and a subject.json like theirs")
     return folder, json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -78,21 +85,24 @@ def options(args, folder, subject):
     from dbcore.config import TrainConfig
 
     return TrainConfig(
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path, instance_data_dir=str(folder),
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
+        instance_data_dir=str(folder),
         instance_prompt=subject["instance_prompt"], class_prompt=subject["class_prompt"],
-        with_prior_preservation=True, num_class_images=CLASS_IMAGES, max_train_steps=args.max_train_steps,
-        output_dir=str(args.output_dir), seed=args.seed)
+        with_prior_preservation=True, num_class_images=CLASS_IMAGES,
+        max_train_steps=args.max_train_steps, output_dir=str(args.output_dir), seed=args.seed)
 
 
 def is_repeat(config):
-    """Whether the run in the folder is of these very options, so that nothing is lost when it is made again."""
+    """Whether the run in the folder is of these very options, so that nothing is lost when it is
+    made again."""
     from dbcore.config import AUTO, TrainConfig, read_yaml
 
     path = Path(config.output_dir) / "config.yaml"
     if not path.is_file():
         return False
     before, ours = TrainConfig(**read_yaml(path, TrainConfig)), dataclasses.asdict(config)
-    return all(value in (AUTO, None) or spelled(value) == spelled(getattr(before, name)) for name, value in ours.items()
+    return all(value in (AUTO, None) or spelled(value) == spelled(getattr(before, name))
+               for name, value in ours.items()
                if name not in ("output_dir", "overwrite_output_dir"))
 
 
@@ -118,7 +128,8 @@ def draw(args, prompts, lora=None):
 
 
 def save_before_after(path, folder, prompts, before, after):
-    """The photos on top; under them a row a prompt, without the LoRA on the left and with it on the right."""
+    """The photos on top; under them a row a prompt, without the LoRA on the left and with it on the
+    right."""
     from dbcore.datasets.photos import gather_photos
     from dbcore.utils.grids import save_grid
 

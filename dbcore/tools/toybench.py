@@ -1,13 +1,14 @@
 """`dbcore toybench`: ways to train, compared over thirty subjects of which the truth is known.
 
-The subjects are characters of the toy world (data/toybench.json), so what a picture shows can be held against
-what was asked: the base's attribute reader tells, and each learned metric is held against that truth too. All ways
-to train get the same subjects, prompts and seeds, and differences are taken subject by subject. What is done stays
-in the output folder: a bench that was stopped goes on where it was.
+The subjects are characters of the toy world (data/toybench.json), so what a picture shows can be
+held against what was asked: the base's attribute reader tells, and each learned metric is held
+against that truth too. All ways to train get the same subjects, prompts and seeds, and differences
+are taken subject by subject. What is done stays in the output folder: a bench that was stopped goes
+on where it was.
 
-A way to train has the options of `train`, and two of the bench's own: --num_photos, how many photos of the subject it
-gets, and --full_finetuning, which trains the denoiser's own weights instead of a LoRA. Whatever a way was taught with, its
-pictures are measured against the same photos.
+A way to train has the options of `train`, and two of the bench's own: --num_photos, how many photos
+of the subject it gets, and --full_finetuning, which trains the denoiser's own weights instead of a
+LoRA. Whatever a way was taught with, its pictures are measured against the same photos.
 """
 
 import argparse
@@ -36,28 +37,38 @@ HELP = "compare ways to train over thirty subjects of the toy world, of which th
 BENCH = dbcore.DATA / "toybench.json"
 FULL, QUICK = (30, 25, 4), (6, 10, 2)  # subjects, prompts, pictures of each
 DEFAULT = "prior=--with_prior_preservation"
-PATHS = {"pretrained_model_name_or_path", "instance_data_dir", "output_dir", "resume_from_checkpoint"}
+PATHS = {"pretrained_model_name_or_path", "instance_data_dir", "output_dir",
+         "resume_from_checkpoint"}
 OURS = {*PATHS, "seed"}
-NUM_PHOTOS, FULL_FINETUNING = OWN = "num_photos", "full_finetuning"  # the bench's own options of a way to train
-LORA_ALONE = ("rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_layers", "train_text_encoder",
+# the bench's own options of a way to train
+NUM_PHOTOS, FULL_FINETUNING = OWN = "num_photos", "full_finetuning"
+LORA_ALONE = ("rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_layers",
+              "train_text_encoder",
               "low_vram")
 SUBJECT, PROMPT, PRES = "truth: subject", "truth: prompt", "truth: PRES"
 LABELS = {"floor": "base alone", "ceiling": "photos"}  # beside the names of the ways to train
 
 
 def add_arguments(parser):
-    parser.add_argument("--vary", action="append", metavar="NAME=OPTIONS", help="a way to train: a name, and "
-                        "options of train, {class} standing for dog, cat, ..., --num_photos N and --full_finetuning; give it "
-                        f"once for each; the others are compared with the first (without it: '{DEFAULT}')")
+    parser.add_argument("--vary", action="append", metavar="NAME=OPTIONS",
+                        help="a way to train: a name, and "
+                        "options of train, {class} standing for dog, cat, ..., --num_photos N and "
+                        "--full_finetuning; give it once for each; the others are compared with "
+                        f"the first (without it: '{DEFAULT}')")
     parser.add_argument("--quick", action="store_true",
-                        help="{} subjects, {} prompts and {} pictures each, not {}, {} and {}".format(*QUICK, *FULL))
-    parser.add_argument("--num_subjects", type=int, metavar="N", help="only N of them, spread over the classes")
-    parser.add_argument("--num_prompts", type=int, metavar="N", help="only N of them, spread over the list")
+                        help="{} subjects, {} prompts and {} pictures each, not {}, "
+                        "{} and {}".format(*QUICK, *FULL))
+    parser.add_argument("--num_subjects", type=int, metavar="N",
+                        help="only N of them, spread over the classes")
+    parser.add_argument("--num_prompts", type=int, metavar="N",
+                        help="only N of them, spread over the list")
     parser.add_argument("--num_images", type=int, metavar="N", help="pictures a prompt")
-    parser.add_argument("--pretrained_model_name_or_path", default=str(dbcore.TOY_BASE), metavar="BASE",
-                        help="a base of the toy world; the toy base if not given")
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the first picture (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures drawn at a time (%(default)s)")
+    parser.add_argument("--pretrained_model_name_or_path", default=str(dbcore.TOY_BASE),
+                        metavar="BASE", help="a base of the toy world; the toy base if not given")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of training and of the first picture (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8,
+                        help="pictures drawn at a time (%(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("work_dirs/toybench"),
                         help="runs, pictures, toybench.json and toybench.md go there (%(default)s)")
 
@@ -67,17 +78,23 @@ def main(args):
     need(len(ways) == len(args.vary or [DEFAULT]), "--vary: two ways to train have one name")
     sizes = [given if given is not None else usual for given, usual in zip(
         (args.num_subjects, args.num_prompts, args.num_images), QUICK if args.quick else FULL)]
-    result = toybench(args.pretrained_model_name_or_path, ways, args.output_dir, *sizes, args.seed, args.batch_size)
+    result = toybench(args.pretrained_model_name_or_path, ways, args.output_dir, *sizes, args.seed,
+                      args.batch_size)
     print(result_table(result))
     print(f"\nRuns, pictures, toybench.json and toybench.md are in {args.output_dir}.")
 
 
 def read_way(text):
-    """'NAME=OPTIONS' to (name, {option: value}). Raises ConfigError; a missing value ends the program (argparse)."""
+    """'NAME=OPTIONS' to (name, {option: value}).
+
+    Raises ConfigError; a missing value ends the program (argparse).
+    """
     name, equals, words = text.partition("=")
     need(equals and re.fullmatch(r"\w[\w .+-]*", name) and name not in LABELS,
-         f"--vary {text!r}: give NAME=OPTIONS, such as 'rank 4=--rank 4'; the name is letters, digits and spaces")
-    parser = argparse.ArgumentParser(usage=f"--vary '{name}=OPTIONS of train'", allow_abbrev=False, add_help=False)
+         f"--vary {text!r}: give NAME=OPTIONS, such as 'rank 4=--rank 4'; the name is letters, "
+         "digits and spaces")
+    parser = argparse.ArgumentParser(usage=f"--vary '{name}=OPTIONS of train'", allow_abbrev=False,
+                                     add_help=False)
     add_options(parser, TrainConfig)
     parser.add_argument(f"--{NUM_PHOTOS}", type=int, default=argparse.SUPPRESS)
     parser.add_argument(f"--{FULL_FINETUNING}", action="store_true", default=argparse.SUPPRESS)
@@ -85,32 +102,40 @@ def read_way(text):
     options = {option: value for option, value in vars(given).items() if option != "config"}
     known = {field.name for field in dataclasses.fields(TrainConfig)} - OURS | {*OWN}
     wrong = [*unknown, *(f"--{option}" for option in options if option not in known)]
-    need(not wrong, f"--vary {name}: {' '.join(wrong)} is no option of train, or one that toybench sets itself")
-    need(options.get(NUM_PHOTOS, 1) >= 1, f"--vary {name}: --{NUM_PHOTOS} {options.get(NUM_PHOTOS)} is less than one")
-    idle = [f"--{option}" for option in LORA_ALONE if option in options and FULL_FINETUNING in options]
-    need(not idle, f"--vary {name}: {' '.join(idle)} does nothing with --{FULL_FINETUNING}, which trains no LoRA")
+    need(not wrong, f"--vary {name}: {' '.join(wrong)} is no option of train, or one that "
+         "toybench sets itself")
+    need(options.get(NUM_PHOTOS, 1) >= 1,
+         f"--vary {name}: --{NUM_PHOTOS} {options.get(NUM_PHOTOS)} is less than one")
+    idle = [f"--{option}" for option in LORA_ALONE if option in options
+            and FULL_FINETUNING in options]
+    need(not idle, f"--vary {name}: {' '.join(idle)} does nothing with --{FULL_FINETUNING}, "
+         "which trains no LoRA")
     return name, options
 
 
-# --- the bench ----------------------------------------------------------------------------------------
+# --- the bench ------------------------------------------------------------------------------------
 
 
 def toybench(base, ways, output_dir, num_subjects, num_prompts, num_images, seed=0, batch_size=8):
-    """Train, draw and measure what is missing; write toybench.json and .md; returns the result, a dict.
+    """Train, draw and measure what is missing; write toybench.json and .md; returns the result, a
+    dict.
 
-    `ways`: {name: options of train, and num_photos}. The result: {"ways", "encoders", "subjects": {name: {column:
-    {measure: value}}}, "mean": {column: {measure: [mean, low, high]}}, "differences": {way: the same, less the first
-    way}, "agreement": {measure: [mean, low, high, subjects]}}; a column is "floor", a way, or "ceiling"; intervals
-    are over subjects, 95 %. Raises ConfigError.
+    `ways`: {name: options of train, and num_photos}. The result: {"ways", "encoders", "subjects":
+    {name: {column: {measure: value}}}, "mean": {column: {measure: [mean, low, high]}},
+    "differences": {way: the same, less the first way}, "agreement": {measure: [mean, low, high,
+    subjects]}}; a column is "floor", a way, or "ceiling"; intervals are over subjects, 95 %. Raises
+    ConfigError.
     """
     from dbcore.engines.evaluate import load_encoders
     from dbcore.models.base import load_base
 
-    need((Path(base) / "reader").is_dir(), f"--pretrained_model_name_or_path {base} has no reader/, which tells the "
+    need((Path(base) / "reader").is_dir(),
+         f"--pretrained_model_name_or_path {base} has no reader/, which tells the "
          "truth: give the toy base, or one made by python -m dbcore.toybox")
     need(num_images >= 2, f"--num_images {num_images}: diversity needs 2 or more")
     bench = json.loads(BENCH.read_text(encoding="utf-8"))
-    work = Path(output_dir) / load_base(base).fingerprint()[:12]  # what another base has drawn is left alone
+    # what another base has drawn is left alone
+    work = Path(output_dir) / load_base(base).fingerprint()[:12]
     encoders, scores, agreements = load_encoders(base), {}, {}
     names = spread(list(bench["subjects"]), num_subjects)
     for k, name in enumerate(names, start=1):
@@ -119,8 +144,10 @@ def toybench(base, ways, output_dir, num_subjects, num_prompts, num_images, seed
         drawn, asked = one.draw(ways, num_images, batch_size), one.ask(one.alone)
         scores[name], agreements[name] = score(one, drawn, asked, num_images, encoders)
     result = {"ways": ways, "encoders": {e.name: e.note for e in encoders}, "prompts": len(asked),
-              "num_images": num_images, "seed": seed, "subjects": scores, "mean": means(scores, seed),
-              "differences": differences(scores, list(ways), seed), "agreement": pool(agreements, seed)}
+              "num_images": num_images, "seed": seed, "subjects": scores,
+              "mean": means(scores, seed),
+              "differences": differences(scores, list(ways), seed),
+              "agreement": pool(agreements, seed)}
     write_whole(Path(output_dir) / "toybench.json", json.dumps(result, indent=1) + "\n")
     write_whole(Path(output_dir) / "toybench.md", result_table(result) + "\n")
     return result
@@ -136,40 +163,52 @@ class Case:
         self.character, self.usual = Character(**bench["subjects"][name]), bench["photos"]
         photos = self.photos(self.usual)
         about = json.loads((photos / "subject.json").read_text(encoding="utf-8"))
-        self.alone = Subject(name, None, self.base, str(photos), about["instance_prompt"], about["class_prompt"])
+        self.alone = Subject(name, None, self.base, str(photos), about["instance_prompt"],
+                             about["class_prompt"])
         self.phrases, self.num_prompts = read_prompts(bench["prompts"], base), num_prompts
 
     def photos(self, count):
-        """The folder of that many photos of it, rendered if they are not there; few are the first of many."""
+        """The folder of that many photos of it, rendered if they are not there; few are the first
+        of many."""
         from dbcore.toybox.subjects import write_subject
 
-        folder = self.work / "photos" / (self.name if count == self.usual else f"{self.name}-{count}-photos")
+        folder = self.work / "photos" / (self.name if count == self.usual
+                                         else f"{self.name}-{count}-photos")
         if not (folder / "subject.json").is_file():  # written last
             write_subject(folder, self.character, seed=self.seed, count=count)
         return folder
 
     def ask(self, subject):
-        """[(what is drawn, what CLIP is asked)] of the subject, in the words that it was taught with."""
-        return spread(compose(self.phrases, subject.instance_prompt, subject.class_prompt), self.num_prompts)
+        """[(what is drawn, what CLIP is asked)] of the subject, in the words that it was taught
+        with."""
+        return spread(compose(self.phrases, subject.instance_prompt, subject.class_prompt),
+                      self.num_prompts)
 
     def draw(self, ways, num_images, batch_size):
-        """{"floor" or way: PIL images}, trained and drawn where they are not on the disk; see `draw_all`."""
-        subjects = {"floor": self.alone, **{way: self.run(options) for way, options in ways.items()}}
-        return {column: draw_all(subject, "adapter" if subject.lora else "floor", self.ask(subject), self.work,
-                                 num_images, self.seed, batch_size) for column, subject in subjects.items()}
+        """{"floor" or way: PIL images}, trained and drawn where they are not on the disk; see
+        `draw_all`."""
+        subjects = {"floor": self.alone,
+                    **{way: self.run(options) for way, options in ways.items()}}
+        return {column: draw_all(subject, "adapter" if subject.lora else "floor", self.ask(subject),
+                                 self.work,
+                                 num_images, self.seed, batch_size)
+                for column, subject in subjects.items()}
 
     def run(self, options):
-        """`alone` after a run of these options, taken up where it was; named by all that it depends on."""
+        """`alone` after a run of these options, taken up where it was; named by all that it depends
+        on."""
         from dbcore.engines.finetune import finetune
         from dbcore.engines.train import train
         from dbcore.models.base import settle
 
         config, full = self.config(options), FULL_FINETUNING in options
-        what = {name: value for name, value in dataclasses.asdict(settle(config)).items() if name not in PATHS}
+        what = {name: value for name, value in dataclasses.asdict(settle(config)).items()
+                if name not in PATHS}
         name = f"{Path(config.instance_data_dir).name}-{digest(what)}{'-full' * full}"
         config.output_dir, config.resume_from_checkpoint = str(self.work / "runs" / name), "latest"
         taught = {"base": str(finetune(config))} if full else {"lora": train(config)}
-        return dataclasses.replace(self.alone, name=name, instance_prompt=config.instance_prompt, **taught)
+        return dataclasses.replace(self.alone, name=name, instance_prompt=config.instance_prompt,
+                                   **taught)
 
     def config(self, options):
         from dbcore.models.base import recommended
@@ -178,18 +217,21 @@ class Case:
         if options.get("with_prior_preservation"):
             given |= {"class_prompt": self.alone.class_prompt,
                       "num_class_images": recommended(self.base).get("num_class_images", 100)}
-        given |= {option: value.replace("{class}", self.character.kind) if isinstance(value, str) else value
+        given |= {option: value.replace("{class}", self.character.kind) if isinstance(value, str)
+                  else value
                   for option, value in options.items() if option not in OWN}
         photos = self.photos(options.get(NUM_PHOTOS, self.usual))
-        return TrainConfig(pretrained_model_name_or_path=self.base, instance_data_dir=str(photos), seed=self.seed,
+        return TrainConfig(pretrained_model_name_or_path=self.base, instance_data_dir=str(photos),
+                           seed=self.seed,
                            **given)
 
 
-# --- the truth ----------------------------------------------------------------------------------------
+# --- the truth ------------------------------------------------------------------------------------
 
 
 def asked_for(plain, kind):
-    """{question of the reader: answer}: 'a photo of a dog wearing a red hat' asks for {'hat': 'red'}."""
+    """{question of the reader: answer}: 'a photo of a dog wearing a red hat' asks for {'hat':
+    'red'}."""
     from dbcore.toybox.scene import COLORS, PLACES
 
     before, _, after = plain.partition(kind)
@@ -201,7 +243,8 @@ def asked_for(plain, kind):
 
 
 def tell(reader, pictures, asked, character, num_images):
-    """(is it the subject?, does it show what was asked?), a boolean for each picture of the prompts."""
+    """(is it the subject?, does it show what was asked?), a boolean for each picture of the
+    prompts."""
     from dbcore.toybox.gates import is_subject
 
     wanted = [asked_for(plain, character.kind) for _, plain in asked for _ in range(num_images)]
@@ -211,18 +254,22 @@ def tell(reader, pictures, asked, character, num_images):
 
 
 def score(one, drawn, asked, num_images, encoders):
-    """One subject's ({column: {measure: value}}, the truth's too, {measure: agreement with the truth})."""
+    """One subject's ({column: {measure: value}}, the truth's too, {measure: agreement with the
+    truth})."""
     from dbcore.datasets.photos import gather_photos
     from dbcore.toybox.gates import is_subject
     from dbcore.toybox.reader import load_reader
 
-    reader, photos = load_reader(one.base), [photo.load() for photo in gather_photos(one.alone.photos)[0]]
+    reader, photos = load_reader(one.base), [photo.load()
+                                             for photo in gather_photos(one.alone.photos)[0]]
     columns = measure(one.alone, drawn, asked, num_images, encoders)
     truths = {}
     for column, pictures in drawn.items():
         truths[column] = tell(reader, pictures, asked, one.character, num_images)
-        of_class = [is_subject(answers, one.character) for answers in reader.read(pictures[-num_images:])]
-        columns[column] |= dict(zip((SUBJECT, PROMPT, PRES), map(mean, (*truths[column], of_class))))
+        of_class = [is_subject(answers, one.character)
+                    for answers in reader.read(pictures[-num_images:])]
+        columns[column] |= dict(zip((SUBJECT, PROMPT, PRES),
+                                    map(mean, (*truths[column], of_class))))
     real = [is_subject(answers, one.character) for answers in reader.read(photos)]
     columns["ceiling"] |= {SUBJECT: mean(real), PROMPT: None, PRES: None}
     return columns, agree(drawn, truths, photos, asked, num_images, encoders)
@@ -233,55 +280,69 @@ def mean(values):
 
 
 def agree(drawn, truths, photos, asked, num_images, encoders):
-    """{measure: agreement} over one subject's pictures, the base's and every way's; None where there is none."""
+    """{measure: agreement} over one subject's pictures, the base's and every way's; None where
+    there is none."""
     from dbcore.engines.evaluate import agreement
 
     pictures = [picture for column in drawn for picture in drawn[column][:-num_images]]
-    is_it, shows = ([truth for column in drawn for truth in truths[column][which]] for which in (0, 1))
+    is_it, shows = ([truth for column in drawn for truth in truths[column][which]]
+                    for which in (0, 1))
     plain = [text for _, text in asked for _ in range(num_images)] * len(drawn)
     found = {}
     for encoder in encoders:
         vectors = encoder.images(pictures)
-        found[f"subject, {encoder.name}"] = agreement((vectors @ encoder.images(photos).T).mean(dim=1), is_it)
+        found[f"subject, {encoder.name}"] = agreement(
+            (vectors @ encoder.images(photos).T).mean(dim=1), is_it)
         if encoder.embed_texts is not None:
-            found[f"prompt, {encoder.name}"] = agreement((vectors * encoder.texts(plain)).sum(dim=1), shows)
+            found["prompt, "
+                  f"{encoder.name}"] = agreement((vectors * encoder.texts(plain)).sum(dim=1), shows)
     return found
 
 
-# --- over subjects ------------------------------------------------------------------------------------
+# --- over subjects --------------------------------------------------------------------------------
 
 
 def differences(scores, ways, seed):
     """{way: {measure: [mean, low, high]}}: what a way adds to the first, subject by subject."""
     first = ways[0]
-    apart = {name: {way: {measure: columns[way][measure] - columns[first][measure] for measure in columns[way]}
+    apart = {name: {way: {measure: columns[way][measure] - columns[first][measure]
+                          for measure in columns[way]}
                     for way in ways[1:]} for name, columns in scores.items()}
     return means(apart, seed)
 
 
 def pool(agreements, seed):
-    """{measure: [mean, low, high, number of subjects]}, of those that had right and wrong pictures."""
+    """{measure: [mean, low, high, number of subjects]}, of those that had right and wrong
+    pictures."""
     from dbcore.engines.evaluate import bootstrap_interval
 
     found = {}
     for name in next(iter(agreements.values())):
         values = [each[name] for each in agreements.values() if each[name] is not None]
-        found[name] = [mean(values), *bootstrap_interval(values, seed), len(values)] if values else None
+        found[name] = ([mean(values), *bootstrap_interval(values, seed), len(values)] if values
+                       else None)
     return found
 
 
 def result_table(result):
-    """Markdown: the measures, the differences from the first way, and the metrics' agreement with the truth."""
+    """Markdown: the measures, the differences from the first way, and the metrics' agreement with
+    the truth."""
     ways, count = list(result["ways"]), len(result["subjects"])
-    size = f"{count} subject{'s' * (count > 1)} x {result['prompts']} prompts x {result['num_images']} pictures"
-    lines = [f"{size}; in brackets 95 % intervals over subjects (bootstrap).", "", *measure_table(result["mean"])]
+    size = (f"{count} subject{'s' * (count > 1)} x {result['prompts']} prompts x "
+            f"{result['num_images']} pictures")
+    lines = [f"{size}; in brackets 95 % intervals over subjects (bootstrap).", "",
+             *measure_table(result["mean"])]
     if len(ways) > 1:
-        lines += ["", f"Difference from {ways[0]}, subject by subject:", "", *measure_table(result["differences"])]
-    told = "the chance that a picture the reader calls right scores above one that it calls wrong (0.5 is a coin)"
-    lines += ["", f"Agreement with the truth, {told}:", "", "| metric | agreement | subjects |", "|---|---:|---:|"]
+        lines += ["", f"Difference from {ways[0]}, subject by subject:", "",
+                  *measure_table(result["differences"])]
+    told = ("the chance that a picture the reader calls right scores above one that it calls wrong "
+            "(0.5 is a coin)")
+    lines += ["", f"Agreement with the truth, {told}:", "", "| metric | agreement | subjects |",
+              "|---|---:|---:|"]
     for name, found in result["agreement"].items():
         lines.append(f"| {name} | {cell(found and found[:3])} | {found[3] if found else 0} |")
-    return "\n".join(lines + [""] + [f"{name}: {note}." for name, note in result["encoders"].items() if note])
+    return "\n".join(lines + [""] + [f"{name}: {note}." for name, note in result["encoders"].items()
+                                     if note])
 
 
 def measure_table(columns):
@@ -289,4 +350,5 @@ def measure_table(columns):
     rows = next(iter(columns.values()))
     head = "| | " + " | ".join(LABELS.get(name, name) for name in columns) + " |"
     return [head, "|---|" + "---:|" * len(columns),
-            *(f"| {row} | " + " | ".join(cell(column[row]) for column in columns.values()) + " |" for row in rows)]
+            *(f"| {row} | " + " | ".join(cell(column[row]) for column in columns.values()) + " |"
+              for row in rows)]

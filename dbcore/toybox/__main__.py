@@ -1,7 +1,8 @@
 """`python -m dbcore.toybox`: make the toy base from nothing, in stages that a kill cannot undo.
 
-render -> autoencoder -> its decoder -> toy CLIP -> UNet -> reader -> subject encoder -> the base's folder -> gates and card.
-Each stage leaves its result in `--work_dir`; what is there is not made again.
+render -> autoencoder -> its decoder -> toy CLIP -> UNet -> reader -> subject encoder -> the base's
+folder -> gates and card. Each stage leaves its result in `--work_dir`; what is there is not made
+again.
 
 With `--minutes` each stage gets its share of them, and the UNet learns from scenes that are made
 while it trains: for a GPU, which sees millions of samples in minutes.
@@ -27,7 +28,8 @@ SHARES = {"autoencoder": 1.1 / 8, "decoder": 0.4 / 8, "clip": 1 / 8, "unet": 4.5
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m dbcore.toybox", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m dbcore.toybox",
+                                     description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--work_dir", type=Path, default=Path("work_dirs/toybox"), help="checkpoints and corpus")
     add("--output_dir", type=Path, default=dbcore.TOY_BASE, help="the base's folder")
@@ -48,7 +50,8 @@ def parse_args(argv=None):
 
 
 class Toybox:
-    """The stages, each a property that makes what it needs first, or takes it from the work folder."""
+    """The stages, each a property that makes what it needs first, or takes it from the work
+    folder."""
 
     def __init__(self, work: Path, count: int, unet_steps: int, unet_batch: int,
                  minutes: float | None, device: str):
@@ -83,7 +86,8 @@ class Toybox:
         from dbcore.toybox.words import train_tokenizer
 
         folder = self.work / "tokenizer"
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder if folder.exists() else train_tokenizer(folder))
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder if folder.exists()
+                                                       else train_tokenizer(folder))
         self.pair = train_clip(self.tokenizer, self.pictures, self.world, self.work, SEED,
                                **self.budget("clip"))
 
@@ -107,11 +111,13 @@ class Toybox:
     def reader(self):
         from dbcore.toybox.reader import train_reader
 
-        # the reader must know what the base never saw: it also learns from the combinations held out
+        # the reader must know what the base never saw: it also learns from the combinations held
+        # out
         others = render_corpus(self.work / "reader", SEED, READER_COUNT, sample_held_out,
                                self.device)
         self.eye = train_reader(np.concatenate([self.pictures, others]),
-                                self.world + [sample_held_out(SEED, k) for k in range(READER_COUNT)],
+                                self.world
+                                + [sample_held_out(SEED, k) for k in range(READER_COUNT)],
                                 self.work, SEED, **self.budget("reader"))
 
     def subject(self):
@@ -124,7 +130,8 @@ class Toybox:
     def save(self, folder: Path):
         from dbcore.toybox.ship import save_base
 
-        save_base(folder, self.tokenizer, self.pair, self.vae, self.denoiser, self.eye, self.encoder)
+        save_base(folder, self.tokenizer, self.pair, self.vae, self.denoiser, self.eye,
+                  self.encoder)
 
     def gates(self, folder: Path):
         from dbcore.toybox.encoder import TEST_SUBJECTS, VIEWS, sample_view
@@ -134,7 +141,8 @@ class Toybox:
         pictures = render_corpus(self.work / "corpus", HELD_OUT_SEED, TEST_COUNT)
         subjects = render_corpus(self.work / "subjects", HELD_OUT_SEED, TEST_SUBJECTS * VIEWS,
                                  draw=sample_view)
-        gates = measure(folder, self.work / "gates", pictures, scenes(HELD_OUT_SEED, TEST_COUNT), subjects)
+        gates = measure(folder, self.work / "gates", pictures, scenes(HELD_OUT_SEED, TEST_COUNT),
+                        subjects)
         write_card(folder, gates, self.work, self.count, self.unet_batch, self.device)
 
 

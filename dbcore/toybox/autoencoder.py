@@ -23,7 +23,8 @@ def make_autoencoder():
     return AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=CHANNELS, block_out_channels=(24, 48, 96),
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1, norm_num_groups=8, sample_size=64, mid_block_add_attention=False, scaling_factor=1.0)
+        layers_per_block=1, norm_num_groups=8, sample_size=64, mid_block_add_attention=False,
+        scaling_factor=1.0)
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -45,7 +46,8 @@ class PatchPCA(nn.Module):
 
     def __init__(self, pictures: np.ndarray):
         super().__init__()
-        patches = F.unfold(to_tensor(pictures), DOWN, stride=DOWN).permute(0, 2, 1).reshape(-1, 3 * DOWN * DOWN)
+        patches = F.unfold(to_tensor(pictures), DOWN,
+                           stride=DOWN).permute(0, 2, 1).reshape(-1, 3 * DOWN * DOWN)
         self.register_buffer("mean", patches.mean(0))
         values, vectors = torch.linalg.eigh(torch.cov((patches - self.mean).T))
         basis = vectors[:, -CHANNELS:].flip(1)
@@ -78,7 +80,8 @@ def laplacian(x: torch.Tensor) -> torch.Tensor:
 
 
 def edge_energy(x: torch.Tensor) -> torch.Tensor:
-    """How strong edges are around each place, (n, 3, h, w) to (n, 1, ~h/2, ~w/2): root mean squares."""
+    """How strong edges are around each place, (n, 3, h, w) to (n, 1, ~h/2, ~w/2): root mean
+    squares."""
     squares = laplacian(x).square().mean(1, keepdim=True)
     return (F.avg_pool2d(squares, 4, stride=2) + 1e-4).sqrt()
 
@@ -95,9 +98,9 @@ def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int 
     """Three phases: learn the PCA's codes, then free both halves, then whole pictures.
 
     The loss is `reconstruction_error` in [-1, 1],
-    a KL term (Kingma & Welling 2014) that keeps the posterior wide enough for a denoiser's errors, and for an
-    eighth of the latents, halved in size, the error against the halved image: latents that scale as images do
-    are easier to denoise (Kouzelis et al. 2025; Skorokhodov et al. 2025).
+    a KL term (Kingma & Welling 2014) that keeps the posterior wide enough for a denoiser's errors,
+    and for an eighth of the latents, halved in size, the error against the halved image: latents
+    that scale as images do are easier to denoise (Kouzelis et al. 2025; Skorokhodov et al. 2025).
     """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -118,7 +121,8 @@ def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int 
         with half_where_fast(device):
             moments = net.encode(x).latent_dist.parameters
         posterior = DiagonalGaussianDistribution(moments.float())
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=torch_rng).to(device)
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape,
+                                                         generator=torch_rng).to(device)
         if progress < follow:
             code = pca(x)
             z = code + 0.1 * torch.randn(code.shape, generator=torch_rng).to(device)
@@ -177,7 +181,8 @@ def set_scale(net, pictures: np.ndarray):
 
 
 def latent_shard(net, folder: Path, seed: int, number: int) -> np.ndarray:
-    """Scaled posterior means of a shard of renders and of their mirror images: float16 (2, SHARD, c, 16, 16).
+    """Scaled posterior means of a shard of renders and of their mirror images: float16 (2, SHARD,
+    c, 16, 16).
 
     Kept in `folder / "latents"`, and only read if they are there.
     """
@@ -196,7 +201,8 @@ def scaled_latents(net, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def encode_both_ways(net, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
-    """Renders, uint8 (n, 64, 64, 3), to float16 latents (2, n, c, 16, 16), the second of the mirror images."""
+    """Renders, uint8 (n, 64, 64, 3), to float16 latents (2, n, c, 16, 16), the second of the mirror
+    images."""
     views = []
     for view in (pictures, pictures[:, :, ::-1]):
         parts = [scaled_latents(net, to_tensor(view[k:k + batch]).to(net.device)).half()
@@ -217,6 +223,7 @@ def reconstruct(net, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
 
 
 def psnr(net, pictures: np.ndarray) -> float:
-    """Decibels over whole pictures: 10 log10(255^2 / mean squared error), the mean over all of them."""
+    """Decibels over whole pictures: 10 log10(255^2 / mean squared error), the mean over all of
+    them."""
     error = reconstruct(net, pictures).astype(np.float32) - pictures
     return float(10 * np.log10(255**2 / np.square(error).mean()))

@@ -42,8 +42,10 @@ def make_text_encoder(tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     model = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, hidden_act="quick_gelu",
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
+        hidden_act="quick_gelu",
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, projection_dim=WIDTH))
     for name, weight in model.named_parameters():
@@ -72,7 +74,8 @@ class ToyCLIP(nn.Module):
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """Unit vectors (n, 128) of texts; for a CLIP that `load_clip` brought with its tokenizer."""
+        """Unit vectors (n, 128) of texts; for a CLIP that `load_clip` brought with its
+        tokenizer."""
         return self.text_features(tokenize(self.tokenizer, texts))
 
     @torch.no_grad()
@@ -82,7 +85,8 @@ class ToyCLIP(nn.Module):
 
     def forward(self, ids, pixels):
         """Logits (n texts, n images)."""
-        return self.log_scale.clamp(max=4.6).exp() * self.text_features(ids) @ self.image_features(pixels).T
+        scale = self.log_scale.clamp(max=4.6).exp()
+        return scale * self.text_features(ids) @ self.image_features(pixels).T
 
 
 def pixels_of(images: list) -> torch.Tensor:
@@ -92,12 +96,12 @@ def pixels_of(images: list) -> torch.Tensor:
 
 
 def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
-    return tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                     return_tensors="pt").input_ids
+    return tokenizer(texts, padding="max_length", truncation=True,
+                     max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
 
 
-def train_clip(tokenizer, pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 1500,
-               minutes: float | None = None, batch: int = 128, lr: float = 1e-3,
+def train_clip(tokenizer, pictures: np.ndarray, scenes: list, folder: Path, seed: int,
+               steps: int = 1500, minutes: float | None = None, batch: int = 128, lr: float = 1e-3,
                device: str = "cpu") -> ToyCLIP:
     torch.manual_seed(seed + 1)
     clip = ToyCLIP(make_text_encoder(tokenizer))
@@ -117,7 +121,8 @@ def train_clip(tokenizer, pictures: np.ndarray, scenes: list, folder: Path, seed
 
 
 @torch.no_grad()
-def retrieval(clip: ToyCLIP, tokenizer, pictures: np.ndarray, texts: list[str], among: int = 100) -> float:
+def retrieval(clip: ToyCLIP, tokenizer, pictures: np.ndarray, texts: list[str],
+              among: int = 100) -> float:
     """Share of pictures whose own caption scores highest among `among` captions, all different."""
     right = total = 0
     for first in range(0, len(pictures) - among + 1, among):
@@ -130,11 +135,13 @@ def retrieval(clip: ToyCLIP, tokenizer, pictures: np.ndarray, texts: list[str], 
 
 
 def save_clip(clip: ToyCLIP, folder: Path) -> None:
-    """All but the text encoder, which the base's folder has already: `folder/model.safetensors`, half precision."""
+    """All but the text encoder, which the base's folder has already: `folder/model.safetensors`,
+    half precision."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    rest = {k: v.half().contiguous().cpu() for k, v in clip.state_dict().items() if not k.startswith("text.")}
+    rest = {k: v.half().contiguous().cpu() for k, v in clip.state_dict().items()
+            if not k.startswith("text.")}
     save_file(rest, folder / "model.safetensors")
 
 

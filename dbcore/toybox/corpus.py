@@ -12,7 +12,8 @@ from dbcore.utils.files import whole_file
 SIZE, SHARD = 64, 2000  # pixels a side; renders a file
 
 HELD_OUT = {  # (kind, color) pairs never rendered for training; the gates ask the base for them
-    ("dog", "purple"), ("cat", "green"), ("duck", "blue"), ("car", "pink"), ("teapot", "orange"), ("robot", "brown"),
+    ("dog", "purple"), ("cat", "green"), ("duck", "blue"), ("car", "pink"), ("teapot", "orange"),
+    ("robot", "brown"),
 }
 
 
@@ -26,7 +27,8 @@ def sample(seed: int, k: int) -> tuple[Character, View]:
 
 
 def sample_held_out(seed: int, k: int) -> tuple[Character, View]:
-    """The k-th scene of the `HELD_OUT` combinations, each in its turn; every second round wears a hat."""
+    """The k-th scene of the `HELD_OUT` combinations, each in its turn; every second round wears a
+    hat."""
     rng = np.random.default_rng((seed, k, 29))
     pairs = sorted(HELD_OUT)
     kind, color = pairs[k % len(pairs)]
@@ -42,16 +44,19 @@ def scenes(seed: int, count: int) -> list[tuple[Character, View]]:
 
 def render_corpus(folder: Path, seed: int, count: int, draw=sample,
                   device: str = "cpu") -> np.ndarray:
-    """Renders of the scenes `draw(seed, k)`, k = 0..count-1: uint8 (count, 64, 64, 3), kept in shards in `folder`."""
+    """Renders of the scenes `draw(seed, k)`, k = 0..count-1: uint8 (count, 64, 64, 3), kept in
+    shards in `folder`."""
     numbers = range(-(-count // SHARD))
     return np.concatenate([render_shard(folder, seed, k, draw, device) for k in numbers])[:count]
 
 
 def render_shard(folder: Path, seed: int, number: int, draw=sample,
                  device: str = "cpu") -> np.ndarray:
-    """Renders `number * SHARD` and the following of a world, uint8 (SHARD, 64, 64, 3), read if they are there.
+    """Renders `number * SHARD` and the following of a world, uint8 (SHARD, 64, 64, 3), read if they
+    are there.
 
-    A shard is written whole or not at all, so a killed run, or a second one beside it, goes on where it was.
+    A shard is written whole or not at all, so a killed run, or a second one beside it, goes on
+    where it was.
     """
     path = folder / f"{seed}-{number:05d}.npy"
     if not path.exists():

@@ -1,4 +1,5 @@
-"""The toy base's UNet: v-prediction on 16 x 16 x 8 latents, conditioned on the frozen toy CLIP's text tower."""
+"""The toy base's UNet: v-prediction on 16 x 16 x 8 latents, conditioned on the frozen toy CLIP's
+text tower."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def make_unet():
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=16, in_channels=CHANNELS, out_channels=CHANNELS, block_out_channels=(48, 96, 144), layers_per_block=1,
+        sample_size=16, in_channels=CHANNELS, out_channels=CHANNELS,
+        block_out_channels=(48, 96, 144), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16)
@@ -42,8 +44,8 @@ def make_scheduler():
 class Latents:
     """The latents that the UNet learns from: more and more scenes as the run goes on.
 
-    Each scene is used about `REUSE` times. Shards are rendered, encoded and kept when a step first needs them,
-    so that what a step sees depends on its number alone.
+    Each scene is used about `REUSE` times. Shards are rendered, encoded and kept when a step first
+    needs them, so that what a step sees depends on its number alone.
     """
 
     REUSE, FIRST = 8, 20_000
@@ -64,10 +66,12 @@ class Latents:
         while len(self.scenes) < count:
             number = len(self.shards)
             self.shards.append(latent_shard(self.autoencoder, self.folder, self.seed, number))
-            self.scenes += [sample(self.seed, k) for k in range(number * SHARD, (number + 1) * SHARD)]
+            self.scenes += [sample(self.seed, k)
+                            for k in range(number * SHARD, (number + 1) * SHARD)]
 
     def batch_at(self, step: int, rng: np.random.Generator) -> tuple[torch.Tensor, list]:
-        """(n, 8, 16, 16) latents of scenes chosen at random, every second one mirrored, and the scenes."""
+        """(n, 8, 16, 16) latents of scenes chosen at random, every second one mirrored, and the
+        scenes."""
         count = self.available(step)
         self.grow(count)
         picks, mirrored = rng.integers(0, count, self.batch), rng.integers(0, 2, self.batch)
@@ -86,7 +90,8 @@ class Latents:
 
 
 def training_caption(scene, rng: np.random.Generator) -> str:
-    """None at all for one in ten (Ho & Salimans 2022), the whole truth for three in ten, else a part of it."""
+    """None at all for one in ten (Ho & Salimans 2022), the whole truth for three in ten, else a
+    part of it."""
     share = rng.random()
     if share < NO_CAPTION:
         return ""
@@ -98,7 +103,8 @@ def partial_caption(scene, rng: np.random.Generator) -> str:
 
 
 def near_noise(z: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise like `z`, each sample's the one nearest to it in the batch (immiscible diffusion, Li et al. 2024)."""
+    """Noise like `z`, each sample's the one nearest to it in the batch (immiscible diffusion, Li et
+    al. 2024)."""
     from scipy.optimize import linear_sum_assignment
 
     noise = torch.randn(z.shape, generator=generator)
@@ -107,7 +113,8 @@ def near_noise(z: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def greedy_noise(z: torch.Tensor, group: int = 32) -> torch.Tensor:
-    """Noise like `z`, on its device: in each group, one sample after another takes the nearest left.
+    """Noise like `z`, on its device: in each group, one sample after another takes the nearest
+    left.
 
     An exact assignment (`near_noise`) comes nearer by a fifth of the gain, and makes the GPU wait.
     """
@@ -139,7 +146,8 @@ def train_unet(text_encoder, data, folder: Path, seed: int, steps: int = 47_000,
     """Minimise |v - v_theta(z_t, t, caption)|^2.
 
     `data` is a `Latents` or a `FreshLatents`. `lr` is for batches of 32; it grows with the square
-    root of the batch (Malladi et al. 2022), and the weights are averaged over that many steps fewer.
+    root of the batch (Malladi et al. 2022), and the weights are averaged over that many steps
+    fewer.
     """
     torch.manual_seed(seed + 2)
     net = make_unet().to(device, memory_format=torch.channels_last)
@@ -172,17 +180,21 @@ def make_pipeline(tokenizer, text_encoder, autoencoder, unet):
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(
-        vae=autoencoder, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(),
+        vae=autoencoder, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
+        scheduler=make_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 @torch.no_grad()
-def draw(pipe, prompts: list[str], seed: int = 0, steps: int = 25, guidance: float = 4.0, batch: int = 24) -> list:
+def draw(pipe, prompts: list[str], seed: int = 0, steps: int = 25, guidance: float = 4.0,
+         batch: int = 24) -> list:
     """One picture a prompt; picture k starts from noise of (seed, k)."""
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     for first in range(0, len(prompts), batch):
         these = prompts[first:first + batch]
-        noise = [torch.Generator().manual_seed(seed * 100_003 + first + i) for i in range(len(these))]
-        pictures += pipe(these, num_inference_steps=steps, guidance_scale=guidance, generator=noise).images
+        noise = [torch.Generator().manual_seed(seed * 100_003 + first + i)
+                 for i in range(len(these))]
+        pictures += pipe(these, num_inference_steps=steps, guidance_scale=guidance,
+                         generator=noise).images
     return pictures

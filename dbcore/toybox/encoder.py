@@ -1,9 +1,10 @@
 """A subject encoder: which individual a picture shows, wherever it stands and whatever it wears.
 
-In the toy world it plays the part that DINO has in the DreamBooth paper (Ruiz et al. 2023): CLIP, taught with
-captions, need not tell two red dogs apart. It shares no picture and no weight with the base, its CLIP or the
-attribute reader. Trained by the supervised contrastive loss (Khosla et al. 2020): two views of one character
-are drawn together, and apart from every other character of the batch.
+In the toy world it plays the part that DINO has in the DreamBooth paper (Ruiz et al. 2023): CLIP,
+taught with captions, need not tell two red dogs apart. It shares no picture and no weight with the
+base, its CLIP or the attribute reader. Trained by the supervised contrastive loss (Khosla et al.
+2020): two views of one character are drawn together, and apart from every other character of the
+batch.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ SUBJECTS, TEST_SUBJECTS = 1500, AMONG * len(CLASSES)
 
 
 class SubjectEncoder(ImageTower):
-    """The toy CLIP's image tower with another lesson: (n, 3, 64, 64) in [-1, 1] to unit vectors (n, 128)."""
+    """The toy CLIP's image tower with another lesson: (n, 3, 64, 64) in [-1, 1] to unit vectors (n,
+    128)."""
 
     def forward(self, pixels):
         return F.normalize(super().forward(pixels).float(), dim=-1)
@@ -47,30 +49,36 @@ class SubjectEncoder(ImageTower):
 
 
 def sample_view(seed: int, k: int) -> tuple[Character, View]:
-    """The k-th picture of a world of subjects, `VIEWS` of each, `AMONG` subjects of a class and then of the next.
+    """The k-th picture of a world of subjects, `VIEWS` of each, `AMONG` subjects of a class and
+    then of the next.
 
-    Places are equally likely, and half the pictures wear a hat that is not the subject's own: neither place
-    nor hat says who it is.
+    Places are equally likely, and half the pictures wear a hat that is not the subject's own:
+    neither place nor hat says who it is.
     """
     who = k // VIEWS
-    character = random_character(np.random.default_rng((seed, who, 31)), kind=CLASSES[who // AMONG % len(CLASSES)])
+    character = random_character(np.random.default_rng((seed, who, 31)),
+                                 kind=CLASSES[who // AMONG % len(CLASSES)])
     rng = np.random.default_rng((seed, k, 37))
     hat = str(rng.choice(list(COLORS))) if rng.random() < 0.5 else ""
     return with_hat(character, hat), random_view(rng, place=str(rng.choice(list(PLACES))))
 
 
 def pick_subjects(rng: np.random.Generator, step: int, count: int, total: int) -> np.ndarray:
-    """`count` of `total` subjects; at every second step all of one class, so that the class gives nobody away."""
+    """`count` of `total` subjects; at every second step all of one class, so that the class gives
+    nobody away."""
     pool = np.arange(total)
     if step % 2:
         pool = pool[pool // AMONG % len(CLASSES) == step // 2 % len(CLASSES)]
     return rng.choice(pool, min(count, len(pool)), replace=False)
 
 
-def contrastive_loss(vectors: torch.Tensor, who: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
-    """Khosla et al. 2020, equation 2: unit vectors (n, d) and whose each is, (n,); everyone comes twice or more.
+def contrastive_loss(vectors: torch.Tensor, who: torch.Tensor,
+                     temperature: float = 0.1) -> torch.Tensor:
+    """Khosla et al. 2020, equation 2: unit vectors (n, d) and whose each is, (n,); everyone comes
+    twice or more.
 
-    A picture's loss is -log of the softmax of its cosines to all others, averaged over those of its own subject.
+    A picture's loss is -log of the softmax of its cosines to all others, averaged over those of its
+    own subject.
     """
     oneself = torch.eye(len(who), dtype=torch.bool, device=vectors.device)
     same = (who[:, None] == who) & ~oneself
@@ -82,9 +90,11 @@ def contrastive_loss(vectors: torch.Tensor, who: torch.Tensor, temperature: floa
 def train_subject_encoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 600,
                           minutes: float | None = None, batch: int = 64, lr: float = 1e-3,
                           device: str = "cpu") -> SubjectEncoder:
-    """`pictures`: `sample_view(seed, k)` in order, uint8 (n, 64, 64, 3). A step takes two views of `batch` subjects.
+    """`pictures`: `sample_view(seed, k)` in order, uint8 (n, 64, 64, 3). A step takes two views of
+    `batch` subjects.
 
-    Each view is blurred and recoloured for itself: a soft sample must be near the sharp photos of its subject.
+    Each view is blurred and recoloured for itself: a soft sample must be near the sharp photos of
+    its subject.
     """
     torch.manual_seed(seed + 4)
     net = SubjectEncoder()
@@ -93,36 +103,43 @@ def train_subject_encoder(pictures: np.ndarray, folder: Path, seed: int, steps: 
         rng, torch_rng = step_rng(seed, "subject", step)
         who = pick_subjects(rng, step, batch, len(pictures) // VIEWS)
         views = rng.permuted(np.tile(np.arange(VIEWS), (len(who), 1)), axis=1)[:, :2]
-        x = torch.cat([disturbed(to_tensor(pictures[who * VIEWS + view]), rng, torch_rng) for view in views.T])
+        x = torch.cat([disturbed(to_tensor(pictures[who * VIEWS + view]), rng, torch_rng)
+                       for view in views.T])
         with half_where_fast(device):
             vectors = net(x.to(device))
         owners = torch.from_numpy(np.tile(who, 2)).to(device)
-        return {"loss": contrastive_loss(vectors, owners), "right": nearest_is_own(vectors.detach(), owners)}
+        return {"loss": contrastive_loss(vectors, owners),
+                "right": nearest_is_own(vectors.detach(), owners)}
 
     return fit("subject", folder, net, loss_at, steps, lr, minutes, muon=True, ema=0.99,
                device=device)
 
 
 def nearest_is_own(vectors: torch.Tensor, who: torch.Tensor) -> torch.Tensor:
-    """Share of pictures whose nearest other picture is of the same subject; unit vectors (n, d), owners (n,)."""
+    """Share of pictures whose nearest other picture is of the same subject; unit vectors (n, d),
+    owners (n,)."""
     nearest = (vectors @ vectors.T).fill_diagonal_(-2).argmax(dim=1)
     return (who[nearest] == who).float().mean()
 
 
 def subject_retrieval(encoder: SubjectEncoder, pictures: np.ndarray) -> tuple[float, float]:
-    """Shares of pictures whose own subject is nearest among `AMONG`: of all classes, and of its class alone.
+    """Shares of pictures whose own subject is nearest among `AMONG`: of all classes, and of its
+    class alone.
 
-    `pictures`: `VIEWS` of each of `TEST_SUBJECTS` subjects, in the order of `sample_view`. Each subject is known
-    by its first view alone, and asked for with the others.
+    `pictures`: `VIEWS` of each of `TEST_SUBJECTS` subjects, in the order of `sample_view`. Each
+    subject is known by its first view alone, and asked for with the others.
     """
     images = to_tensor(pictures).to(encoder.head.weight.device)
     with torch.no_grad():
-        vectors = torch.cat([encoder(x) for x in images.split(100)]).unflatten(0, (-1, AMONG, VIEWS))
-    return first_among(vectors.transpose(0, 1).flatten(0, 1).unflatten(0, (-1, AMONG))), first_among(vectors)
+        vectors = torch.cat([encoder(x) for x in images.split(100)])
+    of_class = vectors.unflatten(0, (-1, AMONG, VIEWS))
+    of_all = of_class.transpose(0, 1).flatten(0, 1).unflatten(0, (-1, AMONG))
+    return first_among(of_all), first_among(of_class)
 
 
 def first_among(vectors: torch.Tensor) -> float:
-    """Vectors (groups, subjects, views, d); within each group, is the first view of a subject nearest to its others?"""
+    """Vectors (groups, subjects, views, d); within each group, is the first view of a subject
+    nearest to its others?"""
     scores = torch.einsum("gsvd,gtd->gsvt", vectors[:, :, 1:], vectors[:, :, 0])
     own = torch.arange(vectors.shape[1], device=vectors.device)[:, None]
     return float((scores.argmax(dim=-1) == own).float().mean())

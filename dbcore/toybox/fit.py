@@ -16,7 +16,8 @@ from dbcore.utils.files import whole_file
 
 
 def step_rng(seed: int, stage: str, step: int) -> tuple[np.random.Generator, torch.Generator]:
-    """Randomness as a function of (seed, stage, step): a resumed run draws what it would have drawn."""
+    """Randomness as a function of (seed, stage, step): a resumed run draws what it would have
+    drawn."""
     key = np.random.SeedSequence([seed, step, *stage.encode()])
     return np.random.default_rng(key), torch.Generator().manual_seed(int(key.generate_state(1)[0]))
 
@@ -31,7 +32,8 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 def half_where_fast(device: str = "cpu"):
     """An autocast to bfloat16 where the processor multiplies it natively; nothing elsewhere."""
     kind = torch.device(device).type
-    native = torch.cuda.is_bf16_supported() if kind == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    native = (torch.cuda.is_bf16_supported() if kind == "cuda"
+              else torch.cpu._is_avx512_bf16_supported())
     return torch.autocast(kind, torch.bfloat16, enabled=native)
 
 
@@ -43,7 +45,8 @@ def cosine_rate(progress: float, warmup: float = 0.02, floor: float = 0.02) -> f
 
 
 def trapezoid_rate(progress: float, warmup: float = 0.005, decay: float = 0.25) -> float:
-    """Factor of the learning rate: up, level, then straight down to 0 over the last `decay` of the run.
+    """Factor of the learning rate: up, level, then straight down to 0 over the last `decay` of the
+    run.
 
     For a run of days: while it is level, how long the run will be need not be known.
     """
@@ -71,7 +74,8 @@ def orthogonalised(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.T
 
 
 def newton_schulz(grams: torch.Tensor, steps: int) -> torch.Tensor:
-    """(k, m, m) Gram matrices XX^T of norm at most 1 to the matrices that orthogonalise X from the left."""
+    """(k, m, m) Gram matrices XX^T of norm at most 1 to the matrices that orthogonalise X from the
+    left."""
     whole = None
     for step in range(steps):
         factor = torch.baddbmm(grams, grams, grams, beta=-4.7750, alpha=2.0315)
@@ -83,7 +87,8 @@ def newton_schulz(grams: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for linear and convolution weights, seen as (out, in * k * k) matrices.
+    """Muon (Jordan et al. 2024) for linear and convolution weights, seen as (out, in * k * k)
+    matrices.
 
     The step is the orthogonalised Nesterov momentum, scaled to the size of an AdamW step
     (Liu et al. 2025), so that both take the same learning rate. torch's own takes matrices only,
@@ -97,7 +102,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            updates = orthogonalised([self._momentum(weight, group["momentum"]).flatten(1) for weight in weights])
+            updates = orthogonalised([self._momentum(weight, group["momentum"]).flatten(1)
+                                      for weight in weights])
             for weight, update in zip(weights, updates):
                 size = 0.2 * max(update.shape) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
@@ -114,7 +120,8 @@ def make_optimizers(module: nn.Module, lr: float, muon: bool = False) -> list:
     matrices, others = [], []
     for name, p in module.named_parameters():
         if p.requires_grad:
-            inner = muon and p.dim() >= 2 and "embed" not in name and "conv_in" not in name and "conv_out" not in name
+            inner = (muon and p.dim() >= 2 and "embed" not in name and "conv_in" not in name
+                     and "conv_out" not in name)
             (matrices if inner else others).append(p)
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
     return optimizers + ([Muon(matrices, lr)] if matrices else [])
@@ -125,7 +132,8 @@ def save_half(module: nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().contiguous().cpu() for k, v in module.state_dict().items()}, folder / "model.safetensors")
+    save_file({k: v.half().contiguous().cpu() for k, v in module.state_dict().items()},
+              folder / "model.safetensors")
 
 
 class Average:
@@ -217,7 +225,8 @@ def save_state(path: Path, module: nn.Module, optimizers: list, average: Average
         torch.save(state, partial)
 
 
-def load_state(path: Path, module: nn.Module, optimizers: list, average: Average | None) -> tuple[int, float]:
+def load_state(path: Path, module: nn.Module, optimizers: list,
+               average: Average | None) -> tuple[int, float]:
     """Put a checkpoint back; returns the steps done and the seconds they took.
 
     One without optimizers, as `weights.py` writes them, starts those anew.

@@ -1,4 +1,5 @@
-"""Scenes for a UNet that learns by the minute: made while it trains, held on the device that trains.
+"""Scenes for a UNet that learns by the minute: made while it trains, held on the device that
+trains.
 
 Other processes think of scenes and word their captions; the device renders and encodes them between
 two steps, and no step waits for either.
@@ -116,6 +117,7 @@ class FreshLatents:
         ids = self.ids[scene, side, torch.where(share < WHOLE_CAPTION, 0, part)].long()
         ids = torch.where(share[:, None] < NO_CAPTION, self.empty, ids)
         z = self.latents[scene, side].float()
-        # a timestep from each of equal bands, in any order: the first of a group has its choice of noise
+        # a timestep from each of equal bands, in any order: the first of a group has its choice of
+        # noise
         t = (torch.rand_like(share).argsort() + torch.rand_like(share)) * (1000 / self.batch)
         return z, greedy_noise(z), t.long().clamp(max=999), ids

@@ -1,7 +1,8 @@
 """What the toy base must do, measured: a list of gates, each with its target and its number.
 
-Everything is measured on the folder that ships, in float32, with the settings it recommends. Renders come
-from a world no network was trained on; what a sample shows is told by the attribute reader.
+Everything is measured on the folder that ships, in float32, with the settings it recommends.
+Renders come from a world no network was trained on; what a sample shows is told by the attribute
+reader.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from dbcore.toybox.scene import (
 from dbcore.toybox.subjects import SHIPPED, write_subject
 
 SAMPLES = 240  # pictures drawn for combinations never trained on
-TRIED = ("dog", "cat", "duck", "car", "teapot", "robot")  # shipped subjects that DreamBooth is tried on
+# shipped subjects that DreamBooth is tried on
+TRIED = ("dog", "cat", "duck", "car", "teapot", "robot")
 NEW_PLACES = ("snow", "beach", "water")  # none of them is in the photos
 PICTURES = 8  # a prompt and subject
-PLAIN_QUESTIONS = ("class", "color", "pattern", "color2", "hat", "place")  # the rest are details, seen less surely
-IDENTITY = ("class", "color", "pattern", "color2")  # what makes a subject this one; hat and place may change
+# the rest are details, seen less surely
+PLAIN_QUESTIONS = ("class", "color", "pattern", "color2", "hat", "place")
+# what makes a subject this one; hat and place may change
+IDENTITY = ("class", "color", "pattern", "color2")
 
 
 @dataclass
@@ -55,11 +59,13 @@ class Gate:
 
     def __str__(self):
         return (f"{'ok    ' if self.passed else 'MISSED'} {self.name}: {self.value:.3g} "
-                f"({'>=' if self.least else '<='} {self.target:g}){'  ' + self.note if self.note else ''}")
+                f"({'>=' if self.least else '<='} "
+                f"{self.target:g}){'  ' + self.note if self.note else ''}")
 
 
 def to_json(gates: list[Gate]) -> str:
-    return json.dumps([{**asdict(gate), "value": round(gate.value, 4), "passed": gate.passed} for gate in gates],
+    return json.dumps([{**asdict(gate), "value": round(gate.value, 4), "passed": gate.passed}
+                       for gate in gates],
                       indent=1) + "\n"
 
 
@@ -77,7 +83,7 @@ def table(gates: list[Gate]) -> str:
     return "\n".join(rows)
 
 
-# --- the parts ----------------------------------------------------------------------------------------
+# --- the parts ------------------------------------------------------------------------------------
 
 
 def autoencoder_gate(base, pictures: np.ndarray) -> list[Gate]:
@@ -97,14 +103,17 @@ def encoder_gates(folder: Path, subjects: np.ndarray) -> list[Gate]:
 
 
 def reader_gate(reader, pictures: np.ndarray, scenes: list) -> list[Gate]:
-    return [Gate(f"reader on renders never seen: {question}", 0.97 if question in PLAIN_QUESTIONS else 0.95, share)
+    return [Gate(f"reader on renders never seen: {question}",
+                 0.97 if question in PLAIN_QUESTIONS else 0.95, share)
             for question, share in accuracy(reader, pictures, scenes).items()]
 
 
 @torch.no_grad()
 def moved(base, one: list[str], other: list[str], t: int = 950, count: int = 16) -> float:
-    """How far another prompt moves the prediction, relative to the prediction's size; the mean over the pairs."""
-    noise = torch.randn((count, *base.latent_shape(base.resolution)), generator=torch.Generator().manual_seed(t))
+    """How far another prompt moves the prediction, relative to the prediction's size; the mean over
+    the pairs."""
+    noise = torch.randn((count, *base.latent_shape(base.resolution)),
+                        generator=torch.Generator().manual_seed(t))
 
     def predictions(prompts):
         for prompt in prompts:
@@ -125,15 +134,18 @@ def word_gates(base) -> list[Gate]:
 
 
 def sample_gates(base, reader, seed: int = 3, count: int = SAMPLES) -> tuple[list[Gate], list]:
-    """The base's samples of combinations never rendered in training, read; also the images, for the eye."""
+    """The base's samples of combinations never rendered in training, read; also the images, for the
+    eye."""
     scenes = [sample_held_out(seed, k) for k in range(count)]
     images = base.draw([caption(*scene) for scene in scenes], list(range(count)), batch_size=24)
     right = shares_right(reader.read(images), [truth(*scene) for scene in scenes])
     build = [share for question, share in right.items() if question in PROPORTIONS]
     by_name = {question: share for question, share in right.items() if question not in PROPORTIONS}
     by_name["build"] = float(np.mean(build))
-    targets = {"class": 0.95, "place": 0.95, "color": 0.90, "pattern": 0.95, "color2": 0.95, "hat": 0.95}
-    return [Gate(f"samples of combinations never trained: {name}", targets.get(name, 0.9), share, note=f"{count} images")
+    targets = {"class": 0.95, "place": 0.95, "color": 0.90, "pattern": 0.95, "color2": 0.95,
+               "hat": 0.95}
+    return [Gate(f"samples of combinations never trained: {name}", targets.get(name, 0.9), share,
+                 note=f"{count} images")
             for name, share in by_name.items()], images
 
 
@@ -147,14 +159,18 @@ def sharpness(images: np.ndarray) -> float:
 
 
 def sharpness_gate(base) -> list[Gate]:
-    """24 prompts, six classes in four colours over four places, against renders of the same scenes."""
+    """24 prompts, six classes in four colours over four places, against renders of the same
+    scenes."""
     from dbcore.toybox.tracer import render
 
     scenes = [(Character(kind, color), View(place)) for k, kind in enumerate(CLASSES)
-              for color, place in zip(("red", "blue", "yellow", "white"), np.roll(("studio", "grass", "snow", "floor"), k))]
-    samples = base.draw([caption(*scene) for scene in scenes], list(range(len(scenes))), batch_size=24)
+              for color, place in zip(("red", "blue", "yellow", "white"),
+                                      np.roll(("studio", "grass", "snow", "floor"), k))]
+    samples = base.draw([caption(*scene) for scene in scenes], list(range(len(scenes))),
+                        batch_size=24)
     ratio = sharpness(np.stack(samples)) / sharpness(np.stack([render(*scene) for scene in scenes]))
-    return [Gate("sharpness: variance of the Laplacian, samples over renders", 0.7, ratio, note=f"{len(scenes)} prompts")]
+    return [Gate("sharpness: variance of the Laplacian, samples over renders", 0.7, ratio,
+                 note=f"{len(scenes)} prompts")]
 
 
 def rare_word_gates(base, reader, count: int = 24) -> list[Gate]:
@@ -171,32 +187,39 @@ def speed_gate(base) -> list[Gate]:
     base.draw(["a photo of a dog"], [0], num_inference_steps=2)  # loads what is loaded late
     began = time.perf_counter()
     base.draw(["a photo of a dog"] * 4, [0, 1, 2, 3])
-    return [Gate("four pictures at the recommended settings, seconds", 4, time.perf_counter() - began, least=False,
+    return [Gate("four pictures at the recommended settings, seconds", 4,
+                 time.perf_counter() - began, least=False,
                  note=f"{torch.get_num_threads()} threads")]
 
 
-# --- DreamBooth ---------------------------------------------------------------------------------------
+# --- DreamBooth -----------------------------------------------------------------------------------
 
 
 def teach(folder: Path, photos: Path, work: Path, kind: str, prior: bool) -> Path:
-    """DreamBooth at the recommended settings; the LoRA's path. A run that is finished is taken as it is."""
+    """DreamBooth at the recommended settings; the LoRA's path.
+
+    A run that is finished is taken as it is.
+    """
     from dbcore.config import TrainConfig
     from dbcore.engines.train import train
 
     lora = work / "pytorch_lora_weights.safetensors"
     if lora.exists():
         return lora
+    recommended = json.loads((folder / "recommended.json").read_text())
     more = {"with_prior_preservation": True, "class_prompt": f"a photo of a {kind}",
-            "num_class_images": json.loads((folder / "recommended.json").read_text())["num_class_images"],
+            "num_class_images": recommended["num_class_images"],
             "class_data_dir": str(work.parent / f"class-{kind}")} if prior else {}
     return train(TrainConfig(
-        pretrained_model_name_or_path=str(folder), instance_data_dir=str(photos), max_train_steps=150,
+        pretrained_model_name_or_path=str(folder), instance_data_dir=str(photos),
+        max_train_steps=150,
         instance_prompt=f"a photo of sks {kind}", output_dir=str(work), report_to="none",
         overwrite_output_dir=True, **more))
 
 
 def is_subject(read: dict[str, str], character: Character, but=()) -> bool:
-    """Whether class, colours and pattern are the subject's; `but`: questions whose answer was to change."""
+    """Whether class, colours and pattern are the subject's; `but`: questions whose answer was to
+    change."""
     wanted = truth(character, View())
     return all(read[q] == wanted[q] for q in IDENTITY if q not in but)
 
@@ -217,7 +240,8 @@ def try_subject(folder: Path, name: str, work: Path, reader, prior: bool) -> tup
     if not (photos / "subject.json").exists():
         write_subject(photos, character, seed=list(SHIPPED).index(name))
     lora = teach(folder, photos, work / f"{name}-{'prior' if prior else 'plain'}", kind, prior)
-    prompts = {"alone": caption_of("sks", kind, "studio"), **{p: caption_of("sks", kind, p) for p in NEW_PLACES},
+    prompts = {"alone": caption_of("sks", kind, "studio"),
+               **{p: caption_of("sks", kind, p) for p in NEW_PLACES},
                "class": f"a photo of a {kind}"}
     asked = [prompt for prompt in prompts.values() for _ in range(PICTURES)]
     drawn = drawn_with(folder, lora, asked, list(range(100, 100 + PICTURES)) * len(prompts))
@@ -238,7 +262,8 @@ def caption_of(identifier: str, kind: str, place: str) -> str:
 
 
 def dreambooth_gates(folder: Path, work: Path, reader, subjects=TRIED) -> tuple[list[Gate], dict]:
-    """Every subject with and without prior preservation; also (subject, prior) -> (shares, pictures)."""
+    """Every subject with and without prior preservation; also (subject, prior) -> (shares,
+    pictures)."""
     runs = {(name, prior): try_subject(folder, name, work, reader, prior)
             for name in subjects for prior in (True, False)}
 
@@ -249,28 +274,31 @@ def dreambooth_gates(folder: Path, work: Path, reader, subjects=TRIED) -> tuple[
     with_prior, without = mean("drift", True), mean("drift", False)
     floor = 1 / (len(subjects) * PICTURES)  # one picture: what a share of none is taken for
     return [
-        Gate("DreamBooth, `a photo of sks X`: class, colours and pattern right", 0.9, mean("right", True), note=note),
+        Gate("DreamBooth, `a photo of sks X`: class, colours and pattern right", 0.9,
+             mean("right", True), note=note),
         Gate("DreamBooth, the same: the subject that comes off worst", 0.7,
              min(runs[name, True][0]["right"] for name in subjects)),
         Gate("DreamBooth, three new places: place right", 0.85, mean("place", True)),
         Gate("DreamBooth, three new places: subject right", 0.85, mean("subject elsewhere", True)),
-        Gate("after it, `a photo of a X`: different main colours among the images", 5, mean("colors", True),
-             note=f"{PICTURES} images with prior preservation"),
+        Gate("after it, `a photo of a X`: different main colours among the images", 5,
+             mean("colors", True), note=f"{PICTURES} images with prior preservation"),
         Gate("`a photo of a X` read as the subject, without over with prior preservation", 2,
              without / max(with_prior, floor), note=f"{without:.2f} against {with_prior:.2f}"),
     ], runs
 
 
-# --- all of them --------------------------------------------------------------------------------------
+# --- all of them ----------------------------------------------------------------------------------
 
 
-def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list, subjects: np.ndarray | None = None
+def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list, subjects: np.ndarray
+            | None = None
             ) -> list[Gate]:
     """Every gate of the base in `folder`, printed as it is measured.
 
-    `pictures`, uint8 (n, 64, 64, 3), and `scenes` are renders never trained on, `subjects` those that the subject
-    encoder is tried with, for a base that has one. Grids to look at, and the runs that DreamBooth is tried with,
-    go to `work`, in a folder named by the base's weights and settings.
+    `pictures`, uint8 (n, 64, 64, 3), and `scenes` are renders never trained on, `subjects` those
+    that the subject encoder is tried with, for a base that has one. Grids to look at, and the runs
+    that DreamBooth is tried with, go to `work`, in a folder named by the base's weights and
+    settings.
     """
     from dbcore.models.base import load_base
     from dbcore.tools.evaluate import digest
@@ -300,5 +328,6 @@ def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list, subjec
     found, runs = dreambooth_gates(folder, work, reader)
     add(found)
     for (name, prior), (_, by_prompt) in runs.items():
-        save_grid(work / f"{name}-{'prior' if prior else 'plain'}.png", list(by_prompt.values()), list(by_prompt))
+        save_grid(work / f"{name}-{'prior' if prior else 'plain'}.png", list(by_prompt.values()),
+                  list(by_prompt))
     return gates

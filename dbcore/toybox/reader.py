@@ -17,15 +17,25 @@ from torch.nn import functional as F
 
 from dbcore.toybox.autoencoder import to_tensor
 from dbcore.toybox.fit import fit, half_where_fast, step_rng
-from dbcore.toybox.scene import CLASSES, COLORS, PATTERNS, PLACES, PROPORTIONS, Character, View, named_build
+from dbcore.toybox.scene import (
+    CLASSES,
+    COLORS,
+    PATTERNS,
+    PLACES,
+    PROPORTIONS,
+    Character,
+    View,
+    named_build,
+)
 
 ANSWERS = {
     "class": CLASSES, "color": tuple(COLORS), "pattern": PATTERNS,
     "color2": ("none", *COLORS), "hat": ("none", *COLORS), "place": tuple(PLACES),
     "side": ("left", "right"), "angle": ("side", "", "front"), "size": ("close up", "", "far away"),
-    "light": ("low sun", ""), **{name: ("small", "big") for name in PROPORTIONS},
+    "light": ("low sun", ""), **dict.fromkeys(PROPORTIONS, ("small", "big")),
 }
-UNASKED = -1  # the label of a question that has no answer here, such as the side of a face seen from the front
+# the label of a question that has no answer here, such as the side of a face seen from the front
+UNASKED = -1
 
 
 class Reader(nn.Module):
@@ -50,10 +60,12 @@ class Reader(nn.Module):
     @torch.no_grad()
     def read(self, images: list) -> list[dict[str, str]]:
         """What each RGB picture of 64 x 64 pixels shows, a dict of the `ANSWERS`."""
-        pixels = to_tensor(np.stack([np.asarray(i.convert("RGB").resize((64, 64))) for i in images]))
+        pixels = to_tensor(np.stack([np.asarray(i.convert("RGB").resize((64, 64)))
+                                     for i in images]))
         pixels = pixels.to(self.neck[1].weight.device)
         picked = {q: logits.argmax(-1).tolist() for q, logits in self.eval()(pixels).items()}
-        return [{q: ANSWERS[q][answers[i]] for q, answers in picked.items()} for i in range(len(images))]
+        return [{q: ANSWERS[q][answers[i]] for q, answers in picked.items()}
+                for i in range(len(images))]
 
 
 def truth(character: Character, view: View) -> dict[str, str]:
@@ -64,20 +76,23 @@ def truth(character: Character, view: View) -> dict[str, str]:
         seen["light"] = "low sun" if view.sun < 30 else ""
     return {"class": character.kind, "color": character.color, "pattern": character.pattern,
             "color2": character.color2 if character.pattern != "plain" else "none",
-            "hat": character.hat or "none", "place": view.place, "angle": view.angle, "size": view.size,
+            "hat": character.hat or "none", "place": view.place, "angle": view.angle,
+            "size": view.size,
             **seen, **build}
 
 
 def answer_table(scenes: list) -> dict[str, torch.Tensor]:
     """The answers by number, (n,) for each question; `UNASKED` where a scene has none."""
     truths = [truth(*scene) for scene in scenes]
-    return {q: torch.tensor([a.index(t[q]) if q in t else UNASKED for t in truths]) for q, a in ANSWERS.items()}
+    return {q: torch.tensor([a.index(t[q]) if q in t else UNASKED for t in truths])
+            for q, a in ANSWERS.items()}
 
 
 def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 2000,
                  minutes: float | None = None, batch: int = 64, lr: float = 1e-3,
                  device: str = "cpu") -> Reader:
-    """Cross-entropy on every question that has an answer, on renders blurred and slightly recoloured at random."""
+    """Cross-entropy on every question that has an answer, on renders blurred and slightly
+    recoloured at random."""
     torch.manual_seed(seed + 3)
     net, answers = Reader(), answer_table(scenes)
 
@@ -88,8 +103,10 @@ def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, st
         with half_where_fast(device):
             logits = net(x.to(device))
         truths = {q: answers[q][picks].to(device) for q in ANSWERS}
-        loss = sum(F.cross_entropy(logits[q].float(), truths[q], ignore_index=UNASKED) for q in ANSWERS)
-        right = torch.stack([(logits[q].argmax(-1) == truths[q]).sum() / (truths[q] != UNASKED).sum().clamp(min=1)
+        loss = sum(F.cross_entropy(logits[q].float(), truths[q], ignore_index=UNASKED)
+                   for q in ANSWERS)
+        right = torch.stack([(logits[q].argmax(-1) == truths[q]).sum()
+                             / (truths[q] != UNASKED).sum().clamp(min=1)
                              for q in ANSWERS])
         return {"loss": loss, "worst": right.min()}
 
@@ -97,8 +114,10 @@ def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, st
                device=device)
 
 
-def disturbed(x: torch.Tensor, rng: np.random.Generator, torch_rng: torch.Generator) -> torch.Tensor:
-    """A batch of renders, blurred at random, with noise: samples are softer and less sure than renders."""
+def disturbed(x: torch.Tensor, rng: np.random.Generator,
+              torch_rng: torch.Generator) -> torch.Tensor:
+    """A batch of renders, blurred at random, with noise: samples are softer and less sure than
+    renders."""
     if rng.random() < 0.3:
         x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
     return x + 0.03 * torch.randn(x.shape, generator=torch_rng)
@@ -113,7 +132,8 @@ def accuracy(reader: Reader, pictures: np.ndarray, scenes: list) -> dict[str, fl
 
 def shares_right(read: list[dict], truths: list[dict]) -> dict[str, float]:
     """By question: the share of right answers among the images to which the question can be put."""
-    asked = {q: [(r[q], t[q]) for r, t in zip(read, truths, strict=True) if q in t] for q in read[0]}
+    asked = {q: [(r[q], t[q]) for r, t in zip(read, truths, strict=True) if q in t]
+             for q in read[0]}
     return {q: float(np.mean([a == b for a, b in pairs])) for q, pairs in asked.items() if pairs}
 
 

@@ -86,7 +86,8 @@ class Character:
     def __post_init__(self):
         def check(name, value, allowed):
             if value not in allowed:
-                raise InputError(f"Character.{name} is {value!r}; choose one of {', '.join(allowed)}")
+                raise InputError(f"Character.{name} is {value!r}; "
+                                 f"choose one of {', '.join(allowed)}")
 
         check("kind", self.kind, CLASSES)
         check("color", self.color, COLORS)
@@ -96,7 +97,8 @@ class Character:
             check("hat", self.hat, COLORS)
         for name in PROPORTIONS:
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"Character.{name} is {getattr(self, name)}; it must lie in [0, 1]")
+                raise InputError(f"Character.{name} is {getattr(self, name)}; "
+                                 "it must lie in [0, 1]")
 
     to_dict = asdict
 
@@ -149,13 +151,15 @@ def random_character(rng: np.random.Generator, **fixed) -> Character:
 
 
 def random_proportion(rng: np.random.Generator) -> float:
-    """Ordinary three times in five, else clearly small or clearly large: a word must be seen to be learnt."""
+    """Ordinary three times in five, else clearly small or clearly large: a word must be seen to be
+    learnt."""
     low, high = ((0.0, 0.25), (0.38, 0.62), (0.75, 1.0))[rng.choice(3, p=(0.2, 0.6, 0.2))]
     return round(float(rng.uniform(low, high)), 3)
 
 
 def random_view(rng: np.random.Generator, **fixed) -> View:
-    """A view drawn at random, most often three-quarter from the front; the studio comes most often."""
+    """A view drawn at random, most often three-quarter from the front; the studio comes most
+    often."""
     names = list(PLACES)
     weights = np.array([3.0] + [1.0] * (len(names) - 1))
 
@@ -176,7 +180,8 @@ def random_view(rng: np.random.Generator, **fixed) -> View:
 
 
 def named_build(character: Character, view: View) -> dict[str, int]:
-    """The proportions that have a word, those beyond a third of their range: 0 for small, 1 for large.
+    """The proportions that have a word, those beyond a third of their range: 0 for small, 1 for
+    large.
 
     Legs under water, and an antenna under a hat, are not spoken of.
     """
@@ -204,12 +209,12 @@ def listed(words: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-def caption(character: Character, view: View, rng: np.random.Generator | None = None, drop: float = 0.0,
-            drop_details: float | None = None) -> str:
+def caption(character: Character, view: View, rng: np.random.Generator | None = None,
+            drop: float = 0.0, drop_details: float | None = None) -> str:
     """The exact description; with `rng`, each attribute is left out with probability `drop`.
 
-    `drop_details` (`drop` where not given) is the probability for what most people would not mention: the
-    build, the side, the angle, the distance and the light.
+    `drop_details` (`drop` where not given) is the probability for what most people would not
+    mention: the build, the side, the angle, the distance and the light.
 
     >>> caption(Character("dog", "white", "spotted", "black", legs=0.9), View("beach", azimuth=80))
     'a photo of a white dog with black spots and long legs on the beach, from the front'
@@ -225,7 +230,8 @@ def caption(character: Character, view: View, rng: np.random.Generator | None = 
     words = [f"{character.color} {character.kind}" if keep() else character.kind]
     marks = {"spotted": "spots", "striped": "stripes"}.get(character.pattern)
     parts = [f"{character.color2} {marks}" if keep() else marks] if marks and keep() else []
-    parts += [BUILD[character.kind][name][large] for name, large in named_build(character, view).items() if mention()]
+    parts += [BUILD[character.kind][name][large]
+              for name, large in named_build(character, view).items() if mention()]
     if parts:
         words.append(f"with {listed(parts)}")
     if character.hat and keep():

@@ -1,4 +1,5 @@
-"""The toy base's folder: an ordinary diffusers pipeline in half precision, and what travels beside it."""
+"""The toy base's folder: an ordinary diffusers pipeline in half precision, and what travels beside
+it."""
 
 from __future__ import annotations
 
@@ -30,15 +31,17 @@ LIMIT_MIB = 30
 
 
 def save_base(folder: Path, tokenizer, clip, autoencoder, unet, reader=None, encoder=None) -> Path:
-    """Write the whole base beside `folder`, then put it in its place. Weights are rounded to half precision.
+    """Write the whole base beside `folder`, then put it in its place. Weights are rounded to half
+    precision.
 
-    The text encoder's are stored as float32 all the same: transformers loads it in the precision it finds, and
-    a pipeline loaded without a `torch_dtype` would mix two.
+    The text encoder's are stored as float32 all the same: transformers loads it in the precision it
+    finds, and a pipeline loaded without a `torch_dtype` would mix two.
     `clip_image/` holds the toy CLIP's image tower and projections, `reader/` the attribute reader,
     `subject/` the subject encoder.
     """
     with whole_folder(folder) as beside:
-        make_pipeline(tokenizer, clip.text.half().float(), autoencoder.half(), unet.half()).save_pretrained(beside)
+        make_pipeline(tokenizer, clip.text.half().float(), autoencoder.half(),
+                      unet.half()).save_pretrained(beside)
         for name in ("vocab.json", "merges.txt"):  # which older versions of transformers read
             shutil.copy(Path(tokenizer.name_or_path) / name, beside / "tokenizer" / name)
         save_clip(clip, beside / "clip_image")
@@ -56,7 +59,8 @@ def size_mib(folder: Path) -> float:
 
 def hours(work: Path) -> dict[str, float]:
     """Machine-hours of each training, from the checkpoints."""
-    return {name: torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)["seconds"] / 3600
+    return {name: torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)["seconds"]
+            / 3600
             for name in ("autoencoder", "decoder", "clip", "unet", "reader", "subject")}
 
 
@@ -69,11 +73,12 @@ def write_card(folder: Path, gates: list, work: Path, count: int, batch: int, ma
     unet = torch.load(work / "unet.pt", map_location="cpu", weights_only=True)
     path = folder / "README.md"
     path.write_text(CARD.format(
-        count=count, cost=", ".join(f"{name} {h:.2f}" for name, h in cost.items()), total=sum(cost.values()),
+        count=count, cost=", ".join(f"{name} {h:.2f}" for name, h in cost.items()),
+        total=sum(cost.values()),
         steps=unet["step"], batch=batch, samples=unet["step"] * batch, machine=machine,
         size=size_mib(folder),
-        parameters=sum(v.numel() for v in unet["module"].values()) / 1e6, table=measured.table(gates),
-        subjects=SUBJECTS, views=VIEWS))
+        parameters=sum(v.numel() for v in unet["module"].values()) / 1e6,
+        table=measured.table(gates), subjects=SUBJECTS, views=VIEWS))
     return path
 
 

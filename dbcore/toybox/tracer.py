@@ -23,7 +23,8 @@ WATERLINE = 0.36
 FAR = 1e9
 
 FIXED = np.array([  # materials in the order of shapes.py; skin, accent and hat are filled in
-    (0, 0, 0), (0, 0, 0), (0.012, 0.012, 0.015), (0.93, 0.93, 0.93), (0.95, 0.45, 0.04), (0.42, 0.62, 0.72),
+    (0, 0, 0), (0, 0, 0), (0.012, 0.012, 0.015), (0.93, 0.93, 0.93), (0.95, 0.45, 0.04),
+    (0.42, 0.62, 0.72),
     (0.52, 0.53, 0.56), (0, 0, 0), (0.95, 0.80, 0.18), (0.90, 0.62, 0.62)], dtype=np.float32)
 
 
@@ -110,7 +111,8 @@ def _marked(pattern, x, y, z):
     for i in range(-1, 2):
         for j in range(-1, 2):
             for k in range(-1, 2):
-                ci, cj, ck = math.floor(x / cell) + i, math.floor(y / cell) + j, math.floor(z / cell) + k
+                ci, cj, ck = (math.floor(x / cell) + i, math.floor(y / cell)
+                              + j, math.floor(z / cell) + k)
                 px = (ci + 0.5 + 0.5 * (_hash(ci, cj, ck) - 0.5)) * cell
                 py = (cj + 0.5 + 0.5 * (_hash(cj, ck, ci) - 0.5)) * cell
                 pz = (ck + 0.5 + 0.5 * (_hash(ck, ci, cj) - 0.5)) * cell
@@ -219,7 +221,8 @@ def _backdrop(place, a, h, tint):
 @njit(fastmath=True)
 def _shadow(prims, x, y, z, lx, ly, lz):
     """1 in full light, 0 in full shadow, with a penumbra."""
-    middle = -x * lx + (0.85 - y) * ly - z * lz  # of the chord through the sphere that holds the character
+    # of the chord through the sphere that holds the character
+    middle = -x * lx + (0.85 - y) * ly - z * lz
     gap = 1.2 * 1.2 - (x * x + (0.85 - y) ** 2 + z * z - middle * middle)
     if gap <= 0.0:
         return 1.0
@@ -264,7 +267,8 @@ def _shade_character(prims, x, y, z, material, dx, dy, dz, sun, materials, patte
     lambert = max(nx * lx + ny * ly + nz * lz, 0.0)
     if lambert > 0.0:
         lambert *= _shadow(prims, x + nx * 0.02, y + ny * 0.02, z + nz * 0.02, lx, ly, lz)
-    occlusion = min(1.0, 0.45 + 3.4 * _distance(prims, x + nx * 0.16, y + ny * 0.16, z + nz * 0.16)[0])
+    occlusion = min(1.0,
+                    0.45 + 3.4 * _distance(prims, x + nx * 0.16, y + ny * 0.16, z + nz * 0.16)[0])
     hx, hy, hz = lx - dx, ly - dy, lz - dz
     hl = _length(hx, hy, hz)
     gloss = max((nx * hx + ny * hy + nz * hz) / hl, 0.0) ** 40 * 0.28 * min(1.0, lambert * 4)
@@ -287,7 +291,8 @@ def _turn(turn, x, z):
 @njit(fastmath=True)
 def _trace_character(prims, turn, ox, oy, oz, dx, dy, dz, sun, end, materials, pattern, place):
     """(hit, r, g, b): the character along a ray, up to distance `end`."""
-    cx, cy, cz = -ox, 0.85 - oy, -oz  # march only where the ray passes the sphere that holds every character
+    # march only where the ray passes the sphere that holds every character
+    cx, cy, cz = -ox, 0.85 - oy, -oz
     mid = cx * dx + cy * dy + cz * dz
     gap = 1.3 * 1.3 - (cx * cx + cy * cy + cz * cz - mid * mid)
     if gap <= 0.0:
@@ -310,10 +315,12 @@ def _trace_character(prims, turn, ox, oy, oz, dx, dy, dz, sun, end, materials, p
 
 @njit(fastmath=True)
 def _trace(prims, turn, ox, oy, oz, dx, dy, dz, sun, materials, pattern, place, tint):
-    """Colour seen along one ray, linear RGB; `sun` is its direction in the character's frame, and its warmth in [0, 1]."""
+    """Colour seen along one ray, linear RGB; `sun` is its direction in the character's frame, and
+    its warmth in [0, 1]."""
     level = WATERLINE if place == 3 else 0.0
     t_ground = (level - oy) / dy if dy < -1e-4 else FAR
-    hit, r, g, b = _trace_character(prims, turn, ox, oy, oz, dx, dy, dz, sun, t_ground, materials, pattern, place)
+    hit, r, g, b = _trace_character(prims, turn, ox, oy, oz, dx, dy, dz, sun, t_ground, materials,
+                                    pattern, place)
     if hit:
         return r, g, b
     azimuth, height = math.atan2(dx, -dz), math.asin(dy)
@@ -329,7 +336,8 @@ def _trace(prims, turn, ox, oy, oz, dx, dy, dz, sun, materials, pattern, place, 
         fade = min(1.0, max(0.0, (t_ground - 9.0) / 5.0))
         if place == 0:  # an endless studio: the floor runs into the wall
             wall = _backdrop(place, azimuth, 0.0, tint)
-            return (r * light * (1 - fade) + wall[0] * fade, g * light * (1 - fade) + wall[1] * fade,
+            return (r * light * (1 - fade) + wall[0] * fade,
+                    g * light * (1 - fade) + wall[1] * fade,
                     b * light * (1 - fade) + wall[2] * fade)
         return r * light, g * light, b * light
     return _backdrop(place, azimuth, height, tint)

@@ -11,9 +11,12 @@ from dbcore.toybox.scene import BUILD, CLASSES, COLORS, PLACES
 MAX_LENGTH = 56
 IDENTIFIERS = ("sks", "ohwx", "zwx")  # one token each, in no caption: rare words to teach
 OTHERS = [
-    "a", "an", "the", "photo", "of", "with", "wearing", "and", "hat", "hats", "spots", "stripes", "plain", "big",
-    "small", "shiny", "wet", "toy", "picture", "top", "house", "city", "mountain", "tree", "wheat", "field",
-    "street", "jungle", "water", "pink", "scarf", "glasses", "animal", "from", "left", "right", "side", "front",
+    "a", "an", "the", "photo", "of", "with", "wearing", "and", "hat", "hats", "spots", "stripes",
+    "plain", "big",
+    "small", "shiny", "wet", "toy", "picture", "top", "house", "city", "mountain", "tree", "wheat",
+    "field",
+    "street", "jungle", "water", "pink", "scarf", "glasses", "animal", "from", "left", "right",
+    "side", "front",
     "close", "up", "far", "away", "low", "sun",
 ]
 
@@ -27,19 +30,21 @@ def words() -> list[str]:
 def train_tokenizer(folder: Path) -> Path:
     """Write a CLIPTokenizer folder in which every one of `words()` is one token.
 
-    Byte-pair merges (Sennrich et al. 2016) are added until each word is whole; any other word falls into
-    pieces, as in the real tokenizer. The same list gives the same ids every time.
+    Byte-pair merges (Sennrich et al. 2016) are added until each word is whole; any other word falls
+    into pieces, as in the real tokenizer. The same list gives the same ids every time.
     """
     from transformers import CLIPTokenizer
 
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,'-!?")
     merges = merges_for(words())
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters),
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters,
+              *(f"{letter}</w>" for letter in letters),
               *("".join(merge) for merge in merges)]
     vocab = {token: k for k, token in enumerate(dict.fromkeys(tokens))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges)
+                                       + "\n")
     CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH).save_pretrained(folder)
     return folder
 

@@ -1,8 +1,12 @@
-"""What the package raises when its reader can put something right. Everything else that is raised is a bug."""
+"""What the package raises when its reader can put something right.
+
+Everything else that is raised is a bug.
+"""
 
 
 class DBCoreError(Exception):
-    """Names the file or option, what was found, and what to do; the command line shows it as one line.
+    """Names the file or option, what was found, and what to do; the command line shows it as one
+    line.
 
     Any other exception is a fault of this package or of a library, and keeps its traceback.
     """

@@ -1,7 +1,8 @@
-"""Files and folders that are whole or absent: written beside their name, flushed to the disk, then renamed.
+"""Files and folders that are whole or absent: written beside their name, flushed to the disk, then
+renamed.
 
-What is written has a name of its own (`.NAME.<8 hex digits>.partial`), so that two jobs never share one. The dot hides
-what a kill leaves from those who look for photos; `sweep` takes it away.
+What is written has a name of its own (`.NAME.<8 hex digits>.partial`), so that two jobs never share
+one. The dot hides what a kill leaves from those who look for photos; `sweep` takes it away.
 """
 
 import contextlib
@@ -19,15 +20,18 @@ LEFT = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
 
 class FileError(DBCoreError, OSError):
-    """A file or folder that cannot be written; `reason`: the system's own words, `fault`: those and the place."""
+    """A file or folder that cannot be written; `reason`: the system's own words, `fault`: those and
+    the place."""
 
     def __init__(self, place, reason):
         self.reason, self.fault = reason, f"{place} cannot be written to: {reason}"
-        super().__init__(f"{self.fault}. Free some space, check the permissions, or choose another folder")
+        super().__init__(f"{self.fault}. Free some space, check the permissions, "
+                         "or choose another folder")
 
 
 def is_of_files(error):
-    """Whether an OSError is the file system's (disk full, no permission), and not a network's or a library's."""
+    """Whether an OSError is the file system's (disk full, no permission), and not a network's or a
+    library's."""
     from_system = type(error).__module__ == "builtins" and error.errno is not None
     return isinstance(error, FileError) or (
         from_system and not isinstance(error, (ConnectionError, TimeoutError, ChildProcessError)))
@@ -46,10 +50,11 @@ def writing(place):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """The name to write a file under, which is flushed and renamed to `path` at the end of the block.
+    """The name to write a file under, which is flushed and renamed to `path` at the end of the
+    block.
 
-    The folder is made where it is missing. Where the block fails nothing is left, and a file that was there stays.
-    Raises FileError.
+    The folder is made where it is missing. Where the block fails nothing is left, and a file that
+    was there stays. Raises FileError.
     """
     path = Path(path)
     partial = name_beside(path)
@@ -65,7 +70,10 @@ def whole_file(path):
 
 
 def write_whole(path, data):
-    """`data` (bytes, or text, written as UTF-8) as a file that is whole or absent. Raises FileError."""
+    """`data` (bytes, or text, written as UTF-8) as a file that is whole or absent.
+
+    Raises FileError.
+    """
     with whole_file(path) as partial:
         partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
@@ -73,10 +81,12 @@ def write_whole(path, data):
 def write_beside(folder, files):
     """Write `files` ({name: bytes}) whole, and no other file over; returns what their names end in.
 
-    That is "" or, where a file that is not the same has one of the names, "-2", "-3", ... for all. Raises FileError.
+    That is "" or, where a file that is not the same has one of the names, "-2", "-3", ... for all.
+    Raises FileError.
     """
     def places(mark):
-        return {Path(folder, f"{Path(name).stem}{mark}{Path(name).suffix}"): data for name, data in files.items()}
+        return {Path(folder, f"{Path(name).stem}{mark}{Path(name).suffix}"): data
+                for name, data in files.items()}
 
     marks = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     mark = next(mark for mark in marks if not any(path.is_file() and path.read_bytes() != data
@@ -96,8 +106,9 @@ def save_png(image, path):
 def whole_folder(path, old=None):
     """A new folder to fill, which is flushed and takes the place of `path` at the end of the block.
 
-    A folder that is there already goes, by way of the name `old`, where a kill between two renames would leave it.
-    Where the block fails nothing is left, and a folder that was there stays. Raises FileError.
+    A folder that is there already goes, by way of the name `old`, where a kill between two renames
+    would leave it. Where the block fails nothing is left, and a folder that was there stays. Raises
+    FileError.
     """
     path = Path(path)
     partial = name_beside(path)
@@ -146,7 +157,8 @@ def home_folder():
 
 
 def sweep(folder, age=0.0):
-    """Remove what kills have left half-written in `folder` and the folders within, if it is `age` seconds old.
+    """Remove what kills have left half-written in `folder` and the folders within, if it is `age`
+    seconds old.
 
     A folder that other jobs may write to needs an `age`; theirs is younger.
     """

@@ -1,8 +1,8 @@
 """Pictures of pictures, and plain plots: rows of images with labels, lines and bars.
 
 Everything is drawn with matplotlib's object interface, never with pyplot: no window, no global
-figure list to leak, safe in threads and on machines without a screen. A figure that is the last value
-of a notebook cell shows itself.
+figure list to leak, safe in threads and on machines without a screen. A figure that is the last
+value of a notebook cell shows itself.
 """
 
 import io
@@ -40,11 +40,13 @@ class Picture(Figure):
         super().draw(renderer)
 
     def _repr_png_(self):
-        """A PNG of 256 colours: the eye sees the same, and a notebook that stores it is a third of the size."""
+        """A PNG of 256 colours: the eye sees the same, and a notebook that stores it is a third of
+        the size."""
         small = io.BytesIO()
         picture = Image.open(io.BytesIO(figure_png(self))).convert("RGB")
-        picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG).save(
-            small, "png", optimize=True)
+        palette = picture.quantize(256, method=Image.Quantize.MEDIANCUT,
+                                   dither=Image.Dither.FLOYDSTEINBERG)
+        palette.save(small, "png", optimize=True)
         return small.getvalue()
 
 
@@ -52,10 +54,11 @@ def image_grid(rows, row_labels=None, column_labels=None, title=None, cell=1.25,
     """Images in rows, with labels.
 
     `rows`: a list of lists of PIL images of any size; None leaves a cell empty, and a short row is
-    filled up with empty cells. `row_labels` (left of the rows) and `column_labels` (above the columns)
-    are lists of strings, as many as there are rows and columns. `cell`: side of one picture in inches;
-    `header`: the row above which the column labels stand, for a grid whose first rows are something else.
-    Returns a matplotlib Figure. Raises ValueError if there is nothing to draw or the labels do not fit.
+    filled up with empty cells. `row_labels` (left of the rows) and `column_labels` (above the
+    columns) are lists of strings, as many as there are rows and columns. `cell`: side of one
+    picture in inches; `header`: the row above which the column labels stand, for a grid whose first
+    rows are something else. Returns a matplotlib Figure. Raises ValueError if there is nothing to
+    draw or the labels do not fit.
     """
     rows = [list(row) for row in rows]
     width = max((len(row) for row in rows), default=0)
@@ -63,7 +66,8 @@ def image_grid(rows, row_labels=None, column_labels=None, title=None, cell=1.25,
         raise InputError("image_grid: no images were given; pass at least one row with one image")
     for name, labels, count in (("row", row_labels, len(rows)), ("column", column_labels, width)):
         if labels is not None and len(labels) != count:
-            raise InputError(f"image_grid: {len(labels)} {name}_labels for {count} {name}s; give one each")
+            raise InputError(f"image_grid: {len(labels)} {name}_labels for {count} "
+                             f"{name}s; give one each")
     margin = 1.3 if row_labels else 0.1
     lines = max((len(_wrap(label, cell).split("\n")) for label in column_labels or []), default=0)
     height = cell * len(rows) + 0.16 * lines + (0.4 if title else 0.1)
@@ -77,7 +81,8 @@ def image_grid(rows, row_labels=None, column_labels=None, title=None, cell=1.25,
             if image is not None:
                 axes[y, x].imshow(image, interpolation="lanczos")
     for axis, label in zip(axes[:, 0], row_labels or []):
-        axis.set_ylabel(_wrap(label, 1.5), rotation=0, ha="right", va="center", fontsize=8, color=INK)
+        axis.set_ylabel(_wrap(label, 1.5), rotation=0, ha="right", va="center", fontsize=8,
+                        color=INK)
     for axis, label in zip(axes[header], column_labels or []):
         axis.set_title(_wrap(label, cell), fontsize=8, color=INK, pad=3)
     if title:
@@ -91,7 +96,8 @@ def save_grid(path, rows, row_labels=None, column_labels=None, title=None, cell=
 
 
 def save_figure(path, figure):
-    """Write a figure as PNG, without the date and version stamps that make equal pictures differ."""
+    """Write a figure as PNG, without the date and version stamps that make equal pictures
+    differ."""
     path = Path(path)
     write_whole(path, figure_png(figure))
     return path
@@ -105,19 +111,24 @@ def figure_png(figure):
 
 
 def line_plot(series, xlabel, ylabel, title=None, size=(5.5, 3.0)):
-    """Lines over a common x. `series`: {name: (xs, ys)}. Colour and marker both tell lines apart."""
+    """Lines over a common x.
+
+    `series`: {name: (xs, ys)}. Colour and marker both tell lines apart.
+    """
     figure, axis = _framed(xlabel, ylabel, title, size)
     for k, (name, (xs, ys)) in enumerate(series.items()):
-        marker = MARKERS[(k + k // len(COLOURS)) % len(MARKERS)] if len(xs) <= 60 else None  # no pair comes twice
-        axis.plot(xs, ys, color=COLOURS[k % len(COLOURS)], marker=marker, markersize=3.5, linewidth=1.3,
-                  label=name)
+        # no pair comes twice
+        marker = MARKERS[(k + k // len(COLOURS)) % len(MARKERS)] if len(xs) <= 60 else None
+        axis.plot(xs, ys, color=COLOURS[k % len(COLOURS)], marker=marker, markersize=3.5,
+                  linewidth=1.3, label=name)
     if len(series) > 1:
         axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
 def running_mean(values, width):
-    """The mean of each value and those before it, `width` of them at most; a list as long as `values`."""
+    """The mean of each value and those before it, `width` of them at most; a list as long as
+    `values`."""
     windows = (values[max(0, k - width):k] for k in range(1, len(values) + 1))
     return [sum(window) / len(window) for window in windows]
 

@@ -1,8 +1,8 @@
 """Randomness without state: every random number is a function of (seed, stream, step, sample).
 
-A generator that is carried along must be saved, restored and kept in step between processes, and one
-draw more in one place changes all that follow. Here each draw names what it is for, so a resumed run,
-a run with other validation pictures and a run on more processes draw the same numbers.
+A generator that is carried along must be saved, restored and kept in step between processes, and
+one draw more in one place changes all that follow. Here each draw names what it is for, so a
+resumed run, a run with other validation pictures and a run on more processes draw the same numbers.
 """
 
 import hashlib
@@ -12,7 +12,10 @@ import torch
 
 
 def key(seed, stream, step=0, sample=0):
-    """A 63-bit integer that looks random: the hash of its arguments. `stream` says what is drawn."""
+    """A 63-bit integer that looks random: the hash of its arguments.
+
+    `stream` says what is drawn.
+    """
     text = f"{seed}/{stream}/{step}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
@@ -24,7 +27,8 @@ def generator(seed, stream, step=0, sample=0):
 
 def normal(shape, seed, stream, step=0, samples=(0,)):
     """Standard normal float32 of shape (len(samples), *shape), one generator a sample."""
-    return torch.stack([torch.randn(shape, generator=generator(seed, stream, step, s)) for s in samples])
+    return torch.stack([torch.randn(shape, generator=generator(seed, stream, step, s))
+                        for s in samples])
 
 
 def integer(high, seed, stream, step=0, sample=0):
@@ -33,7 +37,8 @@ def integer(high, seed, stream, step=0, sample=0):
 
 
 def uniform(seed, stream, step=0, sample=0):
-    """One number strictly between 0 and 1, float64, whose first three decimals are `integer(1000, ...)`."""
+    """One number strictly between 0 and 1, float64, whose first three decimals are `integer(1000,
+    ...)`."""
     rest, first = divmod(key(seed, stream, step, sample), 1000)
     return (first + (rest % 2**32 + 0.5) / 2**32) / 1000
 

@@ -1,8 +1,8 @@
 """One program as a process of its own, timed and watched from outside; `make bench` compares two.
 
-Its progress bars tell its stages apart, the system tells its highest resident memory. The process itself is
-this file too, `python -m bench.watch NOTES PROGRAM ...`, which imports nothing heavy, so that the
-program's own start-up is measured.
+Its progress bars tell its stages apart, the system tells its highest resident memory. The process
+itself is this file too, `python -m bench.watch NOTES PROGRAM ...`, which imports nothing heavy, so
+that the program's own start-up is measured.
 """
 
 import atexit
@@ -18,12 +18,13 @@ import types
 from functools import reduce
 from pathlib import Path
 
-# A progress bar of dbcore or of diffusers' script. A print is one write, so no read from the pipe cuts one in two.
+# A progress bar of dbcore or of diffusers' script. A print is one write, so no read from the pipe
+# cuts one in two.
 BAR = re.compile(r"(class images|encoding photos|steps): +\d+%\|[^|]*\| *(\d+)/\d+", re.IGNORECASE)
 STAGES = ("class images", "encoding photos", "steps")
 
 
-# --- outside ------------------------------------------------------------------------------------------
+# --- outside --------------------------------------------------------------------------------------
 
 
 def watch(program, folder, environment=None):
@@ -31,16 +32,18 @@ def watch(program, folder, environment=None):
 
     `environment`: variables beside those of this process.
 
-    Returns {"began": the time of day, "seconds", "marks": {bar: [(seconds, count)]}, "resident", "gpu_memory": bytes or
-    None, "code"}; what it printed is in `folder`/log.txt.
+    Returns {"began": the time of day, "seconds", "marks": {bar: [(seconds, count)]}, "resident",
+    "gpu_memory": bytes or None, "code"}; what it printed is in `folder`/log.txt.
     """
     notes, marks = Path(folder, "notes.json"), {}
     environment = {**os.environ, **(environment or {})}
     environment.pop("TQDM_DISABLE", None)  # bars are read
     tests = str(Path(__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [tests, environment.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None,
+                                                       [tests, environment.get("PYTHONPATH")]))
     clock, began = time.time(), time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", __name__, str(notes), *program], stdin=subprocess.DEVNULL,
+    process = subprocess.Popen([sys.executable, "-m", __name__, str(notes), *program],
+                               stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     with process.stdout as output, open(Path(folder, "log.txt"), "wb") as log:
         while chunk := os.read(output.fileno(), 1 << 16):
@@ -51,14 +54,16 @@ def watch(program, folder, environment=None):
     resident = wait(process)
     seconds = time.perf_counter() - began
     gpu_memory = json.loads(notes.read_text())["gpu_memory"] if notes.is_file() else None
-    return {"began": clock, "seconds": seconds, "marks": marks, "resident": resident, "gpu_memory": gpu_memory,
+    return {"began": clock, "seconds": seconds, "marks": marks, "resident": resident,
+            "gpu_memory": gpu_memory,
             "code": process.returncode}
 
 
 def wait(process):
     """Wait for its end; its highest resident memory in bytes, None on Windows.
 
-    Linux counts in what the parent held as it forked, so the parent should have imported nothing heavy.
+    Linux counts in what the parent held as it forked, so the parent should have imported nothing
+    heavy.
     """
     if not hasattr(os, "wait4"):
         process.wait()
@@ -69,7 +74,8 @@ def wait(process):
 
 
 def rate(marks):
-    """Steps a second, without the first tenth (which warms up) and the last (which saves); None for too few.
+    """Steps a second, without the first tenth (which warms up) and the last (which saves); None for
+    too few.
 
     `marks`: [(seconds, count)]; of several prints of one count the last is the end of its step.
     """
@@ -87,7 +93,7 @@ def stages(marks, seconds):
     return {"start-up and loading": seconds - sum(parts.values()), **parts}
 
 
-# --- inside -------------------------------------------------------------------------------------------
+# --- inside ---------------------------------------------------------------------------------------
 
 
 def main(notes, program, *words):
@@ -117,11 +123,13 @@ def stand_in_for_torchvision():
     module.transforms = types.SimpleNamespace(**photo_transforms())
     sys.modules["torchvision"] = module
     find = importlib.util.find_spec
-    importlib.util.find_spec = lambda name, package=None: None if name == "torchvision" else find(name, package)
+    importlib.util.find_spec = (lambda name, package=None: None if name == "torchvision"
+                                else find(name, package))
 
 
 def photo_transforms():
-    """{name: maker of a function of a picture}: what diffusers' script takes from torchvision.transforms."""
+    """{name: maker of a function of a picture}: what diffusers' script takes from
+    torchvision.transforms."""
     import numpy as np
     import torch
     from PIL.Image import Resampling
@@ -130,7 +138,8 @@ def photo_transforms():
         return lambda image: reduce(lambda x, step: step(x), steps, image)
 
     def resize(size, interpolation):  # the shorter side becomes `size`
-        return lambda image: image.resize([round(s * size / min(image.size)) for s in image.size], interpolation)
+        return lambda image: image.resize([round(s * size / min(image.size)) for s in image.size],
+                                          interpolation)
 
     def crop(size, place):
         def cut(image):
@@ -139,7 +148,10 @@ def photo_transforms():
         return cut
 
     def to_tensor():  # (3, h, w) in [0, 1]
-        return lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
+        def tensor(image):
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
+
+        return tensor
 
     def normalize(mean, std):
         mean, std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
@@ -148,7 +160,8 @@ def photo_transforms():
     return {
         "Compose": compose, "Resize": resize, "ToTensor": to_tensor, "Normalize": normalize,
         "RandomCrop": lambda size: crop(size, lambda room: int(torch.randint(room + 1, ()))),
-        "CenterCrop": lambda size: crop(size, lambda room: room // 2), "InterpolationMode": Resampling,
+        "CenterCrop": lambda size: crop(size, lambda room: room // 2),
+        "InterpolationMode": Resampling,
     }  # fmt: skip
 
 

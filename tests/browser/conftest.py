@@ -1,4 +1,7 @@
-"""A JupyterLab server and a headless Chromium. Skipped where there is no chromium or chromedriver."""
+"""A JupyterLab server and a headless Chromium.
+
+Skipped where there is no chromium or chromedriver.
+"""
 
 import os
 import shutil
@@ -21,10 +24,12 @@ def chromium():
     webdriver = pytest.importorskip("selenium.webdriver")
     paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if not all(paths):
-        pytest.skip("no chromium or chromedriver (Debian: apt-get install chromium chromium-driver)")
+        pytest.skip("no chromium or chromedriver (Debian: apt-get install chromium "
+                    "chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = paths[0]
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1600"):
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage",
+                     "--window-size=1400,1600"):
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
     yield driver
@@ -38,16 +43,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(folder):
-    """The address of a JupyterLab in `folder`, with settings of its own and the packages of this Python."""
+    """The address of a JupyterLab in `folder`, with settings of its own and the packages of this
+    Python."""
     port = _free_port()
     home = folder / ".settings"
     quiet = home / "lab" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false"}')  # else a question about news lies over the page
-    environment = os.environ | {f"JUPYTER_{kind}_DIR": str(home / kind) for kind in ("CONFIG", "DATA", "RUNTIME")} | {
-        "JUPYTERLAB_SETTINGS_DIR": str(home / "lab"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+    environment = os.environ | {f"JUPYTER_{kind}_DIR": str(home / kind)
+                                for kind in ("CONFIG", "DATA", "RUNTIME")} | {
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "lab"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
         "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--expose-app-in-browser",
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root",
+               "--expose-app-in-browser",
                f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
                f"--ServerApp.root_dir={folder}"]  # fmt: skip
     with open(folder / "server.log", "w") as log:
@@ -123,9 +132,10 @@ class Page:
         self.wait(lambda: self.kernel() == "idle")
         found = self.driver.execute_script(
             "const notebook = window.jupyterapp.shell.currentWidget.content;"
-            "const at = notebook.widgets.findIndex(cell => cell.model.sharedModel.source.includes(arguments[0]));"
-            "if (at >= 0) { notebook.activeCellIndex = at; window.jupyterapp.commands.execute('notebook:run-all-below'); }"
-            "return at;", text)
+            "const at = notebook.widgets.findIndex(cell => "
+            "cell.model.sharedModel.source.includes(arguments[0]));if (at >= 0) { "
+            "notebook.activeCellIndex = at; "
+            "window.jupyterapp.commands.execute('notebook:run-all-below'); }return at;", text)
         assert found >= 0, f"no cell has {text}"
 
     def kernel(self):
@@ -164,7 +174,8 @@ def open_cells(chromium, server, folder):
     def open_(name, *cells):
         cells = [new_code_cell(cell) if isinstance(cell, str) else cell for cell in cells]
         kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{name}.ipynb")
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}),
+                       folder / f"{name}.ipynb")
         return Page(chromium, server, f"{name}.ipynb")
     return open_
 

@@ -61,7 +61,8 @@ def test_what_goes_wrong_is_read_on_the_panel(open_cells):
     page = open_cells("wrong", SWATCH.replace("red > 250", "red > 0"))
     page.run_all()
     page.wait(lambda: page.find(".noUi-handle"))[0].send_keys(Keys.ARROW_RIGHT)
-    page.wait(lambda: any("ValueError: too red" in words.text for words in page.find(".widget-html pre")))
+    page.wait(lambda: any("ValueError: too red" in words.text
+                          for words in page.find(".widget-html pre")))
     assert not page.find(".widget-image")[0].is_displayed()
 
 
@@ -82,7 +83,8 @@ def test_stop_ends_a_training_run(open_cells):
 def test_without_a_kernel_the_still_picture_is_seen(open_cells):
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), (0, 128, 0)).save(buffer, "png")
-    data = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": "Panel with red"}
+    data = {"image/png": base64.b64encode(buffer.getvalue()).decode(),
+            "text/plain": "Panel with red"}
     stored = new_output("execute_result", data, execution_count=1)
     page = open_cells("still", new_code_cell(SWATCH, execution_count=1, outputs=[stored]))
     (image,) = page.wait(lambda: page.find(".jp-RenderedImage img"))
@@ -94,4 +96,5 @@ def test_stop_is_heard_while_another_cell_waits_for_the_run(open_cells):
     page.start_all()
     page.wait(lambda: any("of 2000, about" in label.text for label in page.find(".widget-label")))
     page.find("button.widget-button")[0].click()
-    page.wait(lambda: any("saved at step" in output.text for output in page.find(".jp-OutputArea-output")), 15)
+    page.wait(lambda: any("saved at step" in output.text
+                          for output in page.find(".jp-OutputArea-output")), 15)

@@ -17,7 +17,7 @@ def check_99_double(double):
     return "twice as much."
 
 
-@pytest.mark.parametrize("answer, words", [
+@pytest.mark.parametrize(("answer", "words"), [
     (None, "nothing to look at yet"),
     (..., "nothing to look at yet"),
     (lambda x: ..., "double(2) gives nothing yet"),
@@ -33,15 +33,18 @@ def check_99_double(double):
 def test_a_wrong_answer_is_told_why(answer, words):
     verdict = check_99_double(answer)
     assert not verdict
-    assert repr(verdict).startswith("Not yet: ") and words in repr(verdict)
+    assert repr(verdict).startswith("Not yet: ")
+    assert words in repr(verdict)
 
 
 def test_the_right_answer_is_told_so():
     verdict = check_99_double(lambda x: 2 * x)
-    assert verdict and repr(verdict) == "Right: twice as much."
+    assert verdict
+    assert repr(verdict) == "Right: twice as much."
 
 
-@pytest.mark.parametrize("got", [[1, 2], (1.0, 2.0), np.array([1, 2]), torch.tensor([1.0, 2.0], requires_grad=True)])
+@pytest.mark.parametrize("got", [[1, 2], (1.0, 2.0), np.array([1, 2]),
+                                 torch.tensor([1.0, 2.0], requires_grad=True)])
 def test_same_takes_any_kind_of_numbers(got):
     same(got, [1, 2], "x")
     with pytest.raises(checks.NotYet, match="off most at entry 1: 2; expected 3"):
@@ -67,4 +70,5 @@ def test_an_interrupt_is_not_taken_for_an_answer():
 def test_every_check_is_named_after_its_notebook():
     assert "check_99_double" in CHECKS
     assert all(re.fullmatch(r"check_\d\d_[a-z0-9_]+", name) for name in CHECKS)
-    assert all(check.__module__ == __name__ or getattr(checks, name) is check for name, check in CHECKS.items())
+    assert all(check.__module__ == __name__ or getattr(checks, name) is check
+               for name, check in CHECKS.items())

@@ -1,4 +1,5 @@
-"""Panels, driven as a browser drives them: a control's value is set, and what the panel then shows is looked at."""
+"""Panels, driven as a browser drives them: a control's value is set, and what the panel then shows
+is looked at."""
 
 import asyncio
 import base64
@@ -35,7 +36,7 @@ def words(panel):
     return panel._screen.text.value
 
 
-# --- explore --------------------------------------------------------------------------------------------
+# --- explore --------------------------------------------------------------------------------------
 
 
 def test_moving_a_control_shows_the_function_of_its_value():
@@ -44,16 +45,18 @@ def test_moving_a_control_shows_the_function_of_its_value():
     assert seen(panel)[0, 0].tolist() == [10, 0, 0]
     panel.controls["red"].value = 200
     assert seen(panel)[0, 0].tolist() == [200, 0, 0]
-    assert panel.value == {"red": 200} and panel.picture().getpixel((0, 0)) == (200, 0, 0)
+    assert panel.value == {"red": 200}
+    assert panel.picture().getpixel((0, 0)) == (200, 0, 0)
 
 
 def test_moving_from_code_is_moving_by_hand():
     panel = widgets.explore(swatch, red=(0, 255))
     panel.set(red=77)
-    assert panel.controls["red"].value == 77 and seen(panel)[0, 0, 0] == 77
+    assert panel.controls["red"].value == 77
+    assert seen(panel)[0, 0, 0] == 77
 
 
-@pytest.mark.parametrize("spec, kind, value, other", [
+@pytest.mark.parametrize(("spec", "kind", "value", "other"), [
     ((0, 10), "IntSlider", 0, 3),
     ((0, 10, 5), "IntSlider", 0, 5),
     ((0.0, 2.0), "FloatSlider", 0.0, 1.3),
@@ -66,24 +69,32 @@ def test_moving_from_code_is_moving_by_hand():
 def test_kinds_of_controls(spec, kind, value, other):
     panel = widgets.explore(lambda x: str(x), x=spec)
     control = panel.controls["x"]
-    assert type(control).__name__ == kind and panel.value == {"x": value} and control.value == value
+    assert type(control).__name__ == kind
+    assert panel.value == {"x": value}
+    assert control.value == value
     control.value = other
-    assert panel.value == {"x": other} and str(other) in words(panel)
-    assert not getattr(control, "continuous_update", False), "every pixel of a drag would call the function"
+    assert panel.value == {"x": other}
+    assert str(other) in words(panel)
+    assert not getattr(control, "continuous_update",
+                       False), "every pixel of a drag would call the function"
 
 
 def test_the_functions_defaults_are_where_controls_start():
-    panel = widgets.explore(lambda steps=20, place="beach": f"{steps} {place}", steps=(5, 50), place=["snow", "beach"])
-    assert panel.value == {"steps": 20, "place": "beach"} and panel.controls["place"].value == "beach"
+    panel = widgets.explore(lambda steps=20, place="beach": f"{steps} {place}", steps=(5, 50),
+                            place=["snow", "beach"])
+    assert panel.value == {"steps": 20, "place": "beach"}
+    assert panel.controls["place"].value == "beach"
 
 
-@pytest.mark.parametrize("result, pictured, worded", [
-    (swatch(), True, False), ("a < b", False, True), ((swatch(), "why"), True, True), ((None, "why"), False, True),
+@pytest.mark.parametrize(("result", "pictured", "worded"), [
+    (swatch(), True, False), ("a < b", False, True), ((swatch(), "why"), True, True),
+    ((None, "why"), False, True),
 ])  # fmt: skip
 def test_pictures_and_words(result, pictured, worded):
     panel = widgets.explore(lambda x: result, x=(0, 1))
     panel.controls["x"].value = 1
-    assert (seen(panel) is not None) == pictured and bool(words(panel)) == worded
+    assert (seen(panel) is not None) == pictured
+    assert bool(words(panel)) == worded
     assert "a < b" not in words(panel)  # escaped
 
 
@@ -96,9 +107,11 @@ def test_an_error_stands_on_the_panel_and_goes_away():
     panel = widgets.explore(root, x=(-1, 1))
     panel.set(x=1)
     panel.set(x=-1)
-    assert seen(panel) is None and "ValueError: x must not be negative" in words(panel)
+    assert seen(panel) is None
+    assert "ValueError: x must not be negative" in words(panel)
     panel.set(x=1)
-    assert seen(panel) is not None and words(panel) == ""
+    assert seen(panel) is not None
+    assert words(panel) == ""
 
 
 def test_a_panel_is_a_live_view_a_still_picture_and_a_line_of_words():
@@ -107,7 +120,8 @@ def test_a_panel_is_a_live_view_a_still_picture_and_a_line_of_words():
     assert bundle["text/plain"] == "Panel with red"
     assert bundle[widgets.VIEW]["model_id"] == panel.widget.model_id
     still = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
-    assert still.size == (256, 256) and still.getpixel((5, 5)) == (10, 0, 0)
+    assert still.size == (256, 256)
+    assert still.getpixel((5, 5)) == (10, 0, 0)
 
 
 def test_on_colab_only_the_live_view_is_sent(monkeypatch):
@@ -120,30 +134,35 @@ def test_without_ipywidgets_the_still_picture_remains(monkeypatch):
     panel = widgets.explore(swatch, red=(0, 255))
     panel.set(red=99)
     bundle = panel._repr_mimebundle_()
-    assert set(bundle) == {"text/plain", "image/png"} and panel.picture().getpixel((0, 0)) == (99, 0, 0)
+    assert set(bundle) == {"text/plain", "image/png"}
+    assert panel.picture().getpixel((0, 0)) == (99, 0, 0)
 
 
-# --- the course's panels --------------------------------------------------------------------------------
+# --- the course's panels --------------------------------------------------------------------------
 
 
 def test_timestep_slider_shows_the_frame_of_its_timestep():
     panel = widgets.timestep_slider([swatch(0), swatch(100), swatch(200)], [0, 500, 999])
     panel.controls["timestep"].value = 999
-    assert panel.value == {"timestep": 999} and seen(panel)[0, 0, 0] == 200
-    rows = widgets.timestep_slider([[swatch(0), swatch(50)], [swatch(100), swatch(150)]], [0, 1], label="step")
+    assert panel.value == {"timestep": 999}
+    assert seen(panel)[0, 0, 0] == 200
+    rows = widgets.timestep_slider([[swatch(0), swatch(50)], [swatch(100), swatch(150)]], [0, 1],
+                                   label="step")
     rows.controls["step"].value = 1
     assert {100, 150} <= set(seen(rows)[..., 0].flat)
 
 
 def test_a_frame_is_needed_for_every_timestep():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="shorter"):
         widgets.timestep_slider([swatch()], [0, 1])
 
 
 def test_before_after_shows_both_pictures_of_a_label():
-    panel = widgets.before_after([swatch(20), swatch(40)], [swatch(200), swatch(220)], ["seed 0", "seed 1"])
+    panel = widgets.before_after([swatch(20), swatch(40)], [swatch(200), swatch(220)],
+                                 ["seed 0", "seed 1"])
     panel.controls["picture"].value = "seed 1"
-    assert {40, 220} <= set(seen(panel)[..., 0].flat) and not {20, 200} <= set(seen(panel)[..., 0].flat)
+    assert {40, 220} <= set(seen(panel)[..., 0].flat)
+    assert not {20, 200} <= set(seen(panel)[..., 0].flat)
 
 
 @pytest.fixture
@@ -152,29 +171,34 @@ def folder_of_photos(tmp_path):
     swatch(60, 20).save(tmp_path / "small.png")
     photos = [Photo(tmp_path / "good.png", (300, 300)), Photo(tmp_path / "small.png", (20, 20))]
     problems = [Problem(tmp_path / "small.png", "small", "20 pixels only"),
-                Problem(tmp_path / "notes.png", "broken", "not a picture", skipped=True)]  # fmt: skip
+                Problem(tmp_path / "notes.png", "broken", "not a picture", skipped=True)]
     return photos, problems
 
 
 def test_the_doctor_shows_each_file_and_what_is_wrong(folder_of_photos):
     panel = widgets.photo_doctor(*folder_of_photos)
     panel._repr_mimebundle_()
-    assert seen(panel)[0, 0, 0] == 120 and "Nothing wrong" in words(panel)
+    assert seen(panel)[0, 0, 0] == 120
+    assert "Nothing wrong" in words(panel)
     panel.controls["photo"].value = "small.png"
-    assert seen(panel)[0, 0, 0] == 60 and "20 pixels only" in words(panel)
+    assert seen(panel)[0, 0, 0] == 60
+    assert "20 pixels only" in words(panel)
     panel.controls["photo"].value = "notes.png"
-    assert seen(panel) is None and "not a picture [skipped]" in words(panel)
+    assert seen(panel) is None
+    assert "not a picture [skipped]" in words(panel)
 
 
 def test_the_doctors_sheet_has_every_photo_with_its_verdict(folder_of_photos):
     titles = [axis.get_title() for axis in widgets.doctor_sheet(*folder_of_photos).axes]
-    assert titles[:2] == ["good.png: good", "small.png: small"] and set(titles[2:]) == {""}
+    assert titles[:2] == ["good.png: good", "small.png: small"]
+    assert set(titles[2:]) == {""}
 
 
 def test_a_photo_whose_mask_is_bad_is_not_called_good(folder_of_photos):
     photos, problems = folder_of_photos
     path = photos[0].path
-    problems = [*problems, Problem(path.with_suffix(".mask.png"), "mask", "black: nothing is learnt", photo=path)]
+    problems = [*problems, Problem(path.with_suffix(".mask.png"), "mask",
+                                   "black: nothing is learnt", photo=path)]
     assert widgets.doctor_sheet(photos, problems).axes[0].get_title() == "good.png: mask"
     assert widgets.photo_doctor(photos, problems)._call()[1] == "black: nothing is learnt"
 
@@ -196,8 +220,11 @@ def test_what_is_outside_the_crop_box_is_darker():
     photo = Image.new("RGB", (300, 200), (200, 200, 200))
     left, right = widgets.draw_crop(photo, (0, 50, 100, 150)).axes
     dark, kept = (np.asarray(axis.images[0].get_array()) for axis in (left, right))
-    assert kept.shape[:2] == (100, 100) and (kept == 200).all()
-    assert dark[100, 50, 0] == 200 and dark[100, 250, 0] in (79, 80) and dark[50, 0, 0] == 255
+    assert kept.shape[:2] == (100, 100)
+    assert (kept == 200).all()
+    assert dark[100, 50, 0] == 200
+    assert dark[100, 250, 0] in (79, 80)
+    assert dark[50, 0, 0] == 255
 
 
 def test_a_designed_subject_is_a_character():
@@ -207,23 +234,26 @@ def test_a_designed_subject_is_a_character():
         drawn.append(dict(values))
         return swatch()
 
-    menus = {"kind": CLASSES, "color": COLORS, "pattern": PATTERNS, "color2": COLORS, "hat": ["", *COLORS]}
+    menus = {"kind": CLASSES, "color": COLORS, "pattern": PATTERNS, "color2": COLORS,
+             "hat": ["", *COLORS]}
     panel = widgets.design_subject(render, menus, PROPORTIONS, {"kind": "duck", "color": "pink"})
     panel.controls["hat"].value = "blue"
     panel.controls["ears"].value = 0.9
     wanted = {"kind": "duck", "color": "pink", "hat": "blue", "ears": 0.9, "tail": 0.5}
-    assert wanted.items() <= panel.value.items() and drawn[-1] == panel.value
+    assert wanted.items() <= panel.value.items()
+    assert drawn[-1] == panel.value
     assert Character(**panel.value).ears == 0.9
 
 
-# --- the dashboard ---------------------------------------------------------------------------------------
+# --- the dashboard --------------------------------------------------------------------------------
 
 
 def trainer(dashboard, steps, begun=None, gate=None):
     """A run that keeps to the contract: callback after each step, should_stop asked after it."""
     def train():
         for step in range(1, steps + 1):
-            dashboard.update({"step": step, "steps": steps, "loss": 1 / step, "lr": 1e-4, "seconds": 0.1 * step})
+            dashboard.update({"step": step, "steps": steps, "loss": 1 / step, "lr": 1e-4,
+                              "seconds": 0.1 * step})
             if begun:
                 begun.set()
             if gate:
@@ -239,9 +269,12 @@ def test_a_run_is_shown_to_its_end():
     dashboard = widgets.Dashboard()
     assert dashboard.run(trainer(dashboard, 30)) is dashboard
     assert dashboard.result() == 30
-    assert list(dashboard.losses) == list(range(1, 31)) and dashboard.losses[10] == 0.1
-    assert (dashboard.bar.value, dashboard.bar.max) == (30, 30) and dashboard.words.value == "step 30 of 30"
-    assert dashboard.button.disabled and dashboard.button.description == "Done"
+    assert list(dashboard.losses) == list(range(1, 31))
+    assert dashboard.losses[10] == 0.1
+    assert (dashboard.bar.value, dashboard.bar.max) == (30, 30)
+    assert dashboard.words.value == "step 30 of 30"
+    assert dashboard.button.disabled
+    assert dashboard.button.description == "Done"
     line = dashboard.picture().axes[0].lines[0]
     assert line.get_ydata()[-1] == 1 / 30
     assert dashboard.validation().axes[0].get_ylabel() == "a dog"
@@ -253,9 +286,11 @@ def test_the_stop_button_ends_the_run_after_its_step():
     dashboard.run(trainer(dashboard, 1000, begun, gate))
     assert begun.wait(5)
     dashboard.button.click()
-    assert dashboard.button.disabled and dashboard.button.description == "Stopping"
+    assert dashboard.button.disabled
+    assert dashboard.button.description == "Stopping"
     gate.set()
-    assert dashboard.result() == 1 and dashboard.button.description == "Stopped"
+    assert dashboard.result() == 1
+    assert dashboard.button.description == "Stopped"
 
 
 def test_interrupting_the_wait_stops_the_run_in_order(monkeypatch):
@@ -295,7 +330,8 @@ def test_cancelling_the_wait_stops_the_run_in_order():
         return await waiting
 
     dashboard.run(trainer(dashboard, 1000, gate=gate))
-    assert asyncio.run(interrupted()) < 1000 and dashboard.stopped
+    assert asyncio.run(interrupted()) < 1000
+    assert dashboard.stopped
 
 
 def test_an_error_of_the_run_is_shown_and_raised_in_the_waiting_cell():
@@ -324,7 +360,8 @@ def test_a_run_that_was_stopped_says_so_without_the_way_it_came():
     with pytest.raises(RuntimeError, match="stopped after step") as raised:
         dashboard.result()
     assert "stops" not in [frame.name for frame in raised.traceback]
-    assert "RuntimeError: stopped after step" in words(dashboard) and seen(dashboard) is None
+    assert "RuntimeError: stopped after step" in words(dashboard)
+    assert seen(dashboard) is None
 
 
 def test_two_runs_at_once_are_refused_and_a_second_starts_afresh():
@@ -338,9 +375,12 @@ def test_two_runs_at_once_are_refused_and_a_second_starts_afresh():
     gate.set()
     dashboard.result()
     dashboard.run(trainer(dashboard, 3, gate=(again := threading.Event())))
-    assert not dashboard.button.disabled and dashboard.button.description == "Stop"
+    assert not dashboard.button.disabled
+    assert dashboard.button.description == "Stop"
     again.set()
-    assert dashboard.result() == 3 and list(dashboard.losses) == [1, 2, 3] and not dashboard.stopped
+    assert dashboard.result() == 3
+    assert list(dashboard.losses) == [1, 2, 3]
+    assert not dashboard.stopped
 
 
 def test_what_the_run_prints_stays_with_it(capsys):
@@ -410,10 +450,13 @@ def test_a_dashboard_without_ipywidgets_still_runs(monkeypatch):
     monkeypatch.setattr(widgets, "ipywidgets", None)
     dashboard = widgets.Dashboard()
     dashboard.run(trainer(dashboard, 5))
-    assert dashboard.result() == 5 and set(dashboard._repr_mimebundle_()) == {"text/plain"}
+    assert dashboard.result() == 5
+    assert set(dashboard._repr_mimebundle_()) == {"text/plain"}
     assert dashboard.picture() is not None
 
 
 def test_panels_import_no_engine():
     source = Path(widgets.__file__).read_text()
-    assert "dbcore.engines" not in source and "dbcore.models" not in source and "import torch" not in source
+    assert "dbcore.engines" not in source
+    assert "dbcore.models" not in source
+    assert "import torch" not in source

@@ -18,7 +18,8 @@ from dbcore.datasets.photos import Photo, PhotoError, gather_photos
 from dbcore.models.base import load_base
 from dbcore.utils.seeding import integer
 
-OPTIONS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog", "resolution": 32,
+OPTIONS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog",
+           "resolution": 32,
            "train_batch_size": 1}
 
 
@@ -44,7 +45,8 @@ def photos(tmp_path_factory):
     """Four real files: squares and oblongs, one with a mask, one with a caption."""
     folder, numbers = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for k, (width, height) in enumerate([(40, 40), (60, 40), (40, 70), (48, 48)]):
-        Image.fromarray(numbers.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+        Image.fromarray(numbers.integers(0, 255, (height, width, 3),
+                                         dtype=np.uint8)).save(folder / f"{k}.png")
     Image.fromarray(np.tri(40, dtype=np.uint8) * 255).save(folder / "0.mask.png")
     (folder / "1.txt").write_text("a photo of sks dog on the beach")
     return gather_photos(folder)[0]
@@ -53,15 +55,17 @@ def photos(tmp_path_factory):
 def test_a_photo_of_the_subject_is_refused_as_one_of_the_class(photos, tmp_path):
     """The folders are two, and one links to the other."""
     (tmp_path / "class").symlink_to(photos[0].path.parent, target_is_directory=True)
-    with pytest.raises(PhotoError, match="--class_data_dir leads to .*, which is a photo of the subject"):
+    with pytest.raises(PhotoError,
+                       match=r"--class_data_dir leads to .*, which is a photo of the subject"):
         refuse_shared(photos, gather_photos(tmp_path)[0])
     refuse_shared(photos[:2], photos[2:])
     shutil.copy(photos[0].path, tmp_path / "copy.png")
-    with pytest.raises(PhotoError, match="leads to .*copy.png, which is a photo of the subject"):
-        refuse_shared(photos, [photo for photo in gather_photos(tmp_path)[0] if photo.path.name == "copy.png"])
+    with pytest.raises(PhotoError, match=r"leads to .*copy.png, which is a photo of the subject"):
+        refuse_shared(photos, [photo for photo in gather_photos(tmp_path)[0]
+                               if photo.path.name == "copy.png"])
 
 
-# --- order -----------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
@@ -70,14 +74,16 @@ def test_the_subject_comes_first_then_as_many_of_the_class(batch):
     for step in range(4):
         samples = data.samples(step)
         assert [s.is_class for s in samples] == [False] * batch + [True] * batch
-        assert [s.prompt for s in samples] == ["a photo of sks dog"] * batch + ["a photo of a dog"] * batch
+        assert ([s.prompt for s in samples] == ["a photo of sks dog"] * batch
+                + ["a photo of a dog"] * batch)
         assert all(name.startswith("class") for name in names(samples)[batch:])
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_without_class_pictures_the_batch_is_the_subject_alone(batch):
     samples = DreamBoothData(config(train_batch_size=batch), named(5)).samples(0)
-    assert len(samples) == batch and not any(s.is_class for s in samples)
+    assert len(samples) == batch
+    assert not any(s.is_class for s in samples)
 
 
 def test_three_photos_in_batches_of_two_are_seen_equally_often():
@@ -92,35 +98,44 @@ def test_each_pass_has_every_photo_once_in_an_order_of_its_own():
     data = DreamBoothData(config(), named(8))
     seen = [names(data.samples(step))[0] for step in range(24)]
     passes = [seen[k:k + 8] for k in (0, 8, 16)]
-    assert all(len(set(one)) == 8 for one in passes) and passes[0] != passes[1] != passes[2]
+    assert all(len(set(one)) == 8 for one in passes)
+    assert passes[0] != passes[1] != passes[2]
     other = DreamBoothData(config(seed=1), named(8))
     assert [names(other.samples(step))[0] for step in range(8)] != passes[0]
 
 
 def test_a_step_can_be_asked_for_alone():
     """What a resumed run does: nothing before the step was drawn."""
-    run, resumed = (DreamBoothData(config(train_batch_size=2), named(5), named(9, "class")) for _ in range(2))
+    run, resumed = (DreamBoothData(config(train_batch_size=2), named(5), named(9, "class"))
+                    for _ in range(2))
     before = [run.samples(step) for step in range(12)]
     assert resumed.samples(11) == before[11]
 
 
-# --- processes and accumulation --------------------------------------------------------------------------
+# --- processes and accumulation -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world, batch, micros", [(2, 1, 1), (2, 3, 1), (4, 2, 1), (1, 2, 4), (2, 2, 2)])
-def test_processes_and_accumulation_draw_what_one_large_batch_draws(base, photos, world, batch, micros):
+@pytest.mark.parametrize(("world", "batch", "micros"),
+                         [(2, 1, 1), (2, 3, 1), (4, 2, 1), (1, 2, 4), (2, 2, 2)])
+def test_processes_and_accumulation_draw_what_one_large_batch_draws(base, photos, world, batch,
+                                                                    micros):
     options = {"random_flip": True, "noise_offset": 0.1, "seed": 3}
-    whole = DreamBoothData(config(train_batch_size=world * batch * micros, **options), photos, photos[::-1])
-    parts = DreamBoothData(config(train_batch_size=batch, gradient_accumulation_steps=micros, **options),
+    whole = DreamBoothData(config(train_batch_size=world * batch * micros, **options), photos,
+                           photos[::-1])
+    parts = DreamBoothData(config(train_batch_size=batch, gradient_accumulation_steps=micros,
+                                  **options),
                            photos, photos[::-1])
     for step in (0, 5):
         wanted = whole.samples(step)
-        got = [parts.samples(step, micro, rank, world) for micro in range(micros) for rank in range(world)]
-        subject, of_class = ([s for part in got for s in part if s.is_class == kind] for kind in (False, True))
+        got = [parts.samples(step, micro, rank, world) for micro in range(micros)
+               for rank in range(world)]
+        subject, of_class = ([s for part in got for s in part if s.is_class == kind]
+                             for kind in (False, True))
         assert subject + of_class == wanted
         for sample in wanted:
             ours, theirs = (d.draws(sample, step, (4, 16, 16)) for d in (whole, parts))
-            assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2])) and ours[2] == theirs[2]
+            assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2]))
+            assert ours[2] == theirs[2]
 
 
 def test_every_draw_is_its_own():
@@ -133,21 +148,26 @@ def test_every_draw_is_its_own():
 
 
 def test_class_pictures_change_nothing_for_the_subject():
-    alone, beside = (DreamBoothData(config(random_flip=True), named(5), c) for c in ([], named(3, "class")))
+    alone, beside = (DreamBoothData(config(random_flip=True), named(5), c)
+                     for c in ([], named(3, "class")))
     for step in range(6):
         (one, *_), (two, *_) = alone.samples(step), beside.samples(step)
         assert one == two
-        assert torch.equal(alone.draws(one, step, (4, 4, 4))[1], beside.draws(two, step, (4, 4, 4))[1])
+        assert torch.equal(alone.draws(one, step, (4, 4, 4))[1],
+                           beside.draws(two, step, (4, 4, 4))[1])
 
 
-# --- words and views -------------------------------------------------------------------------------------
+# --- words and views ------------------------------------------------------------------------------
 
 
 def test_a_photos_caption_wins_over_the_prompt(photos):
     data = DreamBoothData(config(), photos, photos)
-    by_photo = {s.photo.path.stem: s.prompt for step in range(4) for s in data.samples(step) if not s.is_class}
-    assert by_photo == {"1": "a photo of sks dog on the beach", **dict.fromkeys("023", "a photo of sks dog")}
-    assert {s.prompt for step in range(4) for s in data.samples(step) if s.is_class} == {"a photo of a dog"}
+    by_photo = {s.photo.path.stem: s.prompt for step in range(4) for s in data.samples(step)
+                if not s.is_class}
+    assert by_photo == {"1": "a photo of sks dog on the beach",
+                        **dict.fromkeys("023", "a photo of sks dog")}
+    assert {s.prompt for step in range(4) for s in data.samples(step)
+            if s.is_class} == {"a photo of a dog"}
     assert sorted(data.prompts()) == sorted({*by_photo.values(), "a photo of a dog"})
 
 
@@ -155,12 +175,13 @@ def test_crops_and_mirrors_are_drawn_and_can_be_switched_off():
     oblong = [Photo(Path("long.png"), (60, 40))]
     free = DreamBoothData(config(random_flip=True), oblong)
     views = {s.view[1:] for step in range(60) for s in free.samples(step)}
-    assert len({place for place, _ in views}) == CROPS and {mirrored for _, mirrored in views} == {False, True}
+    assert len({place for place, _ in views}) == CROPS
+    assert {mirrored for _, mirrored in views} == {False, True}
     fixed = DreamBoothData(config(center_crop=True), oblong)
     assert {s.view[1:] for step in range(20) for s in fixed.samples(step)} == {(0.5, False)}
 
 
-# --- the latents' store ----------------------------------------------------------------------------------
+# --- the latents' store ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -172,7 +193,8 @@ def test_cached_and_uncached_batches_are_the_same(base, photos, batch):
         cached.encode(base, cached.samples(step))
     for step in range(4):
         one, two = (d.batch(base, d.samples(step), step) for d in (cached, fresh))
-        assert one["prompts"] == two["prompts"] and one["x0"].shape == (2 * batch, 4, 16, 16)
+        assert one["prompts"] == two["prompts"]
+        assert one["x0"].shape == (2 * batch, 4, 16, 16)
         for name in ("noise", "t", "mask"):
             assert torch.equal(one[name], two[name])
         torch.testing.assert_close(one["x0"], two["x0"], rtol=1e-4, atol=1e-5)
@@ -181,7 +203,8 @@ def test_cached_and_uncached_batches_are_the_same(base, photos, batch):
 def test_each_view_is_encoded_once(base, photos, monkeypatch):
     data, encoded = DreamBoothData(config(), photos[:1] + photos[3:]), []
     encode = base.encode_images
-    monkeypatch.setattr(base, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(base, "encode_images", lambda pixels: encoded.append(len(pixels))
+                        or encode(pixels))
     for step in range(10):
         data.encode(base, data.samples(step))
     assert sum(encoded) == 2  # two square photos, ten steps
@@ -192,8 +215,11 @@ def test_a_mask_follows_its_photo(base, photos):
     batch = data.batch(base, samples := data.samples(0), 0)
     masks = dict(zip(names(samples), batch["mask"]))
     assert masks["1"].eq(1).all()
-    assert masks["0"].mean() == pytest.approx(0.5, abs=0.05) and masks["0"][0, -1, 0] == 1 and masks["0"][0, 0, -1] == 0
-    ignored = DreamBoothData(config(train_batch_size=4, cache_latents=False, use_masks=False), photos)
+    assert masks["0"].mean() == pytest.approx(0.5, abs=0.05)
+    assert masks["0"][0, -1, 0] == 1
+    assert masks["0"][0, 0, -1] == 0
+    ignored = DreamBoothData(config(train_batch_size=4, cache_latents=False, use_masks=False),
+                             photos)
     assert ignored.batch(base, samples, 0)["mask"].eq(1).all()
 
 
@@ -203,7 +229,8 @@ def test_x0_is_drawn_from_the_posterior(base, photos):
     data.encode(base, samples := data.samples(0))
     entry = data.latents.get(samples[0].view)
     epsilon = data.draws(samples[0], 0, (4, 16, 16))[0]
-    torch.testing.assert_close(data.batch(base, samples, 0)["x0"][0], entry["mean"] + entry["std"] * epsilon)
+    torch.testing.assert_close(data.batch(base, samples, 0)["x0"][0],
+                               entry["mean"] + entry["std"] * epsilon)
     assert entry["std"].min() > 0
 
 
@@ -233,10 +260,10 @@ def test_five_thousand_photos_do_not_grow_memory():
     assert grown < 40e6, f"{grown / 1e6:.0f} MB for 180 MB of latents"
 
 
-# --- what a sample says of itself ------------------------------------------------------------------------
+# --- what a sample says of itself -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, place, mirrored, wanted", [
+@pytest.mark.parametrize(("size", "place", "mirrored", "wanted"), [
     ((400, 300), 1.0, False, [300, 400, 0, 50, 150, 150]),  # the right end, at half size
     ((400, 300), 1.0, True, [300, 400, 0, 0, 150, 150]),  # which is the left end in a mirror
     ((300, 600), 0.5, False, [600, 300, 75, 0, 150, 150]),
@@ -251,5 +278,7 @@ def test_a_batch_carries_each_samples_geometry_and_time(base, photos):
     samples = data.samples(0)
     data.encode(base, samples)
     batch = data.batch(base, samples, 0)
-    assert batch["geometry"].tolist() == [sample.geometry(data.config.resolution) for sample in samples]
-    assert batch["t"].tolist() == [integer(1000, 0, "timestep", 0, sample.number) for sample in samples]
+    assert batch["geometry"].tolist() == [sample.geometry(data.config.resolution)
+                                          for sample in samples]
+    assert batch["t"].tolist() == [integer(1000, 0, "timestep", 0, sample.number)
+                                   for sample in samples]

@@ -46,7 +46,8 @@ def test_what_is_cut_off_is_what_the_tokenizer_leaves_out(base, prompt, cut):
 
 def test_a_shorter_limit_of_the_users_counts(folder):
     assert load_base(folder, tokenizer_max_length=5).cut_off("a photo of sks dog") == "sks dog"
-    with pytest.raises(ConfigError, match="--tokenizer_max_length 17: this base reads 16 tokens at most"):
+    with pytest.raises(ConfigError,
+                       match="--tokenizer_max_length 17: this base reads 16 tokens at most"):
         load_base(folder, tokenizer_max_length=17).cut_off("a dog")
 
 
@@ -60,10 +61,11 @@ def test_what_is_cut_off_is_said_and_a_lost_identifier_stops(base):
         said.append,
     )
     assert said == [
-        "  the end of a.png's caption is cut off, as it is too long for the base: 'red red in the snow'"
+        ("  the end of a.png's caption is cut off, as it is too long for the base: "
+         "'red red in the snow'")
     ]
     with pytest.raises(
-        PromptError, match="'sks dog'. sks, which calls the subject, is in it: shorten"
+        PromptError, match=r"'sks dog'. sks, which calls the subject, is in it: shorten"
     ):
         check_fit(
             base,
@@ -85,7 +87,7 @@ def test_training_stops_before_anything_is_written(tmp_path, folder):
     Image.new("RGB", (32, 32), "red").save(f"{config.instance_data_dir}/long.png")
     with open(f"{config.instance_data_dir}/long.txt", "w") as file:
         file.write(f"{LONG} {config.instance_prompt}")
-    with pytest.raises(PromptError, match="the end of long.png's caption is cut off"):
+    with pytest.raises(PromptError, match=r"the end of long.png's caption is cut off"):
         train(config)
     assert not (tmp_path / "run").exists()
 

@@ -40,7 +40,8 @@ def test_encodings_are_read_or_named(folder):
     (folder / "2.txt").write_bytes(b"\xef\xbb\xbfsks dog\r\nin the snow\r\n")
     found, notes = captions(folder)
     assert found == ["sks dog, café", None, "sks dog in the snow"]
-    assert notes[0].startswith("1.txt: is not UTF-8 text") and "not used as a caption" in notes[0]
+    assert notes[0].startswith("1.txt: is not UTF-8 text")
+    assert "not used as a caption" in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,8 @@ def test_a_metadata_csv_is_read(folder, head):
 def test_a_csv_of_other_columns_is_named_once(folder, text):
     (folder / "metadata.csv").write_text(text)
     found, notes = captions(folder)
-    assert found == [None] * 3 and len(notes) == 1
+    assert found == [None] * 3
+    assert len(notes) == 1
     assert f"metadata.csv: begins with {text.split(chr(10))[0]!r}: write file_name,text" in notes[0]
 
 
@@ -101,14 +103,16 @@ def test_a_caption_of_several_lines_keeps_its_words_apart(folder, end):
 def test_many_lines_without_a_caption_are_counted(folder):
     table(folder, *({"image": f"{k}.png", "text": "sks dog"} for k in range(500)))
     _, notes = captions(folder)
-    assert len(notes) == 11 and notes[-1].startswith("metadata.jsonl: 490 more lines hold none")
+    assert len(notes) == 11
+    assert notes[-1].startswith("metadata.jsonl: 490 more lines hold none")
 
 
 @pytest.mark.parametrize("name", ["0.txt", "metadata.jsonl"])
 def test_a_broken_link_or_a_pipe_in_a_captions_place_is_named(folder, name):
     (folder / name).symlink_to("nowhere")
     found, notes = captions(folder)
-    assert found == [None] * 3 and notes[0].startswith(f"{name}: is not an ordinary file")
+    assert found == [None] * 3
+    assert notes[0].startswith(f"{name}: is not an ordinary file")
     (folder / name).unlink()
     os.mkfifo(folder / name)  # which would wait for ever
     assert captions(folder)[1] == notes
@@ -161,7 +165,8 @@ def test_a_table_that_names_no_photo_stops(folder, name):
 def test_captions_that_are_not_read_are_named(folder, name):
     (folder / name).write_text("{}")
     found, notes = captions(folder)
-    assert found == [None] * 3 and [note.split(":")[0] for note in notes] == [name]
+    assert found == [None] * 3
+    assert [note.split(":")[0] for note in notes] == [name]
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -191,11 +196,14 @@ def test_masks_by_other_tools_names_are_masks(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
     white_middle().save(folder / name)
     photos, problems = P.gather_photos(folder)
-    assert [photo.path.name for photo in photos] == ["0.png", "1.png", "2.png"] and problems == []
+    assert [photo.path.name for photo in photos] == ["0.png", "1.png", "2.png"]
+    assert problems == []
     assert photos[0].mask_path == folder / name
     assert (
         photos[0].load_mask().getpixel((30, 20)) > 250
-        and photos[0].load_mask().getpixel((2, 2)) < 5
+    )
+    assert (
+        photos[0].load_mask().getpixel((2, 2)) < 5
     )
 
 
@@ -209,7 +217,8 @@ def test_a_mask_of_no_use_is_named(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
     white_middle().save(folder / name)
     photos, problems = P.gather_photos(folder)
-    assert len(photos) == 3 and not any(photo.mask_path for photo in photos)
+    assert len(photos) == 3
+    assert not any(photo.mask_path for photo in photos)
     assert [problem.path for problem in problems] == [folder / name]
 
 
@@ -222,7 +231,7 @@ def test_a_black_mask_is_named_and_all_black_stop(folder, value):
     assert f"black (its brightest value is {value} of 255)" in problems[0].message
     assert problems[0].photo == photos[0].path
     (folder / "1.mask.png").unlink()
-    with pytest.raises(P.PhotoError, match="all 1 masks are black.*or give --no-use_masks"):
+    with pytest.raises(P.PhotoError, match=r"all 1 masks are black.*or give --no-use_masks"):
         P.gather_photos(folder)
     assert len(P.gather_photos(folder, use_masks=False)[0]) == 3
 

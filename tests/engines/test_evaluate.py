@@ -20,7 +20,8 @@ def plain(colour, size=8):
 
 
 def mean_colour(pictures):
-    return torch.stack([torch.tensor(np.asarray(p, dtype=np.float32).mean((0, 1))) for p in pictures])
+    return torch.stack([torch.tensor(np.asarray(p, dtype=np.float32).mean((0, 1)))
+                        for p in pictures])
 
 
 def named_colour(prompts):
@@ -43,20 +44,25 @@ def test_features_are_unit_vectors_whatever_the_batch(encoder):
 def test_subject_fidelity_is_the_mean_over_all_pairs(encoder):
     photos = [plain("red"), plain("red"), plain("blue")]
     assert evaluate.subject_fidelity([plain("red")], photos, encoder) == pytest.approx(2 / 3)
-    assert evaluate.subject_fidelity([plain("green")], photos, encoder) == pytest.approx(0, abs=1e-6)
-    assert evaluate.prior_preservation_metric([plain("blue")], photos, encoder) == pytest.approx(1 / 3)
+    assert evaluate.subject_fidelity([plain("green")], photos,
+                                     encoder) == pytest.approx(0, abs=1e-6)
+    assert evaluate.prior_preservation_metric([plain("blue")], photos,
+                                              encoder) == pytest.approx(1 / 3)
 
 
 def test_the_ceiling_leaves_out_each_photo_with_itself(encoder):
-    assert evaluate.real_against_real([plain("red"), plain("red"), plain("blue")], encoder) == pytest.approx(1 / 3)
+    assert evaluate.real_against_real([plain("red"), plain("red"), plain("blue")],
+                                      encoder) == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="two or more"):
         evaluate.real_against_real([plain("red")], encoder)
 
 
 def test_prompt_fidelity_compares_each_picture_with_its_own_prompt(encoder):
     pictures = [plain("red"), plain("blue")]
-    assert evaluate.prompt_fidelity(pictures, ["a red dog", "a blue dog"], encoder) == pytest.approx(1)
-    assert evaluate.prompt_fidelity(pictures, ["a blue dog", "a red dog"], encoder) == pytest.approx(0, abs=1e-6)
+    assert evaluate.prompt_fidelity(pictures, ["a red dog", "a blue dog"],
+                                    encoder) == pytest.approx(1)
+    assert evaluate.prompt_fidelity(pictures, ["a blue dog", "a red dog"],
+                                    encoder) == pytest.approx(0, abs=1e-6)
     assert evaluate.prompt_fidelity(pictures, "a red dog", encoder) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="3 prompts for 2 pictures"):
         evaluate.prompt_fidelity(pictures, ["red"] * 3, encoder)
@@ -64,12 +70,14 @@ def test_prompt_fidelity_compares_each_picture_with_its_own_prompt(encoder):
 
 def test_diversity_is_nought_for_copies_and_one_for_strangers(encoder):
     assert evaluate.diversity([plain("red")] * 4, encoder) == pytest.approx(0, abs=1e-6)
-    assert evaluate.diversity([plain("red"), plain("green"), plain("blue")], encoder) == pytest.approx(1)
+    assert evaluate.diversity([plain("red"), plain("green"), plain("blue")],
+                              encoder) == pytest.approx(1)
 
 
 def test_the_nearest_photo_is_found(encoder):
     photos = [plain("green"), plain("blue"), plain("red")]
-    which, near = evaluate.nearest_photo([plain("red"), Image.new("RGB", (8, 8), (0, 30, 40))], photos, encoder)
+    which, near = evaluate.nearest_photo([plain("red"), Image.new("RGB", (8, 8), (0, 30, 40))],
+                                         photos, encoder)
     assert which == [2, 1]
     assert near == pytest.approx([1, 0.8])
 
@@ -108,7 +116,7 @@ def test_an_encoder_of_pictures_alone_refuses_text_and_none_takes_nothing(encode
         encoder.images([])
 
 
-# --- real kinds of encoders, small and random ---------------------------------------------------------
+# --- real kinds of encoders, small and random -----------------------------------------------------
 
 
 def write_preprocessor(folder, side):
@@ -118,7 +126,8 @@ def write_preprocessor(folder, side):
 
 
 def small(**more):
-    return {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, **more}
+    return {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, **more}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +135,8 @@ def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     tokenizer = make_tokenizer(folder)
-    marks = {f"{which}_token_id": getattr(tokenizer, f"{which}_token_id") for which in ("bos", "eos", "pad")}
+    marks = {f"{which}_token_id": getattr(tokenizer, f"{which}_token_id")
+             for which in ("bos", "eos", "pad")}
     CLIPModel(CLIPConfig(
         text_config=small(vocab_size=len(tokenizer), max_position_embeddings=16, **marks),
         vision_config=small(image_size=16, patch_size=8), projection_dim=8)).save_pretrained(folder)
@@ -136,8 +146,10 @@ def clip_folder(tmp_path_factory):
 
 def test_a_clip_of_transformers_gives_the_vectors_that_its_model_gives(clip_folder):
     encoder = evaluate.load_encoder(str(clip_folder))
-    pictures, prompts = [plain("red", 16), plain("green", 16)], ["a photo of a dog", "a red car on the beach"]
-    pixels = torch.stack([(torch.tensor(np.asarray(p)).permute(2, 0, 1) / 255 - 0.5) / 0.25 for p in pictures])
+    pictures, prompts = [plain("red", 16), plain("green", 16)], ["a photo of a dog",
+                                                                 "a red car on the beach"]
+    pixels = torch.stack([(torch.tensor(np.asarray(p)).permute(2, 0, 1) / 255 - 0.5) / 0.25
+                          for p in pictures])
     ids = make_tokenizer(clip_folder)(prompts, padding=True, return_tensors="pt")
     with torch.no_grad():
         whole = CLIPModel.from_pretrained(clip_folder).eval()(pixel_values=pixels, **ids)
@@ -148,7 +160,8 @@ def test_a_clip_of_transformers_gives_the_vectors_that_its_model_gives(clip_fold
 
 def test_a_vit_gives_its_cls_vector_and_reads_no_text(tmp_path):
     torch.manual_seed(0)
-    model = ViTModel(ViTConfig(**small(image_size=16, patch_size=8)), add_pooling_layer=False).eval()
+    model = ViTModel(ViTConfig(**small(image_size=16, patch_size=8)),
+                     add_pooling_layer=False).eval()
     model.save_pretrained(tmp_path)
     write_preprocessor(tmp_path, 16)
     encoder = evaluate.load_encoder(tmp_path)

@@ -1,4 +1,5 @@
-"""A run is a function of its options: repeated, stopped, resumed or watched, it ends in the same bits."""
+"""A run is a function of its options: repeated, stopped, resumed or watched, it ends in the same
+bits."""
 
 import json
 import math
@@ -17,18 +18,21 @@ from dbcore.engines.generate import with_base
 from dbcore.engines.train import Interrupted, Run, train
 from dbcore.engines.trained import PACKAGES
 
-VALIDATED = {"validation_prompt": ["a photo of sks dog"], "num_validation_images": 1, "validation_steps": 2}
+VALIDATED = {"validation_prompt": ["a photo of sks dog"], "num_validation_images": 1,
+             "validation_steps": 2}
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 2}
 KINDS = {
     "plain": {},
-    "accumulation": {"train_batch_size": 2, "gradient_accumulation_steps": 2},  # 4 of 3 photos a step: mid-epoch
+    # 4 of 3 photos a step: mid-epoch
+    "accumulation": {"train_batch_size": 2, "gradient_accumulation_steps": 2},
     "prior preservation": PRIOR,
     "EMA": {"use_ema": True, "ema_decay": 0.5},
     "text encoder": {"train_text_encoder": True, "train_text_encoder_frac": 0.75},
     "dropout": {"lora_dropout": 0.5},
     "DoRA": {"use_dora": True},
     "schedule": {"lr_scheduler": "cosine", "lr_warmup_steps": 2},
-    "uncached": {"cache_latents": False, "pre_compute_text_embeddings": False, "train_batch_size": 2},
+    "uncached": {"cache_latents": False, "pre_compute_text_embeddings": False,
+                 "train_batch_size": 2},
     "Adafactor": {"optimizer": "Adafactor"},
     "Prodigy": {"optimizer": "Prodigy", "learning_rate": 1.0},
     "8-bit AdamW": {"optimizer": "AdamW8bit", "rank": 256},  # smaller matrices keep float32 states
@@ -46,7 +50,8 @@ def options(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(options, tmp_path_factory):
-    """A function: the outcome of a run that nothing disturbs, kept for the tests that compare with it."""
+    """A function: the outcome of a run that nothing disturbs, kept for the tests that compare with
+    it."""
     known = {}
 
     def outcome(**more):
@@ -64,18 +69,21 @@ def one_step_at_a_time(options, folder, steps=4):
     """Stop after every step, and go on with `latest`, as often as it takes."""
     for done in range(1, steps):
         with pytest.raises(Interrupted, match=f"Stopped after step {done} of {steps}"):
-            train(TrainConfig(**options, output_dir=folder, resume_from_checkpoint="latest"), should_stop=lambda: True)
+            train(TrainConfig(**options, output_dir=folder, resume_from_checkpoint="latest"),
+                  should_stop=lambda: True)
     train(TrainConfig(**options, output_dir=folder, resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_after_every_step_and_resumed_is_uninterrupted(kind, options, uninterrupted, tmp_path):
+def test_stopped_after_every_step_and_resumed_is_uninterrupted(kind, options, uninterrupted,
+                                                               tmp_path):
     more = {**KINDS[kind], **VALIDATED}
     if more.get("optimizer") in PACKAGES:
         pytest.importorskip(PACKAGES[more["optimizer"]])
     one_step_at_a_time({**options, **more}, tmp_path / "run")
     expected = read_run(uninterrupted(**more))
-    assert len(expected["log"]) == 4 and len(expected["pictures"]) == 4  # two validations, each with its grid
+    assert len(expected["log"]) == 4
+    assert len(expected["pictures"]) == 4
     assert read_run(tmp_path / "run") == expected
 
 
@@ -84,7 +92,8 @@ def test_the_same_seed_is_the_same_bytes_and_another_is_not(options, uninterrupt
     train(TrainConfig(**options, **VALIDATED, seed=0, output_dir=tmp_path / "again"))
     assert read_run(tmp_path / "again") == first  # and 0, the default, is a seed
     other = read_run(uninterrupted(**VALIDATED, seed=1))
-    assert other["lora"] != first["lora"] and other["log"] != first["log"]
+    assert other["lora"] != first["lora"]
+    assert other["log"] != first["log"]
     assert all(other["pictures"][name] != first["pictures"][name] for name in first["pictures"])
 
 
@@ -92,7 +101,8 @@ def test_the_text_encoder_stops_after_its_share_of_the_steps(uninterrupted):
     folder = uninterrupted(**KINDS["text encoder"], checkpointing_steps=1)
     second, third, last = (load_file(folder / f"checkpoint-{step}" / LORA) for step in (2, 3, 4))
     words = {name for name in last if name.startswith("text_encoder.")}
-    assert words and last.keys() - words
+    assert words
+    assert last.keys() - words
     for name in last:
         moves = name not in words
         assert (second[name] != third[name]).any(), name
@@ -104,7 +114,8 @@ def test_a_checkpoint_is_resumed_by_name_or_path(which, options, uninterrupted, 
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
         train(TrainConfig(**options, output_dir=folder), should_stop=stop_after(2))
-    train(TrainConfig(**options, output_dir=folder, resume_from_checkpoint=which.format(folder=folder)))
+    train(TrainConfig(**options, output_dir=folder,
+                      resume_from_checkpoint=which.format(folder=folder)))
     assert read_run(folder) == read_run(uninterrupted())
 
 
@@ -116,7 +127,8 @@ def test_a_checkpoint_is_resumed_in_another_folder(options, uninterrupted, tmp_p
                       resume_from_checkpoint=tmp_path / "first" / "checkpoint-2"))
     assert read_run(tmp_path / "second") == read_run(uninterrupted())
     assert files_of(tmp_path / "first") == before
-    with pytest.raises(ConfigError, match="holds a run already"):  # another run's LoRA is not run over
+    # another run's LoRA is not run over
+    with pytest.raises(ConfigError, match="holds a run already"):
         train(TrainConfig(**options, output_dir=uninterrupted(),
                           resume_from_checkpoint=tmp_path / "first" / "checkpoint-2"))
 
@@ -131,10 +143,12 @@ def test_extended_from_4_to_6_steps_is_a_run_of_6(kind, options, uninterrupted, 
     folder = shutil.copytree(uninterrupted(**KINDS[kind], **VALIDATED), tmp_path / "run")
     longer = {**options, **KINDS[kind], **VALIDATED, "max_train_steps": 6}
     train(TrainConfig(**longer, output_dir=folder, resume_from_checkpoint="latest"))
-    assert read_run(folder) == read_run(uninterrupted(**KINDS[kind], **VALIDATED, max_train_steps=6))
+    assert read_run(folder) == read_run(uninterrupted(**KINDS[kind], **VALIDATED,
+                                                      max_train_steps=6))
 
 
-@pytest.mark.parametrize("length", [{}, {"max_train_steps": None, "num_train_epochs": 1}], ids=["steps", "epochs"])
+@pytest.mark.parametrize("length", [{}, {"max_train_steps": None, "num_train_epochs": 1}],
+                         ids=["steps", "epochs"])
 def test_a_finished_run_resumed_says_so_and_changes_nothing(length, options, uninterrupted, capsys):
     folder = uninterrupted(**length)
     before = files_of(folder)
@@ -144,8 +158,10 @@ def test_a_finished_run_resumed_says_so_and_changes_nothing(length, options, uni
 
 
 @pytest.mark.parametrize("more", [
-    VALIDATED, {**VALIDATED, "validation_steps": 1, "num_validation_images": 3, "validation_prompt": ["a red car", "a"]},
-    {"checkpointing_steps": 1}, {"checkpointing_steps": 1, "checkpoints_total_limit": 1}, {"report_to": "tensorboard"},
+    VALIDATED, {**VALIDATED, "validation_steps": 1, "num_validation_images": 3,
+                "validation_prompt": ["a red car", "a"]},
+    {"checkpointing_steps": 1}, {"checkpointing_steps": 1, "checkpoints_total_limit": 1},
+    {"report_to": "tensorboard"},
 ], ids=["validated", "often", "checkpoints", "limited", "tracked"])  # fmt: skip
 def test_watching_and_saving_change_no_weight(more, options, uninterrupted):
     watched, plain = read_run(uninterrupted(**more)), read_run(uninterrupted())
@@ -161,7 +177,7 @@ def test_making_the_class_images_changes_no_weight(options, uninterrupted, tmp_p
     assert read_run(tmp_path / "reused") == read_run(tmp_path / "made again") == made
 
 
-# --- resumed with other options -----------------------------------------------------------------------
+# --- resumed with other options -------------------------------------------------------------------
 
 CHANGED = {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_weight_decay": 0.5, "adam_epsilon": 1e-3}
 
@@ -171,18 +187,22 @@ def resumed_with(folder, options, monkeypatch, **changed):
     seen, finish = [], Run.finish
     monkeypatch.setattr(Run, "finish", lambda run: (seen.append(run), finish(run))[1])
     with pytest.raises(Interrupted):
-        train(TrainConfig(**{**options, "checkpointing_steps": 1}, output_dir=folder), should_stop=stop_after(2))
-    train(TrainConfig(**{**options, **changed, "max_train_steps": 3}, output_dir=folder, resume_from_checkpoint="latest"))
+        train(TrainConfig(**{**options, "checkpointing_steps": 1}, output_dir=folder),
+              should_stop=stop_after(2))
+    train(TrainConfig(**{**options, **changed, "max_train_steps": 3}, output_dir=folder,
+                      resume_from_checkpoint="latest"))
     return seen[0]
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Prodigy"])
-def test_what_is_announced_as_changed_is_in_force(optimizer, options, tmp_path, monkeypatch, capsys):
+def test_what_is_announced_as_changed_is_in_force(optimizer, options, tmp_path, monkeypatch,
+                                                  capsys):
     if optimizer in PACKAGES:
         pytest.importorskip(PACKAGES[optimizer])
     run = resumed_with(tmp_path, {**options, "optimizer": optimizer}, monkeypatch, **CHANGED)
     said = capsys.readouterr().out
-    assert all(f"--{name} was " in said and f"is {value} now" in said for name, value in CHANGED.items())
+    assert all(f"--{name} was " in said and f"is {value} now" in said
+               for name, value in CHANGED.items())
     wanted = {"betas": (0.5, 0.9), "weight_decay": 0.5, "eps": 1e-3}
     assert all(wanted.items() <= group.items() for group in run.trained.optimizer.param_groups)
 
@@ -193,8 +213,10 @@ def test_adamws_step_after_resuming_is_that_of_the_options_now(options, tmp_path
     before, after = (load_file(tmp_path / f"checkpoint-{step}" / TRAINING) for step in (2, 3))
     rate, step = options["learning_rate"], 3
     for name in [name.removeprefix("weight.") for name in after if name.startswith("weight.")]:
-        m0, v0, w0 = (before[key] for key in (f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq", f"weight.{name}"))
-        m, v, w = (after[key] for key in (f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq", f"weight.{name}"))
+        m0, v0, w0 = (before[key] for key in (f"optimizer.{name}.exp_avg",
+                                              f"optimizer.{name}.exp_avg_sq", f"weight.{name}"))
+        m, v, w = (after[key] for key in (f"optimizer.{name}.exp_avg",
+                                          f"optimizer.{name}.exp_avg_sq", f"weight.{name}"))
         g = (m - 0.5 * m0) / 0.5
         assert torch.allclose(v, 0.9 * v0 + 0.1 * g ** 2, rtol=1e-3, atol=1e-12)
         moved = (m / (1 - 0.5 ** step)) / ((v / (1 - 0.9 ** step)).sqrt() + 1e-3)
@@ -206,12 +228,13 @@ def test_a_run_in_another_precision_goes_on_in_fp16(options, tmp_path, monkeypat
     with pytest.raises(Interrupted):
         train(TrainConfig(**options, output_dir=tmp_path), should_stop=stop_after(2))
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr("torch.amp.GradScaler", lambda device, enabled: scaler(device, enabled=True))
+    monkeypatch.setattr("torch.amp.GradScaler",
+                        lambda device, enabled: scaler(device, enabled=True))
     train(TrainConfig(**options, output_dir=tmp_path, resume_from_checkpoint="latest"))
     assert len(read_run(tmp_path)["log"]) == 4
 
 
-# --- resumed elsewhere, or with other data ------------------------------------------------------------
+# --- resumed elsewhere, or with other data --------------------------------------------------------
 
 
 def begun(options, folder):
@@ -226,23 +249,28 @@ def resume(options, folder):
     return read_run(folder)
 
 
-def test_base_and_photos_may_lie_elsewhere_and_nothing_is_said(options, uninterrupted, tmp_path, monkeypatch, capsys):
+def test_base_and_photos_may_lie_elsewhere_and_nothing_is_said(options, uninterrupted, tmp_path,
+                                                               monkeypatch, capsys):
     """Begun with relative paths, resumed from another folder, and with copies of both."""
     world = Path(options["instance_data_dir"]).parent
     monkeypatch.chdir(world)
-    run = begun({**options, "pretrained_model_name_or_path": "base", "instance_data_dir": "./photos/"}, tmp_path / "run")
+    run = begun({**options, "pretrained_model_name_or_path": "base",
+                 "instance_data_dir": "./photos/"}, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     for name in ("base", "photos"):
         shutil.copytree(world / name, tmp_path / "elsewhere" / name)
     capsys.readouterr()
-    moved = {"pretrained_model_name_or_path": "elsewhere/base", "instance_data_dir": "elsewhere/photos"}
+    moved = {"pretrained_model_name_or_path": "elsewhere/base",
+             "instance_data_dir": "elsewhere/photos"}
     assert resume({**options, **moved}, run) == read_run(uninterrupted())
     assert "differs" not in capsys.readouterr().out
 
 
-def test_a_run_stores_full_paths_so_that_generate_finds_the_base_from_any_folder(options, tmp_path, monkeypatch):
+def test_a_run_stores_full_paths_so_that_generate_finds_the_base_from_any_folder(options, tmp_path,
+                                                                                 monkeypatch):
     monkeypatch.chdir(Path(options["instance_data_dir"]).parent)
-    here = {"pretrained_model_name_or_path": "base", "instance_data_dir": "photos", "max_train_steps": 1}
+    here = {"pretrained_model_name_or_path": "base", "instance_data_dir": "photos",
+            "max_train_steps": 1}
     train(TrainConfig(**{**options, **here}, output_dir=tmp_path / "run"))
     stored = read_yaml(tmp_path / "run" / "config.yaml", TrainConfig)
     for name in ("pretrained_model_name_or_path", "instance_data_dir"):
@@ -254,17 +282,21 @@ def test_a_run_stores_full_paths_so_that_generate_finds_the_base_from_any_folder
 
 def test_another_base_in_the_same_place_is_refused(options, tmp_path):
     world = Path(options["instance_data_dir"]).parent
-    more = {**options, "pretrained_model_name_or_path": str(shutil.copytree(world / "base", tmp_path / "base"))}
+    more = {**options,
+            "pretrained_model_name_or_path": str(shutil.copytree(world / "base",
+                                                                 tmp_path / "base"))}
     run = begun(more, tmp_path / "run")
     make_base(tmp_path / "base", seed=1)
     before = files_of(run)
-    with pytest.raises(ConfigError, match="--pretrained_model_name_or_path .*/base: its weights are not those"):
+    with pytest.raises(ConfigError,
+                       match=r"--pretrained_model_name_or_path .*/base: its weights are not those"):
         resume(more, run)
     assert files_of(run) == before
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda folder: Image.new("RGB", (40, 40), "red").save(folder / "new.png"), "1 added (new.png)"),
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda folder: Image.new("RGB", (40, 40), "red").save(folder / "new.png"),
+     "1 added (new.png)"),
     (lambda folder: (folder / "1.png").unlink(), "1 taken away (1.png)"),
     (lambda folder: Image.new("RGB", (40, 40), "red").save(folder / "1.png"), "1 changed (1.png)"),
     (lambda folder: (folder / "1.txt").write_text("a dog asleep"), "1 changed (1.png)"),
@@ -276,7 +308,8 @@ def test_other_photos_are_named(change, words, options, tmp_path, capsys):
     run = begun(more, tmp_path / "run")
     change(photos)
     resume(more, run)
-    assert f"The photos are not those of the run to resume ({words}): the rest" in capsys.readouterr().out
+    assert ("The photos are not those of the run to resume "
+            f"({words}): the rest" in capsys.readouterr().out)
 
 
 def test_other_class_photos_are_named(options, tmp_path, capsys):
@@ -284,7 +317,8 @@ def test_other_class_photos_are_named(options, tmp_path, capsys):
     run = begun(more, tmp_path / "run")
     (tmp_path / "class" / "2.png").unlink()
     resume(more, run)
-    assert "The class photos are not those of the run to resume (1 taken away (2.png))" in capsys.readouterr().out
+    assert ("The class photos are not those of the run to resume (1 "
+            "taken away (2.png))" in capsys.readouterr().out)
 
 
 def test_another_number_of_processes_is_said(options, tmp_path, capsys):
@@ -293,19 +327,22 @@ def test_another_number_of_processes_is_said(options, tmp_path, capsys):
     state["circumstances"]["processes"] = 2
     (run / "checkpoint-2" / STATE).write_text(json.dumps(state))
     resume(options, run)
-    assert "The number of processes was 2 in the run to resume and is 1 now" in capsys.readouterr().out
+    assert ("The number of processes was 2 in the run to "
+            "resume and is 1 now" in capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("more, said", [
-    ({}, False), ({"lr_scheduler": "cosine"}, True), ({"train_text_encoder": True, "train_text_encoder_frac": 0.5}, True),
+@pytest.mark.parametrize(("more", "said"), [
+    ({}, False), ({"lr_scheduler": "cosine"}, True),
+    ({"train_text_encoder": True, "train_text_encoder_frac": 0.5}, True),
 ], ids=str)
-def test_another_length_is_said_where_something_depends_on_it(more, said, options, tmp_path, capsys):
+def test_another_length_is_said_where_something_depends_on_it(more, said, options, tmp_path,
+                                                              capsys):
     run = begun({**options, **more}, tmp_path / "run")
     resume({**options, **more, "max_train_steps": 3}, run)
     assert ("was to have 4 steps and has 3 now, on which --" in capsys.readouterr().out) == said
 
 
-# --- learning rates -----------------------------------------------------------------------------------
+# --- learning rates -------------------------------------------------------------------------------
 
 RATE, STEPS, WARMUP = 1e-3, 8, 2
 
@@ -332,11 +369,13 @@ def test_a_constant_rate_is_constant(uninterrupted):
 
 
 def test_scale_lr_counts_the_photos_of_a_step(uninterrupted):
-    scaled = uninterrupted(learning_rate=RATE, scale_lr=True, train_batch_size=2, gradient_accumulation_steps=3)
+    scaled = uninterrupted(learning_rate=RATE, scale_lr=True, train_batch_size=2,
+                           gradient_accumulation_steps=3)
     assert rates(scaled) == pytest.approx([6 * RATE] * 4)
 
 
-@pytest.mark.parametrize(("name", "accumulation"), [*((name, 1) for name in SCHEDULES), ("linear", 4)])
+@pytest.mark.parametrize(("name", "accumulation"),
+                         [*((name, 1) for name in SCHEDULES), ("linear", 4)])
 def test_the_rate_at_every_step(name, accumulation, uninterrupted):
     more = {"lr_scheduler": name, "lr_warmup_steps": WARMUP, "lr_num_cycles": 2, "lr_power": 3}
     found = rates(uninterrupted(**more, learning_rate=RATE, max_train_steps=STEPS,

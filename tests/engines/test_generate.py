@@ -1,4 +1,5 @@
-"""No option of `dbcore generate` is dead, and no picture is lost or drawn with another base than its LoRA's."""
+"""No option of `dbcore generate` is dead, and no picture is lost or drawn with another base than
+its LoRA's."""
 
 import contextlib
 import dataclasses
@@ -19,8 +20,8 @@ from dbcore.models.lora import add_lora, save_lora
 
 LORA = {"checkpoint_dir": ["{world}/dog.safetensors"]}
 
-# field: (changed value, what must differ, options of both). `pictures`: their pixels; `files`: the names in the
-# working folder; `batches`: how many pictures the pipeline drew at a time.
+# field: (changed value, what must differ, options of both). `pictures`: their pixels; `files`: the
+# names in the working folder; `batches`: how many pictures the pipeline drew at a time.
 EFFECTS = {
     "pretrained_model_name_or_path": ("{world}/other", "pictures", {}),
     "revision": ("second", "pictures", {"pretrained_model_name_or_path": "tiny/base"}),
@@ -63,7 +64,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcome(world, tmp_path_factory):
-    """A function: draw with some options in a new working folder, and return what a user sees of it."""
+    """A function: draw with some options in a new working folder, and return what a user sees of
+    it."""
     known = {}
 
     def run(**more):
@@ -82,7 +84,8 @@ def filled(value, world):
 
 
 def watch(world, here, more):
-    options = {"pretrained_model_name_or_path": f"{world}/base", "prompt": ["a photo of sks dog", "a red dog"],
+    options = {"pretrained_model_name_or_path": f"{world}/base",
+               "prompt": ["a photo of sks dog", "a red dog"],
                "num_images": 2, **more}  # fmt: skip
     config = GenerateConfig(**{name: filled(value, world) for name, value in options.items()})
     facts, draw = SimpleNamespace(batches=[]), StableDiffusionPipeline.__call__
@@ -109,16 +112,17 @@ def test_every_field_is_in_the_table():
 def test_changing_an_option_changes_something_to_see(name, outcome):
     value, what, both = EFFECTS[name]
     before, after = outcome(**both), outcome(**{**both, name: value})
-    assert before.pictures and getattr(before, what) != getattr(after, what)
+    assert before.pictures
+    assert getattr(before, what) != getattr(after, what)
 
 
 def test_there_is_a_file_a_picture_and_a_grid(outcome):
     assert outcome().files == {
         "pictures/a-photo-of-sks-dog-seed0.png", "pictures/a-photo-of-sks-dog-seed1.png",
-        "pictures/a-red-dog-seed0.png", "pictures/a-red-dog-seed1.png", "pictures/grid.png"}  # fmt: skip
+        "pictures/a-red-dog-seed0.png", "pictures/a-red-dog-seed1.png", "pictures/grid.png"}
 
 
-# --- prompts as file names ----------------------------------------------------------------------------
+# --- prompts as file names ------------------------------------------------------------------------
 
 
 def test_prompts_that_would_share_a_file_name_do_not():
@@ -130,14 +134,16 @@ def test_prompts_that_would_share_a_file_name_do_not():
     assert all(len(name) < 70 and "/" not in name for name in names)
 
 
-# --- LoRAs and their base -----------------------------------------------------------------------------
+# --- LoRAs and their base -------------------------------------------------------------------------
 
 
 def same(one, other):
-    return [[a.tobytes() for a in row] for row in one] == [[b.tobytes() for b in row] for row in other]
+    return [[a.tobytes() for a in row] for row in one] == [[b.tobytes() for b in row]
+                                                           for row in other]
 
 
-@pytest.mark.parametrize("inside", ["", "checkpoint-2", "checkpoint-2/pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize("inside",
+                         ["", "checkpoint-2", "checkpoint-2/pytorch_lora_weights.safetensors"])
 def test_a_runs_lora_is_drawn_with_its_own_base(inside, world, tmp_path):
     run = tmp_path / "run"
     for folder in (run, run / "checkpoint-2"):
@@ -149,11 +155,12 @@ def test_a_runs_lora_is_drawn_with_its_own_base(inside, world, tmp_path):
 
 
 def test_a_lora_that_names_no_base_is_refused(world):
-    with pytest.raises(ConfigError, match="dog.safetensors does not say which base it belongs to"):
+    with pytest.raises(ConfigError, match=r"dog.safetensors does not say which base it belongs to"):
         generate(GenerateConfig(checkpoint_dir=str(world / "dog.safetensors"), prompt="a red dog"))
 
 
-OTHERS_CONFIGS = {"empty": "", "another tool's": "job: extension\nconfig: {}\n", "no yaml": "{[", "a list": "- 1\n",
+OTHERS_CONFIGS = {"empty": "", "another tool's": "job: extension\nconfig: {}\n", "no yaml": "{[",
+                  "a list": "- 1\n",
                   "no base": "rank: 4\n"}  # fmt: skip
 
 
@@ -161,13 +168,15 @@ OTHERS_CONFIGS = {"empty": "", "another tool's": "job: extension\nconfig: {}\n",
 def test_a_lora_beside_a_config_that_no_run_wrote(kind, world, tmp_path):
     path = make_lora(world / "base", tmp_path / "lora.safetensors")
     (tmp_path / "config.yaml").write_text(OTHERS_CONFIGS[kind])
-    with pytest.raises(ConfigError, match="lora.safetensors does not say which base it belongs to"):
+    with pytest.raises(ConfigError, match=r"lora.safetensors does not say which base it belongs"):
         generate(GenerateConfig(checkpoint_dir=str(path), prompt="a red dog"))
 
 
 def test_each_lora_has_its_own_scale(world, tmp_path):
-    paths = [str(world / "dog.safetensors"), str(make_lora(world / "base", tmp_path / "b.safetensors", seed=1))]
-    wish = {"pretrained_model_name_or_path": str(world / "base"), "prompt": "a red dog", "num_images": 1}
+    paths = [str(world / "dog.safetensors"),
+             str(make_lora(world / "base", tmp_path / "b.safetensors", seed=1))]
+    wish = {"pretrained_model_name_or_path": str(world / "base"), "prompt": "a red dog",
+            "num_images": 1}
 
     def draw(**more):
         return generate(GenerateConfig(**wish, **more))
@@ -175,26 +184,30 @@ def test_each_lora_has_its_own_scale(world, tmp_path):
     assert same(draw(checkpoint_dir=paths, lora_scale=[0, 0]), draw())
     assert same(draw(checkpoint_dir=paths, lora_scale=[0, 1]), draw(checkpoint_dir=paths[1:]))
     both = [draw(checkpoint_dir=paths, lora_scale=scale) for scale in ([1, 1], [1, 0.5], [1])]
-    assert same(both[0], both[2]) and not same(both[0], both[1])
+    assert same(both[0], both[2])
+    assert not same(both[0], both[1])
 
 
 def test_the_command_says_where_its_pictures_are(world, tmp_path, capsys):
-    main(["generate", "--pretrained_model_name_or_path", str(world / "base"), "--lora", str(world / "dog.safetensors"),
+    main(["generate", "--pretrained_model_name_or_path", str(world / "base"), "--lora",
+          str(world / "dog.safetensors"),
           "--prompt", "a red dog", "--num_images", "1", "--output_dir", str(tmp_path / "out")])
     assert f"1 pictures and a grid are in {tmp_path / 'out'}" in capsys.readouterr().out
     assert (tmp_path / "out" / "a-red-dog-seed0.png").is_file()
 
 
-# --- nothing is lost --------------------------------------------------------------------------------------
+# --- nothing is lost ------------------------------------------------------------------------------
 
 
 def test_another_scale_leaves_the_pictures_that_are_there(world, tmp_path, capsys):
-    wish = {"pretrained_model_name_or_path": f"{world}/base", "checkpoint_dir": [f"{world}/dog.safetensors"],
+    wish = {"pretrained_model_name_or_path": f"{world}/base",
+            "checkpoint_dir": [f"{world}/dog.safetensors"],
             "prompt": "a red dog", "num_images": 1, "output_dir": tmp_path}  # fmt: skip
     generate_and_save(GenerateConfig(**wish))
     first = {path: path.read_bytes() for path in tmp_path.iterdir()}
     generate_and_save(GenerateConfig(**wish))  # the same again is the same files
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == first and len(first) == 2
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == first
+    assert len(first) == 2
     generate_and_save(GenerateConfig(**wish, lora_scale=0.5))
     assert {path: path.read_bytes() for path in first} == first
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -1,4 +1,5 @@
-"""Nothing is lost: whatever ends a run, a whole checkpoint is left to go on from, and it says how."""
+"""Nothing is lost: whatever ends a run, a whole checkpoint is left to go on from, and it says
+how."""
 
 import errno
 import os
@@ -42,7 +43,8 @@ def options(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(options, tmp_path_factory):
-    """The folder of a run of 4 steps with a checkpoint after each; copy it before changing anything."""
+    """The folder of a run of 4 steps with a checkpoint after each; copy it before changing
+    anything."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     train(TrainConfig(**options, output_dir=folder))
     return folder
@@ -54,10 +56,11 @@ def run_folder(finished, tmp_path):
 
 
 def flags(options, **more):
-    return [word for name, value in {**options, **more}.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in {**options, **more}.items()
+            for word in (f"--{name}", str(value))]
 
 
-# --- killed inside a save -----------------------------------------------------------------------------
+# --- killed inside a save -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,8 @@ def small_run(options):
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    return Trained({"unet": base.unet}, optimizer, None, torch.amp.GradScaler("cpu", enabled=False), seconds=1.0)
+    return Trained({"unet": base.unet}, optimizer, None, torch.amp.GradScaler("cpu", enabled=False),
+                   seconds=1.0)
 
 
 def save(folder, step, trained, limit=None):
@@ -78,7 +82,8 @@ def save(folder, step, trained, limit=None):
 
 
 def save_for_ever(folder, run, report):
-    """Save each step twice, every weight the step's number, and report each save that has returned."""
+    """Save each step twice, every weight the step's number, and report each save that has
+    returned."""
     for step in range(1, 10**6):
         for p in run.parameters:
             p.data.fill_(step)
@@ -88,7 +93,8 @@ def save_for_ever(folder, run, report):
 
 
 def kill_a_saver(folder, run, seconds):
-    """Fork a process that saves, kill it `seconds` after its first save; the last step it reported."""
+    """Fork a process that saves, kill it `seconds` after its first save; the last step it
+    reported."""
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
@@ -115,7 +121,8 @@ def test_killed_at_20_moments_of_saving_a_whole_checkpoint_is_left(small_run, tm
         left = find_checkpoint(folder, "latest")
         step = checkpoint.steps_done(left)
         assert step >= told
-        assert all((t == step).all() for name, t in load_file(left / checkpoint.TRAINING).items() if "weight" in name)
+        assert all((t == step).all() for name, t in load_file(left / checkpoint.TRAINING).items()
+                   if "weight" in name)
         assert all((t == step).all() for t in load_file(left / LORA).values())
         torn += any(path.suffix == ".partial" for path in folder.iterdir())
     assert torn  # some were killed with a checkpoint half-written
@@ -153,12 +160,13 @@ def test_a_real_run_killed_and_resumed_ends_in_the_same_bits(options, finished, 
     assert not list(folder.rglob("*.partial"))
 
 
-# --- told to stop -------------------------------------------------------------------------------------
+# --- told to stop ---------------------------------------------------------------------------------
 
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, options, finished, tmp_path, monkeypatch, capsys):
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, options, finished, tmp_path,
+                                                            monkeypatch, capsys):
     before = signal.getsignal(number)
     more = flags({**options, "checkpointing_steps": 500}, output_dir=tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -166,8 +174,10 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, options, fin
         with pytest.raises(SystemExit) as ended:
             main(["train", *more])
     said = capsys.readouterr().out
-    assert ended.value.code == 130 and "Stopped after step 2 of 4; checkpoint-2 is saved" in said
-    assert "--resume_from_checkpoint latest" in said and signal.getsignal(number) is before
+    assert ended.value.code == 130
+    assert "Stopped after step 2 of 4; checkpoint-2 is saved" in said
+    assert "--resume_from_checkpoint latest" in said
+    assert signal.getsignal(number) is before
     main(["train", *more, "--resume_from_checkpoint", "latest"])
     assert read_run(tmp_path / "run") == read_run(finished)
 
@@ -198,7 +208,7 @@ def test_should_stop_ends_the_run_with_a_checkpoint(options, tmp_path):
     assert not (tmp_path / "run" / LORA).exists()
 
 
-# --- damaged and foreign files ------------------------------------------------------------------------
+# --- damaged and foreign files --------------------------------------------------------------------
 
 
 def cut(path):
@@ -215,7 +225,8 @@ def flip(path):
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "removed"])
 def test_a_damaged_checkpoint_is_skipped_by_latest_and_named_when_given(name, damage, run_folder):
     if (damage, name) == (flip, checkpoint.STATE):
-        (run_folder / "checkpoint-4" / name).write_text('{"step": 4}')  # whole JSON that vouches for nothing
+        # whole JSON that vouches for nothing
+        (run_folder / "checkpoint-4" / name).write_text('{"step": 4}')
     else:
         damage(run_folder / "checkpoint-4" / name)
     assert find_checkpoint(run_folder, "latest") == run_folder / "checkpoint-3"
@@ -227,17 +238,19 @@ def test_where_every_checkpoint_is_damaged_the_run_says_so(options, run_folder):
     for _, path in checkpoints(run_folder):
         cut(path / checkpoint.TRAINING)
     before = files_of(run_folder)
-    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
         train(TrainConfig(**options, output_dir=run_folder, resume_from_checkpoint="latest"))
     assert files_of(run_folder) == before
 
 
 def test_folders_that_are_no_checkpoint_are_left_alone(options, tmp_path):
     folder = tmp_path / "run"
-    for name in ("checkpoint-foo", "checkpoint-", "checkpoint-7", ".checkpoint-9.0a1b2c3d.partial", "my-checkpoint-3"):
+    for name in ("checkpoint-foo", "checkpoint-", "checkpoint-7", ".checkpoint-9.0a1b2c3d.partial",
+                 "my-checkpoint-3"):
         (folder / name).mkdir(parents=True)
         (folder / name / "note.txt").write_text("mine")
-    assert checkpoints(folder) == [] and find_checkpoint(folder, "latest") is None
+    assert checkpoints(folder) == []
+    assert find_checkpoint(folder, "latest") is None
     train(TrainConfig(**options, output_dir=folder, resume_from_checkpoint="latest"))
     assert [step for step, _ in checkpoints(folder)] == [1, 2, 3, 4]
     for name in ("checkpoint-foo", "checkpoint-", "my-checkpoint-3"):
@@ -246,11 +259,13 @@ def test_folders_that_are_no_checkpoint_are_left_alone(options, tmp_path):
 
 
 def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(options, run_folder):
-    with pytest.raises(CheckpointError, match="no such checkpoint.*checkpoint-1, checkpoint-2, checkpoint-3, checkpoint-4"):
+    with pytest.raises(CheckpointError, match=r"no such checkpoint.*checkpoint-1, checkpoint-2, "
+                       "checkpoint-3, checkpoint-4"):
         train(TrainConfig(**options, output_dir=run_folder, resume_from_checkpoint="checkpoint-9"))
 
 
-@pytest.mark.parametrize("more", [{"rank": 2}, {"seed": 1}, {"use_ema": True}, {"lora_layers": "all"}], ids=str)
+@pytest.mark.parametrize("more", [{"rank": 2}, {"seed": 1}, {"use_ema": True},
+                                  {"lora_layers": "all"}], ids=str)
 def test_a_checkpoint_of_another_lora_is_refused(more, options, run_folder):
     before = files_of(run_folder)
     with pytest.raises(ConfigError, match=f"--{next(iter(more))} was"):
@@ -260,12 +275,12 @@ def test_a_checkpoint_of_another_lora_is_refused(more, options, run_folder):
 
 
 def test_another_change_is_named_and_allowed(options, run_folder, capsys):
-    train(TrainConfig(**{**options, "noise_offset": 0.1, "max_train_steps": 5}, output_dir=run_folder,
-                      resume_from_checkpoint="latest"))
+    train(TrainConfig(**{**options, "noise_offset": 0.1, "max_train_steps": 5},
+                      output_dir=run_folder, resume_from_checkpoint="latest"))
     assert "--noise_offset was 0.0 in the run to resume and is 0.1 now" in capsys.readouterr().out
 
 
-# --- the limit, the disk, the folder ------------------------------------------------------------------
+# --- the limit, the disk, the folder --------------------------------------------------------------
 
 
 def test_the_limit_counts_from_the_newest(options, tmp_path):
@@ -279,7 +294,8 @@ def fail(*args, **more):
 
 @contextmanager
 def tiny_files():
-    """Nothing larger than 1 kB can be written, as by a full disk: the system itself stops the write."""
+    """Nothing larger than 1 kB can be written, as by a full disk: the system itself stops the
+    write."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -304,14 +320,17 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(where, small_run, tmp_pa
     save(tmp_path, 1, small_run, limit=1)
     before = files_of(tmp_path)
     fault = tiny_files() if where == "the system" else broken(monkeypatch, where)
-    with fault, pytest.raises(CheckpointError, match="checkpoint-2 could not be written.*checkpoint-1 is intact"):
+    with fault, pytest.raises(CheckpointError,
+                              match=r"checkpoint-2 could not be written.*checkpoint-1 is intact"):
         save(tmp_path, 2, small_run, limit=1)
-    assert files_of(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert files_of(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     save(tmp_path, 2, small_run, limit=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("where", ["dbcore.engines.train.Log.write", "dbcore.engines.train.save_validation",
+@pytest.mark.parametrize("where",
+                         ["dbcore.engines.train.Log.write", "dbcore.engines.train.save_validation",
                                    "dbcore.engines.train.save_lora"])
 def test_a_full_disk_elsewhere_is_reported_with_what_is_left(where, options, tmp_path, monkeypatch):
     more = {"validation_prompt": ["a red car"], "validation_steps": 3, "num_validation_images": 1,
@@ -320,16 +339,19 @@ def test_a_full_disk_elsewhere_is_reported_with_what_is_left(where, options, tmp
         train(TrainConfig(**options, **more), should_stop=lambda: True)
     with monkeypatch.context() as patch:
         patch.setattr(where, fail)
-        with pytest.raises(CheckpointError, match=r"No space left on device. checkpoint-\d is intact"):
+        with pytest.raises(CheckpointError,
+                           match=r"No space left on device. checkpoint-\d is intact"):
             train(TrainConfig(**options, **more, resume_from_checkpoint="latest"))
     assert not (tmp_path / "run" / LORA).exists()
     train(TrainConfig(**options, **more, resume_from_checkpoint="latest"))
     assert (tmp_path / "run" / LORA).exists()
 
 
-@pytest.mark.parametrize("error", [OSError("a library's own words"), ConnectionResetError(104, "reset"),
+@pytest.mark.parametrize("error",
+                         [OSError("a library's own words"), ConnectionResetError(104, "reset"),
                                    ValueError("a bug")], ids=repr)  # fmt: skip
-def test_what_is_no_fault_of_the_disk_is_no_checkpoint_problem(error, options, tmp_path, monkeypatch):
+def test_what_is_no_fault_of_the_disk_is_no_checkpoint_problem(error, options, tmp_path,
+                                                               monkeypatch):
     def break_off(*_):
         raise error
 
@@ -341,11 +363,12 @@ def test_what_is_no_fault_of_the_disk_is_no_checkpoint_problem(error, options, t
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(options, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match="--output_dir .* cannot be written to"):
+    with pytest.raises(ConfigError, match=r"--output_dir .* cannot be written to"):
         train(TrainConfig(**options, output_dir=tmp_path / "file" / "run"))
     (tmp_path / "locked").mkdir(mode=0o500)
     if not os.access(tmp_path / "locked", os.W_OK):  # root may write anywhere
-        with pytest.raises(ConfigError, match="--output_dir .* cannot be written to: Permission denied"):
+        with pytest.raises(ConfigError,
+                           match=r"--output_dir .* cannot be written to: Permission denied"):
             train(TrainConfig(**options, output_dir=tmp_path / "locked" / "run"))
     monkeypatch.setattr("dbcore.engines.run_folder.write_yaml", lambda *_: fail())
     with pytest.raises(ConfigError, match="cannot be written to: No space left"):
@@ -355,7 +378,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(options, tmp
 def test_the_folder_of_another_run_is_refused(options, run_folder):
     before = files_of(run_folder)
     for more in ({}, {"instance_prompt": "a blue car"}):
-        with pytest.raises(ConfigError, match="holds a run already.*--overwrite_output_dir"):
+        with pytest.raises(ConfigError, match=r"holds a run already.*--overwrite_output_dir"):
             train(TrainConfig(**{**options, **more}, output_dir=run_folder))
     for path in run_folder.glob("checkpoint-*"):
         shutil.rmtree(path)  # a finished LoRA alone is guarded too
@@ -366,7 +389,8 @@ def test_the_folder_of_another_run_is_refused(options, run_folder):
 
 def test_a_folder_with_files_of_someones_own_is_refused(options, tmp_path):
     (tmp_path / "README.md").write_text("my project")
-    with pytest.raises(ConfigError, match="not the folder of a run, and its README.md would be overwritten"):
+    with pytest.raises(ConfigError,
+                       match=r"not the folder of a run, and its README.md would be overwritten"):
         train(TrainConfig(**options, output_dir=tmp_path, overwrite_output_dir=True))
     assert (tmp_path / "README.md").read_text() == "my project"
 
@@ -376,23 +400,26 @@ def test_told_to_replace_a_run_everything_of_the_run_and_nothing_else_goes(optio
     (run_folder / "checkpoint-foo").mkdir()
     more = {"max_train_steps": 2, "seed": 5, "overwrite_output_dir": True}
     train(TrainConfig(**{**options, **more}, output_dir=run_folder))
-    assert [step for step, _ in checkpoints(run_folder)] == [1, 2] and len(read_run(run_folder)["log"]) == 2
-    assert (run_folder / "notes.txt").read_text() == "mine" and (run_folder / "checkpoint-foo").is_dir()
+    assert [step for step, _ in checkpoints(run_folder)] == [1, 2]
+    assert len(read_run(run_folder)["log"]) == 2
+    assert (run_folder / "notes.txt").read_text() == "mine"
+    assert (run_folder / "checkpoint-foo").is_dir()
 
 
-# --- a loss that is no number -------------------------------------------------------------------------
+# --- a loss that is no number ---------------------------------------------------------------------
 
 
 def test_a_loss_that_is_no_number_stops_with_its_cause_and_what_is_good(options, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(SystemExit) as ended:
         main(["train", *flags({**options, "learning_rate": 1e30}, output_dir=folder)])
-    for words in ("the loss is nan at step 2", "learning rate 1e+30", "too high", "no checkpoint was saved before"):
+    for words in ("the loss is nan at step 2", "learning rate 1e+30", "too high",
+                  "no checkpoint was saved before"):
         assert words in str(ended.value)
     assert not (folder / LORA).exists()
 
 
 def test_the_last_good_checkpoint_is_the_one_before_the_weights_went_wrong(options, run_folder):
-    with pytest.raises(FloatingPointError, match="at step 6 .*checkpoint-4 is good"):
-        train(TrainConfig(**{**options, "learning_rate": 1e30, "max_train_steps": 9}, output_dir=run_folder,
-                          resume_from_checkpoint="latest"))
+    with pytest.raises(FloatingPointError, match=r"at step 6 .*checkpoint-4 is good"):
+        train(TrainConfig(**{**options, "learning_rate": 1e30, "max_train_steps": 9},
+                          output_dir=run_folder, resume_from_checkpoint="latest"))

@@ -27,7 +27,8 @@ def test_two_parts_are_the_papers_sum(pair, prior_weight):
     loss, losses = dreambooth_loss(y, target, ONES, torch.ones(4), 2, prior_weight)
     by_hand = mean_square(y[:2], target[:2]) + prior_weight * mean_square(y[2:], target[2:])
     assert loss.item() == pytest.approx(by_hand, rel=1e-5)
-    assert losses.tolist() == pytest.approx([mean_square(a, b) for a, b in zip(y, target)], rel=1e-5)
+    assert losses.tolist() == pytest.approx([mean_square(a, b) for a, b in zip(y, target)],
+                                            rel=1e-5)
 
 
 def test_without_class_pictures_it_is_the_plain_mean_square(pair):
@@ -43,7 +44,8 @@ def test_the_class_pulls_as_hard_as_its_weight_says(pair):
         x = y.clone().requires_grad_()
         dreambooth_loss(x, target, ONES, torch.ones(4), 2, weight)[0].backward()
         gradients[weight] = x.grad
-    assert not gradients[0.0][2:].any() and gradients[1.0][2:].any()
+    assert not gradients[0.0][2:].any()
+    assert gradients[1.0][2:].any()
     torch.testing.assert_close(gradients[2.0][2:], 2 * gradients[1.0][2:])
     torch.testing.assert_close(gradients[2.0][:2], gradients[0.0][:2])
 
@@ -54,10 +56,11 @@ def test_each_samples_weight_counts_and_the_reported_losses_are_unweighted(pair)
     loss, losses = dreambooth_loss(y, target, ONES, weight, 2, 1.0)
     parts = [w * mean_square(a, b) for w, a, b in zip(weight.tolist(), y, target)]
     assert loss.item() == pytest.approx(sum(parts[:2]) / 2 + sum(parts[2:]) / 2, rel=1e-5)
-    assert losses[3] > 0 and not losses.requires_grad
+    assert losses[3] > 0
+    assert not losses.requires_grad
 
 
-# --- masks -----------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def test_a_mask_leaves_the_black_part_out_and_does_not_dilute_the_rest(pair):
@@ -65,7 +68,8 @@ def test_a_mask_leaves_the_black_part_out_and_does_not_dilute_the_rest(pair):
     mask = ONES.clone()
     mask[:, :, :, 2:] = 0
     loss, losses = dreambooth_loss(y, target, mask, torch.ones(4), 4, 1.0)
-    assert losses[0].item() == pytest.approx(mean_square(y[0, :, :, :2], target[0, :, :, :2]), rel=1e-5)
+    assert losses[0].item() == pytest.approx(mean_square(y[0, :, :, :2], target[0, :, :, :2]),
+                                             rel=1e-5)
     changed = target.clone()
     changed[:, :, :, 2:] += 10
     assert dreambooth_loss(y, changed, mask, torch.ones(4), 4, 1.0)[0] == loss
@@ -90,4 +94,7 @@ def test_a_black_mask_gives_nothing_to_learn_and_no_nan(pair):
     mask[0] = 0
     loss, losses = dreambooth_loss(y, target, mask, torch.ones(4), 4, 1.0)
     loss.backward()
-    assert losses[0] == 0 and loss.isfinite() and not y.grad[0].any() and y.grad[1].any()
+    assert losses[0] == 0
+    assert loss.isfinite()
+    assert not y.grad[0].any()
+    assert y.grad[1].any()

@@ -1,4 +1,5 @@
-"""No option is dead: change each field of TrainConfig, and its own effect must be seen, which was not there before."""
+"""No option is dead: change each field of TrainConfig, and its own effect must be seen, which was
+not there before."""
 
 import contextlib
 import dataclasses
@@ -61,7 +62,8 @@ def colours(image):
 
 
 def ranks(facts, component="unet"):
-    return {len(t) for name, t in facts.weights.items() if name.startswith(component) and "lora_A" in name}
+    return {len(t) for name, t in facts.weights.items() if name.startswith(component)
+            and "lora_A" in name}
 
 
 def scales(facts):
@@ -70,12 +72,15 @@ def scales(facts):
 
 def norms(facts, component):
     """The length of each step's gradient of a component."""
-    return [sum(float(grad.norm()) for name, grad in grads.items() if name.startswith(component)) for grads in facts.grads]
+    return [sum(float(grad.norm()) for name, grad in grads.items() if name.startswith(component))
+            for grads in facts.grads]
 
 
 def first_step(facts):
-    """[(w before, w after, gradient, state)] of the first step's parameters: A, whose gradient is 0, and B, which is 0."""
-    return [(facts.path_of_weights[0][name], facts.path_of_weights[1][name], facts.grads[0][name], facts.states[name])
+    """[(w before, w after, gradient, state)] of the first step's parameters: A, whose gradient is
+    0, and B, which is 0."""
+    return [(facts.path_of_weights[0][name], facts.path_of_weights[1][name], facts.grads[0][name],
+             facts.states[name])
             for name in facts.grads[0]]
 
 
@@ -83,7 +88,8 @@ def loss_is(facts, weight=lambda t: 1.0, prior=1.0):
     """Whether every logged loss is that of its samples: the photo's, then the class's."""
     shares = [1.0, prior]
     return all(record["loss"] == pytest.approx(sum(
-        share * weight(t) * loss for share, t, loss in zip(shares, record["timesteps"], record["losses"])), rel=1e-4)
+        share * weight(t) * loss
+        for share, t, loss in zip(shares, record["timesteps"], record["losses"])), rel=1e-4)
         for record in facts.log)
 
 
@@ -95,7 +101,8 @@ def min_snr(facts):
 def mean_of(facts, decay):
     """Whether what was saved is the mean of each step's weights, the newest counting most."""
     shares = torch.tensor([decay ** (3 - k) for k in (1, 2, 3)])
-    wanted = [sum(share * step[name] for share, step in zip(shares / shares.sum(), facts.path_of_weights[1:]))
+    wanted = [sum(share * step[name]
+                  for share, step in zip(shares / shares.sum(), facts.path_of_weights[1:]))
               for name in facts.grads[0]]
     saved = [facts.saved[name] for name in facts.grads[0]]
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(saved, wanted))
@@ -106,7 +113,8 @@ def validated(facts):
 
 
 def saved_steps(facts):
-    return {int(match[1]) for name in facts.files if (match := re.search(r"checkpoint-(\d+)/state", name))}
+    return {int(match[1]) for name in facts.files
+            if (match := re.search(r"checkpoint-(\d+)/state", name))}
 
 
 def shift_of_noise(before, after):
@@ -116,7 +124,8 @@ def shift_of_noise(before, after):
 
 
 def decayed(facts, decay):
-    return all(torch.allclose(new, old * (1 - RATE * decay), rtol=1e-5) for old, new, grad, _ in first_step(facts)
+    return all(torch.allclose(new, old * (1 - RATE * decay), rtol=1e-5)
+               for old, new, grad, _ in first_step(facts)
                if not grad.any())
 
 
@@ -125,28 +134,38 @@ def moved_by(facts, epsilon):
                for old, new, grad, _ in first_step(facts) if grad.any())
 
 
-# option: (changed value, options of both runs, what is seen of the run with it; of the run before, it must not hold).
-# Each is given (facts of the one run, facts of the run before, the world's folder).
+# option: (changed value, options of both runs, what is seen of the run with it; of the run before,
+# it must not hold). Each is given (facts of the one run, facts of the run before, the world's
+# folder).
 EFFECTS = {
-    "pretrained_model_name_or_path": ("{world}/other base", {}, lambda f, _, w: is_of(f, w / "other base")),
-    "revision": ("second", {"pretrained_model_name_or_path": "tiny/base"}, lambda f, _, w: is_of(f, w / "other base")),
+    "pretrained_model_name_or_path": ("{world}/other base", {},
+                                      lambda f, _, w: is_of(f, w / "other base")),
+    "revision": ("second", {"pretrained_model_name_or_path": "tiny/base"},
+                 lambda f, _, w: is_of(f, w / "other base")),
     "variant": ("fp16", {}, lambda f, _, w: is_of(f, w / "other base")),
-    "tokenizer_name": ("{world}/tokenizer", {}, lambda f, _, w: f.run.base.tokenizer.get_vocab()["dog</w>"] == json.loads(
+    "tokenizer_name": ("{world}/tokenizer", {},
+                       lambda f, _, w: f.run.base.tokenizer.get_vocab()["dog</w>"] == json.loads(
         (w / "tokenizer" / "vocab.json").read_text())["dog</w>"]),
-    "instance_data_dir": ("{world}/other photos", {}, lambda f, _, w: paths(f) == {w / "other photos"}),
+    "instance_data_dir": ("{world}/other photos", {},
+                          lambda f, _, w: paths(f) == {w / "other photos"}),
     "instance_prompt": ("a blue car", {}, lambda f, *_: prompts(f) == {"a blue car"}),
-    "class_data_dir": ("{world}/class photos", PRIOR, lambda f, _, w: paths(f, True) == {w / "class photos"}),
-    "class_prompt": ("a red car", PRIOR, lambda f, *_: prompts(f, True) == f.class_prompts == {"a red car"}),
+    "class_data_dir": ("{world}/class photos", PRIOR,
+                       lambda f, _, w: paths(f, True) == {w / "class photos"}),
+    "class_prompt": ("a red car", PRIOR,
+                     lambda f, *_: prompts(f, True) == f.class_prompts == {"a red car"}),
     "resolution": (24, {}, lambda f, *_: f.batches[0]["x0"].shape == (1, 4, 12, 12)),
     "center_crop": (True, {}, lambda f, *_: {sample.place for sample in f.samples} == {0.5}),
-    "random_flip": (True, {}, lambda f, *_: {sample.mirrored for sample in f.samples} == {True, False}),
+    "random_flip": (True, {},
+                    lambda f, *_: {sample.mirrored for sample in f.samples} == {True, False}),
     "image_interpolation_mode": ("nearest", {}, lambda f, _, w: colours(f.seen) <= set().union(*(
-        colours(Image.open(path)) for path in (w / "photos").glob("?.png")))),  # the others mix colours
+        # the others mix colours
+        colours(Image.open(path)) for path in (w / "photos").glob("?.png")))),
     "use_masks": (False, {}, lambda f, *_: all((batch["mask"] == 1).all() for batch in f.batches)),
     "with_prior_preservation": (True, {"num_class_images": 3}, None),
     "prior_loss_weight": (0.5, PRIOR, lambda f, *_: loss_is(f, prior=0.5)),
     "num_class_images": (1, PRIOR, lambda f, *_: len(f.run.data.class_photos) == 1),
-    "sample_batch_size": (1, {**PRIOR, "class_data_dir": "classes"}, lambda f, *_: f.class_batches == [1, 1, 1]),
+    "sample_batch_size": (1, {**PRIOR, "class_data_dir": "classes"},
+                          lambda f, *_: f.class_batches == [1, 1, 1]),
     "prior_generation_precision": ("bf16", {**PRIOR, "class_data_dir": "classes"}, lambda f, *_: (
         f.class_dtypes == {torch.bfloat16} and f.run.base.dtype == torch.float32)),
     "rank": (2, {}, lambda f, *_: ranks(f) == {2}),
@@ -154,66 +173,89 @@ EFFECTS = {
     "lora_dropout": (0.5, {}, lambda f, *_: f.dropped and 0.3 < np.mean(f.dropped) < 0.7),
     "use_dora": (True, {}, lambda f, *_: any("magnitude" in name for name in f.weights)),
     "use_rslora": (True, {}, lambda f, *_: scales(f) == {4 / 4 ** 0.5}),
-    "lora_layers": ("attention+ff", {}, lambda f, *_: any(".ff.net." in name for name in f.weights)),
+    "lora_layers": ("attention+ff", {},
+                    lambda f, *_: any(".ff.net." in name for name in f.weights)),
     "train_text_encoder": (True, {}, lambda f, *_: all(
-        t.any() for name, t in f.weights.items() if name.startswith("text_encoder")) and ranks(f, "text_encoder")),
+        t.any() for name, t in f.weights.items() if name.startswith("text_encoder"))
+                           and ranks(f, "text_encoder")),
     "text_encoder_lr": (0.1, TEXT, lambda f, *_: f.rates == [[RATE, 0.1]] * 3),
-    "text_encoder_rank": (2, TEXT, lambda f, *_: (ranks(f), ranks(f, "text_encoder")) == ({4}, {2})),
+    "text_encoder_rank": (2, TEXT,
+                          lambda f, *_: (ranks(f), ranks(f, "text_encoder")) == ({4}, {2})),
     "train_text_encoder_frac": (0.4, TEXT, lambda f, *_: (
-        [norm > 0 for norm in norms(f, "text_encoder")] == [True, True, False] and all(norms(f, "unet")))),
-    "tokenizer_max_length": (4, {"instance_prompt": "sks dog in the photo"}, lambda f, *_: f.lengths == {4}),
+        [norm > 0 for norm in norms(f, "text_encoder")] == [True, True, False]
+        and all(norms(f, "unet")))),
+    "tokenizer_max_length": (4, {"instance_prompt": "sks dog in the photo"},
+                             lambda f, *_: f.lengths == {4}),
     "learning_rate": (2e-2, {}, lambda f, *_: f.rates == [[2e-2]] * 3),
     "scale_lr": (True, {"train_batch_size": 2}, lambda f, *_: factors(f) == [2, 2, 2]),
     "lr_scheduler": ("linear", {}, lambda f, *_: factors(f) == pytest.approx([1, 2 / 3, 1 / 3])),
-    "lr_warmup_steps": (2, {"lr_scheduler": "constant_with_warmup"}, lambda f, *_: factors(f) == [0, 0.5, 1]),
+    "lr_warmup_steps": (2, {"lr_scheduler": "constant_with_warmup"},
+                        lambda f, *_: factors(f) == [0, 0.5, 1]),
     "lr_num_cycles": (2, {"lr_scheduler": "cosine_with_restarts"},
                       lambda f, *_: factors(f) == pytest.approx([1, 0.25, 0.75])),
-    "lr_power": (2, {"lr_scheduler": "polynomial"}, lambda f, *_: factors(f) == pytest.approx([1, 4 / 9, 1 / 9], rel=1e-3)),
-    "train_batch_size": (2, {}, lambda f, *_: [len(batch["t"]) for batch in f.batches] == [2, 2, 2]),
+    "lr_power": (2, {"lr_scheduler": "polynomial"},
+                 lambda f, *_: factors(f) == pytest.approx([1, 4 / 9, 1 / 9], rel=1e-3)),
+    "train_batch_size": (2, {},
+                         lambda f, *_: [len(batch["t"]) for batch in f.batches] == [2, 2, 2]),
     "gradient_accumulation_steps": (2, {}, lambda f, *_: (
         [len(batch["t"]) for batch in f.batches] == [1] * 6 and len(f.rates) == 3)),
     "max_train_steps": (2, {}, lambda f, *_: [record["step"] for record in f.log] == [1, 2]),
-    "num_train_epochs": (1, {"num_train_epochs": 2, "max_train_steps": None}, lambda f, *_: len(f.log) == 3),
-    "optimizer": ("Adafactor", {}, lambda f, *_: type(f.run.trained.optimizer).__name__ == "Adafactor"),
+    "num_train_epochs": (1, {"num_train_epochs": 2, "max_train_steps": None},
+                         lambda f, *_: len(f.log) == 3),
+    "optimizer": ("Adafactor", {},
+                  lambda f, *_: type(f.run.trained.optimizer).__name__ == "Adafactor"),
     "adam_beta1": (0.5, {}, lambda f, *_: all(
-        torch.allclose(state["exp_avg"], 0.5 * grad, rtol=1e-4) for *_, grad, state in first_step(f))),
+        torch.allclose(state["exp_avg"], 0.5 * grad, rtol=1e-4)
+        for *_, grad, state in first_step(f))),
     "adam_beta2": (0.9, {}, lambda f, *_: all(
-        torch.allclose(state["exp_avg_sq"], 0.1 * grad ** 2, rtol=1e-4, atol=0) for *_, grad, state in first_step(f))),
+        torch.allclose(state["exp_avg_sq"], 0.1 * grad ** 2, rtol=1e-4, atol=0)
+        for *_, grad, state in first_step(f))),
     "adam_weight_decay": (0.5, {}, lambda f, *_: decayed(f, 0.5)),
     "adam_epsilon": (1e-2, {}, lambda f, *_: moved_by(f, 1e-2)),
     "max_grad_norm": (1e-7, {}, lambda f, *_: all(
-        sum(float(grad.square().sum()) for grad in grads.values()) ** 0.5 == pytest.approx(1e-7, rel=0.1)
+        sum(float(grad.square().sum()) for grad in grads.values()) ** 0.5
+        == pytest.approx(1e-7, rel=0.1)
         for grads in f.grads)),
     "snr_gamma": (5, {"max_train_steps": 8}, lambda f, *_: loss_is(f, min_snr(f))),
     "noise_offset": (0.1, {}, lambda f, before, _: shift_of_noise(before, f)),
     "use_ema": (True, {}, lambda f, *_: mean_of(f, 0.99)),
     "ema_decay": (0.5, {"use_ema": True}, lambda f, *_: mean_of(f, 0.5)),
-    "seed": (1, {}, lambda f, *_: torch.equal(f.batches[0]["noise"], normal((4, 16, 16), 1, "noise", 0, [0]))),
+    "seed": (1, {}, lambda f, *_: torch.equal(f.batches[0]["noise"],
+                                              normal((4, 16, 16), 1, "noise", 0, [0]))),
     "mixed_precision": ("bf16", {}, lambda f, *_: (
-        f.run.base.dtype == torch.bfloat16 and {p.dtype for p in f.run.trained.parameters} == {torch.float32})),
+        f.run.base.dtype == torch.bfloat16
+        and {p.dtype for p in f.run.trained.parameters} == {torch.float32})),
     "gradient_checkpointing": (True, {}, lambda f, *_: f.run.base.unet.is_gradient_checkpointing),
-    "cache_latents": (False, {}, lambda f, *_: f.encoded == [True] * 3),  # in each step, and none before it
-    "pre_compute_text_embeddings": (False, {}, lambda f, *_: not f.run.base.known.where and "text_encoder" in known(f)),
+    # in each step, and none before it
+    "cache_latents": (False, {}, lambda f, *_: f.encoded == [True] * 3),
+    "pre_compute_text_embeddings": (False, {}, lambda f, *_: not f.run.base.known.where
+                                    and "text_encoder" in known(f)),
     "low_vram": (True, {"gradient_checkpointing": True}, lambda f, *_: torch.int8 in {
         p.dtype for p in f.run.base.unet.parameters()}),
     "allow_tf32": (True, {}, lambda f, *_: f.tf32 == {True}),
     "compile": (True, {}, lambda f, *_: f.compiled == 1),
     "validation_prompt": (["a photo of sks dog"], {}, lambda f, *_: validated(f) == {1, 2, 3}),
-    "num_validation_images": (2, VALIDATED, lambda f, *_: any(name.endswith("step-000003/0-1.png") for name in f.files)),
+    "num_validation_images": (2, VALIDATED, lambda f, *_: any(name.endswith("step-000003/0-1.png")
+                                                              for name in f.files)),
     "validation_steps": (2, VALIDATED, lambda f, *_: validated(f) == {2}),
     "validation_epochs": (1, VALIDATED, lambda f, *_: validated(f) == {3}),
-    "num_report_images": (0, {"num_report_images": 1}, lambda f, *_: not any("on_off" in name for name in f.files)),
-    "report_to": ("tensorboard", {}, lambda f, *_: any("/logs/dbcore/events" in name for name in f.files)),
+    "num_report_images": (0, {"num_report_images": 1},
+                          lambda f, *_: not any("on_off" in name for name in f.files)),
+    "report_to": ("tensorboard", {},
+                  lambda f, *_: any("/logs/dbcore/events" in name for name in f.files)),
     "logging_dir": ("curves", {"report_to": "tensorboard"},
                     lambda f, *_: any("/curves/dbcore/events" in name for name in f.files)),
-    "output_dir": ("elsewhere", {}, lambda f, *_: {name.split("/")[0] for name in f.files} == {"elsewhere"}),
+    "output_dir": ("elsewhere", {},
+                   lambda f, *_: {name.split("/")[0] for name in f.files} == {"elsewhere"}),
     "overwrite_output_dir": (True, FINISHED, None),
     "checkpointing_steps": (1, {}, lambda f, *_: saved_steps(f) == {1, 2, 3}),
     "checkpoints_total_limit": (1, {"checkpointing_steps": 1}, lambda f, *_: saved_steps(f) == {3}),
     "resume_from_checkpoint": ("latest", FINISHED, None),
-    "push_to_hub": (True, {}, lambda f, *_: [name for name, *_ in f.uploads] == ["lora-dreambooth-model"]),
+    "push_to_hub": (True, {},
+                    lambda f, *_: [name for name, *_ in f.uploads] == ["lora-dreambooth-model"]),
     "hub_model_id": ("me/dog", HUB, lambda f, *_: [name for name, *_ in f.uploads] == ["me/dog"]),
-    "hub_token": ("hf_sentinel", HUB, lambda f, *_: [token for _, token, _ in f.uploads] == ["hf_sentinel"]),
+    "hub_token": ("hf_sentinel", HUB,
+                  lambda f, *_: [token for _, token, _ in f.uploads] == ["hf_sentinel"]),
 }  # fmt: skip
 OWN_TESTS = {name for name, (*_, effect) in EFFECTS.items() if effect is None}
 
@@ -252,7 +294,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcome(world, tmp_path_factory):
-    """A function: train with some options in a new working folder, and return what a user sees of it."""
+    """A function: train with some options in a new working folder, and return what a user sees of
+    it."""
     known = {}
     with pytest.MonkeyPatch.context() as patch:
         leave_out_report(patch)
@@ -270,13 +313,16 @@ def outcome(world, tmp_path_factory):
 
 
 def watch(world, here, more, patch):
-    options = {"pretrained_model_name_or_path": f"{world}/base", "instance_data_dir": f"{world}/photos",
+    options = {"pretrained_model_name_or_path": f"{world}/base",
+               "instance_data_dir": f"{world}/photos",
                "instance_prompt": "a photo of sks dog", "learning_rate": RATE, "max_train_steps": 3,
                "report_to": "none", **more}  # fmt: skip
-    options = {name: value.format(world=world) if isinstance(value, str) else value for name, value in options.items()}
+    options = {name: value.format(world=world) if isinstance(value, str) else value
+               for name, value in options.items()}
     patch.chdir(here)
     if options.get("output_dir") == "finished":
-        train(TrainConfig(**{**options, "overwrite_output_dir": True, "resume_from_checkpoint": None}))
+        train(TrainConfig(**{**options, "overwrite_output_dir": True,
+                             "resume_from_checkpoint": None}))
     facts = new_facts()
     said = io.StringIO()
     with spies(facts), contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as back:
@@ -290,15 +336,17 @@ def watch(world, here, more, patch):
     facts.files = {path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()}
     if facts.path:
         facts.weights = load_file(facts.path)
-        facts.log = [json.loads(line) for line in (facts.path.parent / "log.jsonl").read_text().splitlines()]
+        facts.log = [json.loads(line)
+                     for line in (facts.path.parent / "log.jsonl").read_text().splitlines()]
     return facts
 
 
 def new_facts():
     return SimpleNamespace(
-        error=None, path=None, run=None, saved=None, samples=[], batches=[], rates=[], grads=[], states={},
-        path_of_weights=[], encoded=[], dropped=[], lengths=set(), class_batches=[], class_dtypes=set(),
-        class_prompts=set(), tf32=set(), compiled=0)  # fmt: skip
+        error=None, path=None, run=None, saved=None, samples=[], batches=[], rates=[], grads=[],
+        states={},
+        path_of_weights=[], encoded=[], dropped=[], lengths=set(), class_batches=[],
+        class_dtypes=set(), class_prompts=set(), tf32=set(), compiled=0)  # fmt: skip
 
 
 def named(trained):
@@ -308,7 +356,8 @@ def named(trained):
 
 
 def copies(tensors):
-    return {name: torch.zeros(1) if t is None else t.detach().clone() for name, t in tensors.items()}
+    return {name: torch.zeros(1) if t is None else t.detach().clone()
+            for name, t in tensors.items()}
 
 
 @contextlib.contextmanager
@@ -383,7 +432,8 @@ def spy_on_the_base(facts, patch):
         facts.compiled += 1
         return function
 
-    for cls, name, spy in ((BASE, "draw", drawing), (BASE, "encode_images", encoding), (BASE, "predict", predicting),
+    for cls, name, spy in ((BASE, "draw", drawing), (BASE, "encode_images", encoding),
+                           (BASE, "predict", predicting),
                            (SampleDropout, "forward", dropping), (torch, "compile", compiling)):
         patch.setattr(cls, name, spy)
 
@@ -397,19 +447,23 @@ def test_an_option_has_its_own_effect(name, outcome, world):
     value, both, effect = EFFECTS[name]
     before, after = outcome(**both), outcome(**{**both, name: value})
     assert before.error is after.error is None
-    assert effect(after, before, world) and not effect(before, before, world)
+    assert effect(after, before, world)
+    assert not effect(before, before, world)
 
 
 def test_prior_preservation_learns_as_many_pictures_of_the_class(outcome):
     more = {"class_prompt": "a photo of a dog", "num_class_images": 3}
     assert "--class_prompt does nothing without --with_prior_preservation" in outcome(**more).error
     after = outcome(**more, with_prior_preservation=True)
-    assert [sample.is_class for sample in after.samples] == [False, True] * 3 and loss_is(after)
+    assert [sample.is_class for sample in after.samples] == [False, True] * 3
+    assert loss_is(after)
 
 
 def test_a_finished_run_is_guarded_replaced_or_gone_on_with(outcome):
     assert "holds a run already" in outcome(**FINISHED).error
     replaced, resumed = (outcome(**FINISHED, **more) for more in (
         {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}))
-    assert len(replaced.rates) == 3 and "is finished" not in replaced.said
-    assert not resumed.rates and "is finished (checkpoint-3); nothing was changed" in resumed.said
+    assert len(replaced.rates) == 3
+    assert "is finished" not in replaced.said
+    assert not resumed.rates
+    assert "is finished (checkpoint-3); nothing was changed" in resumed.said

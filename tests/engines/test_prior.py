@@ -1,4 +1,5 @@
-"""Class images: kept under what they depend on, refused when that has changed, shared, topped up, never blank."""
+"""Class images: kept under what they depend on, refused when that has changed, shared, topped up,
+never blank."""
 
 import dataclasses
 import hashlib
@@ -46,8 +47,10 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def wish(folder):
     return TrainConfig(
-        pretrained_model_name_or_path=str(folder), instance_data_dir="photos", instance_prompt="a photo of sks dog",
-        with_prior_preservation=True, class_prompt="a photo of a dog", num_class_images=5, sample_batch_size=2)
+        pretrained_model_name_or_path=str(folder), instance_data_dir="photos",
+        instance_prompt="a photo of sks dog",
+        with_prior_preservation=True, class_prompt="a photo of a dog", num_class_images=5,
+        sample_batch_size=2)
 
 
 @pytest.fixture
@@ -67,23 +70,27 @@ def write_photos(folder, count=3, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
     numbers = np.random.default_rng(seed)
     for k in range(count):
-        Image.fromarray(numbers.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"photo{k}.png")
+        Image.fromarray(numbers.integers(0, 255, (32, 32, 3),
+                                         dtype=np.uint8)).save(folder / f"photo{k}.png")
     return folder
 
 
-# --- made, and kept under their name ---------------------------------------------------------------------
+# --- made, and kept under their name --------------------------------------------------------------
 
 
 def test_they_are_pictures_of_the_class_each_from_its_own_seed(base, config, cache):
     folder = class_images(base, config)
     made = contents(folder)
-    assert folder.is_relative_to(cache) and list(made) == [f"{k:05d}.png" for k in range(5)]
+    assert folder.is_relative_to(cache)
+    assert list(made) == [f"{k:05d}.png" for k in range(5)]
     assert len(set(made.values())) == 5
     seed = prior.key(config.seed, "class image", 0, 3)
     (alone,) = base.draw([config.class_prompt], [seed], stream="class image")
-    assert np.abs(np.asarray(alone, int) - np.asarray(Image.open(folder / "00003.png"), int)).max() <= 1
+    assert np.abs(np.asarray(alone, int) - np.asarray(Image.open(folder / "00003.png"),
+                                                      int)).max() <= 1
     about = json.loads((folder / MANIFEST).read_text())
-    assert about["prompt"] == "a photo of a dog" and about["base"] == base.fingerprint()
+    assert about["prompt"] == "a photo of a dog"
+    assert about["base"] == base.fingerprint()
 
 
 def test_they_are_drawn_once(base, config, monkeypatch):
@@ -92,7 +99,8 @@ def test_they_are_drawn_once(base, config, monkeypatch):
     assert class_images(base, config) == first
 
 
-@pytest.mark.parametrize("change", [{"class_prompt": "a photo of a cat"}, {"seed": 1}, {"resolution": 48},
+@pytest.mark.parametrize("change",
+                         [{"class_prompt": "a photo of a cat"}, {"seed": 1}, {"resolution": 48},
                                     {"prior_generation_precision": "bf16"}])
 def test_whatever_they_depend_on_makes_another_folder(base, config, change):
     assert class_images(base, config) != class_images(base, with_(config, **change))
@@ -110,15 +118,17 @@ def test_another_sampler_or_guidance_makes_another_folder(base, config, monkeypa
 
 
 def test_options_they_do_not_depend_on_keep_the_folder(base, config):
-    same = with_(config, num_class_images=3, learning_rate=0.5, rank=8, prior_loss_weight=0.1, instance_prompt="sks")
+    same = with_(config, num_class_images=3, learning_rate=0.5, rank=8, prior_loss_weight=0.1,
+                 instance_prompt="sks")
     assert class_images(base, config) == class_images(base, same)
 
 
-# --- refused, or taken as they are -----------------------------------------------------------------------
+# --- refused, or taken as they are ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, named", [
-    ({"class_prompt": "a photo of a cat"}, r"another prompt \('a photo of a dog', now 'a photo of a cat'\)"),
+@pytest.mark.parametrize(("change", "named"), [
+    ({"class_prompt": "a photo of a cat"},
+     r"another prompt \('a photo of a dog', now 'a photo of a cat'\)"),
     ({"seed": 7}, r"another seed \(0, now 7\)"),
     ({"resolution": 48}, r"another resolution \(32, now 48\)"),
 ])
@@ -127,7 +137,8 @@ def test_a_folder_made_for_something_else_is_refused_by_name(base, config, tmp_p
     before = contents(class_images(base, config))
     with pytest.raises(ConfigError, match=named) as refusal:
         class_images(base, with_(config, **change))
-    assert "--class_data_dir" in str(refusal.value) and contents(tmp_path / "dogs") == before
+    assert "--class_data_dir" in str(refusal.value)
+    assert contents(tmp_path / "dogs") == before
 
 
 def test_a_folder_made_with_another_base_is_refused(base, config, tmp_path):
@@ -158,11 +169,12 @@ def test_a_users_own_folder_is_taken_as_it_is(base, config, tmp_path, monkeypatc
 
 def test_an_empty_folder_is_filled(base, config, tmp_path):
     (tmp_path / "dogs").mkdir()
-    assert class_images(base, with_(config, class_data_dir=str(tmp_path / "dogs"))) == tmp_path / "dogs"
+    assert (class_images(base, with_(config, class_data_dir=str(tmp_path / "dogs")))
+            == tmp_path / "dogs")
     assert len(contents(tmp_path / "dogs")) == 5
 
 
-# --- missing, shared, half-written -----------------------------------------------------------------------
+# --- missing, shared, half-written ----------------------------------------------------------------
 
 
 def test_missing_ones_are_topped_up_as_they_were(base, config):
@@ -178,9 +190,11 @@ def test_more_are_added_to_those_there_and_fewer_leave_them(base, config):
     few = contents(folder)
     class_images(base, with_(config, num_class_images=6))
     more = contents(folder)
-    assert len(more) == 6 and few.items() <= more.items()
+    assert len(more) == 6
+    assert few.items() <= more.items()
     fewer = with_(config, num_class_images=3)
-    assert [photo.path.name for photo in class_photos(class_images(base, fewer), fewer)[0]] == list(few)[:3]
+    assert ([photo.path.name for photo in class_photos(class_images(base, fewer), fewer)[0]]
+            == list(few)[:3])
     assert contents(folder) == more
 
 
@@ -194,16 +208,18 @@ def test_processes_share_the_work_and_make_the_same_pictures(base, config, tmp_p
         class_images(base, config, rank, world, lambda: waited.append(True))
         shares.append(len(contents(tmp_path / "shared")) - before)
     assert contents(tmp_path / "shared") == alone
-    assert len(waited) == world and all(shares)
+    assert len(waited) == world
+    assert all(shares)
 
 
 def test_what_a_killed_run_left_half_named_is_no_class_picture(base, config):
     folder = class_images(base, config)
     shutil.copy(folder / "00001.png", folder / "00001.png.1.partial")
-    assert [photo.path.name for photo in class_photos(folder, config)[0]] == [f"{k:05d}.png" for k in range(5)]
+    assert [photo.path.name for photo in class_photos(folder, config)[0]] == [f"{k:05d}.png"
+                                                                              for k in range(5)]
 
 
-# --- blank pictures --------------------------------------------------------------------------------------
+# --- blank pictures -------------------------------------------------------------------------------
 
 
 def test_a_blank_picture_is_drawn_again_and_only_that_one(base, config, monkeypatch):
@@ -222,12 +238,14 @@ def test_a_blank_picture_is_drawn_again_and_only_that_one(base, config, monkeypa
 
 
 def test_pictures_that_stay_blank_stop_the_run(base, config, monkeypatch):
-    monkeypatch.setattr(base, "draw", lambda prompts, seeds, **more: [Image.new("RGB", (32, 32), "grey")] * len(seeds))
-    with pytest.raises(ConfigError, match="drawn blank 3 times.*--prior_generation_precision no"):
+    monkeypatch.setattr(base, "draw",
+                        lambda prompts, seeds, **more: [Image.new("RGB", (32, 32), "grey")]
+                        * len(seeds))
+    with pytest.raises(ConfigError, match=r"drawn blank 3 times.*--prior_generation_precision no"):
         class_images(base, config)
 
 
-# --- what training makes of them -------------------------------------------------------------------------
+# --- what training makes of them ------------------------------------------------------------------
 
 
 def test_making_them_or_reusing_them_changes_no_weight(wish, tmp_path, monkeypatch):
@@ -235,8 +253,8 @@ def test_making_them_or_reusing_them_changes_no_weight(wish, tmp_path, monkeypat
     photos = write_photos(tmp_path / "photos")
 
     def weights(name, **options):
-        run = with_(wish, instance_data_dir=str(photos), output_dir=str(tmp_path / name), max_train_steps=3,
-                    report_to="none", num_class_images=4, **options)
+        run = with_(wish, instance_data_dir=str(photos), output_dir=str(tmp_path / name),
+                    max_train_steps=3, report_to="none", num_class_images=4, **options)
         return hashlib.sha256(train(run).read_bytes()).hexdigest()
 
     made = weights("made")
@@ -251,22 +269,25 @@ def test_making_them_or_reusing_them_changes_no_weight(wish, tmp_path, monkeypat
     assert made != weights("other", class_data_dir=str(other))
 
 
-# --- a user's own, in a run ------------------------------------------------------------------------------
+# --- a user's own, in a run -----------------------------------------------------------------------
 
 
-def test_a_users_own_folder_loads_no_network_and_its_bad_photos_are_named(tmp_path, monkeypatch, capsys):
+def test_a_users_own_folder_loads_no_network_and_its_bad_photos_are_named(tmp_path, monkeypatch,
+                                                                          capsys):
     own = write_photos(tmp_path / "own", 3)
     (own / "torn.png").write_bytes((own / "photo0.png").read_bytes()[:200])
     loaded, read = [], Family.read_network
-    monkeypatch.setattr(Family, "read_network", lambda base, part: (loaded.append(part), read(base, part))[1])
+    monkeypatch.setattr(Family, "read_network",
+                        lambda base, part: (loaded.append(part), read(base, part))[1])
     seen = []
     monkeypatch.setattr(Run, "encode_ahead", lambda run, start: seen.append(loaded[:]))
     monkeypatch.setattr(Run, "loop", lambda *_: None)
     leave_out_report(monkeypatch)
     options = make_options(tmp_path, class_prompt="a photo of a dog", class_data_dir=str(own),
-                           with_prior_preservation=True, prior_generation_precision="bf16")  # fmt: skip
+                           with_prior_preservation=True, prior_generation_precision="bf16")
     train(TrainConfig(**options, output_dir=tmp_path / "run"))
-    assert seen == [[]] and loaded == ["unet"]  # for its LoRA, once
+    assert seen == [[]]
+    assert loaded == ["unet"]
     assert "torn.png" in capsys.readouterr().out
 
 
@@ -293,4 +314,6 @@ def test_two_jobs_make_one_cache_at_the_same_time(base, config, monkeypatch):
     for thread in jobs:
         thread.join()
     folder = class_images(base, config)
-    assert not failed and len(contents(folder)) == config.num_class_images and not list(folder.glob(".*"))
+    assert not failed
+    assert len(contents(folder)) == config.num_class_images
+    assert not list(folder.glob(".*"))

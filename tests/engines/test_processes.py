@@ -14,8 +14,9 @@ import dbcore
 from dbcore.config import TrainConfig
 from dbcore.engines.train import train
 
-# `--multi_gpu` is accelerate's word for several processes; without a GPU they are CPU processes with gloo.
-# What each process runs: the command line, with a note of its weights at the end and of what it opened to write.
+# `--multi_gpu` is accelerate's word for several processes; without a GPU they are CPU processes
+# with gloo. What each process runs: the command line, with a note of its weights at the end and of
+# what it opened to write.
 PROCESS = """
 import json, os, sys
 rank, notes, folder = os.environ["RANK"], sys.argv[1], sys.argv[2]
@@ -34,7 +35,8 @@ from safetensors.torch import save_file
 finish = Run.finish
 
 def finishing(run):
-    save_file({str(k): p.detach().clone() for k, p in enumerate(run.trained.parameters)}, f"{notes}/{rank}.safetensors")
+    weights = {str(k): p.detach().clone() for k, p in enumerate(run.trained.parameters)}
+    save_file(weights, f"{notes}/{rank}.safetensors")
     return finish(run)
 
 Run.finish = finishing
@@ -50,9 +52,12 @@ STEPS = 3
 def options(tmp_path_factory):
     # epsilon keeps Adam from blowing up the rounding of gradients near 0
     return make_options(
-        tmp_path_factory.mktemp("world"), max_train_steps=STEPS, learning_rate=1e-3 / 4, scale_lr=True, adam_epsilon=1e-4,
-        class_prompt="a photo of a dog", num_class_images=3, sample_batch_size=1, gradient_accumulation_steps=2,
-        lora_dropout=0.2, train_text_encoder=True, text_encoder_lr=1e-3 / 4, with_prior_preservation=True,
+        tmp_path_factory.mktemp("world"), max_train_steps=STEPS, learning_rate=1e-3 / 4,
+        scale_lr=True, adam_epsilon=1e-4,
+        class_prompt="a photo of a dog", num_class_images=3, sample_batch_size=1,
+        gradient_accumulation_steps=2,
+        lora_dropout=0.2, train_text_encoder=True, text_encoder_lr=1e-3 / 4,
+        with_prior_preservation=True,
         validation_prompt=["a red car"], num_validation_images=1)  # fmt: skip
 
 
@@ -62,9 +67,12 @@ def pair(options, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     (folder / "process.py").write_text(PROCESS)
     flags = [word for name, value in options.items()
-             for word in (f"--{name}", *(value if isinstance(value, list) else [value] if value is not True else []))]
+             for word in (f"--{name}",
+                          *(value if isinstance(value, list) else [value] if value is not True
+                            else []))]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+         "--num_machines",
          "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
          str(folder / "process.py"), str(folder), str(folder / "run"), *map(str, flags)],
         capture_output=True, text=True, check=False, cwd=Path(dbcore.__file__).parents[1],
@@ -88,7 +96,8 @@ def single(options, tmp_path_factory):
 
 def test_both_processes_end_with_the_same_bits(pair):
     first, second = (load_file(pair / f"{rank}.safetensors") for rank in (0, 1))
-    assert first and all((first[name] == second[name]).all() for name in first)
+    assert first
+    assert all((first[name] == second[name]).all() for name in first)
 
 
 def test_two_processes_are_one_with_twice_the_batch(pair, single):
@@ -101,7 +110,8 @@ def test_two_processes_are_one_with_twice_the_batch(pair, single):
 
 
 def test_the_log_is_that_of_one_process(pair, single):
-    """Every process's samples are in it, and in the same order, so the loss is that of the whole batch."""
+    """Every process's samples are in it, and in the same order, so the loss is that of the whole
+    batch."""
     two, one = (read_run(folder / "run")["log"] for folder in (pair, single))
     assert [record["timesteps"] for record in two] == [record["timesteps"] for record in one]
     assert len(two[0]["losses"]) == 8  # 2 batches of 2 photos, each with a picture of the class
@@ -112,13 +122,16 @@ def test_the_log_is_that_of_one_process(pair, single):
 
 
 def test_class_images_are_shared_out_and_the_same(pair, single):
-    two, one = ({path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted((folder / "cache").rglob("*"))
+    two, one = ({path.relative_to(folder).as_posix(): path.read_bytes()
+                 for path in sorted((folder / "cache").rglob("*"))
                  if path.is_file()} for folder in (pair, single))
-    assert two == one and sum(name.endswith(".png") for name in one) == 3
+    assert two == one
+    assert sum(name.endswith(".png") for name in one) == 3
 
 
 def test_only_the_first_process_writes(pair):
     first, second = (json.loads((pair / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert any(LORA in path for _, path in first) and second == []
+    assert any(LORA in path for _, path in first)
+    assert second == []
     assert [record["step"] for record in read_run(pair / "run")["log"]] == [1, 2, 3]
     assert (pair / "said.txt").read_text().count("Chosen for this base and machine") == 1

@@ -33,7 +33,8 @@ class Painter(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.mid_block = torch.nn.ModuleDict({"to_q": torch.nn.Linear(6, 5), "to_v": torch.nn.Linear(6, 5)})
+        self.mid_block = torch.nn.ModuleDict({"to_q": torch.nn.Linear(6, 5),
+                                              "to_v": torch.nn.Linear(6, 5)})
         for layer in self.mid_block.values():
             torch.nn.init.constant_(layer.weight, 0.1)
 
@@ -44,7 +45,8 @@ class Painter(torch.nn.Module):
 def trained(strength=0.0, alpha=8, rank=2):
     """{"unet": a Painter with LoRA, its B matrices constant `strength`}."""
     torch.manual_seed(0)
-    unet = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_q", "to_v"]),
+    unet = inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha,
+                                              target_modules=["to_q", "to_v"]),
                                    Painter())
     for layer in unet.mid_block.values():
         torch.nn.init.constant_(layer.lora_A["default"].weight, 1.0)
@@ -69,22 +71,31 @@ def run(tmp_path, strength, config=None, history=({"step": 1, "loss": 0.5},)):
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    monkeypatch.setattr(report, "hf_hub_download", lambda *args, **kwargs: (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr(report, "hf_hub_download",
+                        lambda *args, **kwargs: (_ for _ in ()).throw(OSError()))
 
 
 def test_a_run_that_learned_is_told_from_one_that_did_not(tmp_path):
     evidence, card = run(tmp_path / "learned", strength=0.5)
-    assert evidence.visible and evidence.difference > 10 and "WARNING" not in card
+    assert evidence.visible
+    assert evidence.difference > 10
+    assert "WARNING" not in card
     evidence, card = run(tmp_path / "idle", strength=0.0)
-    assert not evidence.visible and evidence.difference == 0 and evidence.overall == 0
-    assert "WARNING: nothing visible was learned" in card and "learning_rate" in card
+    assert not evidence.visible
+    assert evidence.difference == 0
+    assert evidence.overall == 0
+    assert "WARNING: nothing visible was learned" in card
+    assert "learning_rate" in card
 
 
 def test_without_pictures_the_size_of_the_update_is_told_and_nothing_is_claimed(tmp_path):
     evidence, card = run(tmp_path, strength=0.5, config=Config(num_report_images=0))
-    assert evidence.difference is None and not evidence.visible
-    assert f"The update is {evidence.overall:.2%}" in card and "on_off.png" not in card
-    assert not (tmp_path / "report" / "on_off.png").exists() and (tmp_path / "report" / "update_by_layer.png").exists()
+    assert evidence.difference is None
+    assert not evidence.visible
+    assert f"The update is {evidence.overall:.2%}" in card
+    assert "on_off.png" not in card
+    assert not (tmp_path / "report" / "on_off.png").exists()
+    assert (tmp_path / "report" / "update_by_layer.png").exists()
 
 
 def test_update_is_s_b_a_over_w():
@@ -132,16 +143,21 @@ def test_plots_and_pictures_are_there_and_linked(tmp_path):
     links = ["report/on_off.png", "report/loss_by_timestep.png", "report/update_by_layer.png",
              "validation/step-000050/grid.png"]
     for link in links:
-        assert f"]({link})" in card and np.asarray(Image.open(tmp_path / link)).size
-    assert "[50](" in card and "12 s" in card and "GB" in card
+        assert f"]({link})" in card
+        assert np.asarray(Image.open(tmp_path / link)).size
+    assert "[50](" in card
+    assert "12 s" in card
+    assert "GB" in card
 
 
 def test_front_matter_is_what_the_hub_reads(tmp_path):
     _, card = run(tmp_path, strength=0.5)
     data = ModelCard(card).data
     assert (data.base_model, data.library_name) == ("someone/some-base", "diffusers")
-    assert data.instance_prompt == "a photo of sks dog" and {"lora", "dreambooth"} <= set(data.tags)
-    assert [entry["text"] for entry in data.widget] == ["a photo of sks dog", "sks dog on the beach"]
+    assert data.instance_prompt == "a photo of sks dog"
+    assert {"lora", "dreambooth"} <= set(data.tags)
+    assert [entry["text"] for entry in data.widget] == ["a photo of sks dog",
+                                                        "sks dog on the beach"]
     assert all((tmp_path / entry["output"]["url"]).is_file() for entry in data.widget)
     assert data.license == "other"  # nothing is known of this base, and nothing is made up
 
@@ -149,32 +165,40 @@ def test_front_matter_is_what_the_hub_reads(tmp_path):
 def test_licence_and_provenance_are_the_bases_own_words(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
-    (base / "README.md").write_text("---\nlicense: cc0-1.0\nprovenance: A toy, trained on renders.\n---\n# x\n")
+    (base / "README.md").write_text("---\nlicense: cc0-1.0\nprovenance: "
+                                    "A toy, trained on renders.\n---\n# x\n")
     _, card = run(tmp_path, strength=0.5, config=Config(pretrained_model_name_or_path=str(base)))
     assert "Licence: cc0-1.0. A toy, trained on renders." in card
     assert ModelCard(card).data.license == "cc0-1.0"
-    assert ModelCard(card).data.base_model == "base" and str(tmp_path) not in card
+    assert ModelCard(card).data.base_model == "base"
+    assert str(tmp_path) not in card
 
 
 def test_the_card_says_where_the_base_is_the_toy(tmp_path):
-    _, card = run(tmp_path, strength=0.5, config=Config(pretrained_model_name_or_path=str(TOY_BASE)))
+    _, card = run(tmp_path, strength=0.5,
+                  config=Config(pretrained_model_name_or_path=str(TOY_BASE)))
     assert "Every picture it learnt from and every weight was made by dbcore's own code" in card
 
 
 def test_every_setting_is_listed_but_no_secret_and_no_home(tmp_path):
     _, card = run(tmp_path, strength=0.5)
-    assert "| rank | 4 |" in card and "| instance_data_dir | ~/photos/my dog |" in card
-    assert "hf_this" not in card and "hub_token" not in card and str(Path.home()) not in card
+    assert "| rank | 4 |" in card
+    assert "| instance_data_dir | ~/photos/my dog |" in card
+    assert "hf_this" not in card
+    assert "hub_token" not in card
+    assert str(Path.home()) not in card
 
 
 def test_working_folder_paths_are_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert report.shown(str(tmp_path / "data" / "toy")) == "data/toy"
-    assert report.shown("/mnt/anna/photos") == "photos"  # whose folders these are is nobody's business
-    assert report.shown("a | b") == "a \\| b" and report.shown(3) == "3"
+    # whose folders these are is nobody's business
+    assert report.shown("/mnt/anna/photos") == "photos"
+    assert report.shown("a | b") == "a \\| b"
+    assert report.shown(3) == "3"
 
 
-@pytest.mark.parametrize("asked, expected", [
+@pytest.mark.parametrize(("asked", "expected"), [
     (None, ["a photo of sks dog"]),
     ("x", ["a photo of sks dog", "x"]),
     (["x", "x", "a photo of sks dog", "y", "z", "w"], ["a photo of sks dog", "x", "y", "z"]),
@@ -187,18 +211,22 @@ def test_peak_memory_is_that_of_a_process_with_torch_in_it():
     assert 50e6 < report.peak_memory()[0] < 500e9
 
 
-@pytest.mark.parametrize("prompt", ['a "photo" of sks dog', "a dog's \\ bowl", 'two\nlines "x"', "собака"])
+@pytest.mark.parametrize("prompt",
+                         ['a "photo" of sks dog', "a dog's \\ bowl", 'two\nlines "x"', "собака"])
 def test_the_cards_code_is_python_whatever_the_prompt(prompt, tmp_path):
-    _, card = run(tmp_path, strength=0.5, config=Config(instance_prompt=prompt, pretrained_model_name_or_path='a/"b"'))
+    _, card = run(tmp_path, strength=0.5,
+                  config=Config(instance_prompt=prompt, pretrained_model_name_or_path='a/"b"'))
     code = card.split("```python\n")[1].split("```")[0]
     words = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
-    assert prompt in words and 'a/"b"' in words
+    assert prompt in words
+    assert 'a/"b"' in words
 
 
 def test_a_user_without_a_home_gets_a_card(tmp_path, monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    monkeypatch.setattr("pathlib.Path.expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr("pathlib.Path.expanduser",
+                        lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
     _, card = run(tmp_path, strength=0.5)
     assert "| rank | 4 |" in card
     monkeypatch.delenv("DBCORE_CACHE", raising=False)

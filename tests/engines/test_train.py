@@ -1,4 +1,5 @@
-"""What a run needs, what it hands to its optimizer and its tracker, and what its file says of itself."""
+"""What a run needs, what it hands to its optimizer and its tracker, and what its file says of
+itself."""
 
 import importlib.util
 import io
@@ -39,13 +40,14 @@ def options(tmp_path_factory):
 
 def test_one_photo_is_enough_whatever_the_batch(options, tmp_path):
     photos = make_photos(tmp_path / "photo", count=1)
-    path = train(TrainConfig(**{**options, "instance_data_dir": photos}, train_batch_size=2, output_dir=tmp_path / "run"))
+    path = train(TrainConfig(**{**options, "instance_data_dir": photos}, train_batch_size=2,
+                             output_dir=tmp_path / "run"))
     assert all(len(record["losses"]) == 2 for record in read_run(path.parent)["log"])
 
 
 def test_the_file_says_its_rank_alpha_base_and_words(options, tmp_path):
-    path = train(TrainConfig(**options, rank=2, lora_alpha=3, train_text_encoder=True, text_encoder_rank=4,
-                             output_dir=tmp_path / "run"))
+    path = train(TrainConfig(**options, rank=2, lora_alpha=3, train_text_encoder=True,
+                             text_encoder_rank=4, output_dir=tmp_path / "run"))
     _, header = read_safetensors(path)
     assert (header["base"], header["trigger_words"]) == ("base", "a photo of sks dog")
     said = json.loads(header[HEADER_KEY])
@@ -56,32 +58,41 @@ def test_the_file_says_its_rank_alpha_base_and_words(options, tmp_path):
 def test_a_run_starts_without_what_it_needs_only_at_its_end():
     code = ("import sys, dbcore, dbcore.engines.train; from dbcore.models.base import load_base; "
             "load_base(dbcore.TOY_BASE).unet; print(*sys.modules)")
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           check=True).stdout.split()
     assert "diffusers.models.modeling_utils" in there
     assert not {"matplotlib", "diffusers.pipelines.pipeline_utils"} & set(there)
 
 
-@pytest.mark.parametrize("more, words", [
-    ({"lr_scheduler": "linear", "lr_warmup_steps": 500}, "--lr_warmup_steps 500: the run has 2 steps, so the learning rate"),
-    ({"validation_prompt": ["a dog"], "validation_steps": 500}, "--validation_steps 500: the run has 2 steps, so nothing"),
+@pytest.mark.parametrize(("more", "words"), [
+    ({"lr_scheduler": "linear", "lr_warmup_steps": 500},
+     "--lr_warmup_steps 500: the run has 2 steps, so the learning rate"),
+    ({"validation_prompt": ["a dog"], "validation_steps": 500},
+     "--validation_steps 500: the run has 2 steps, so nothing"),
 ], ids=["warm-up", "validation"])  # fmt: skip
 def test_a_run_too_short_for_an_option_says_so(more, words, options, tmp_path, capsys):
     train(TrainConfig(**options, **more, output_dir=tmp_path))
     assert words in capsys.readouterr().out
 
 
-# --- what is in memory when ---------------------------------------------------------------------------
+# --- what is in memory when -----------------------------------------------------------------------
 
 
 def loads_and_lets_go(config, monkeypatch):
-    """What a run did, in order: "unet", "vae" or "text_encoder" loaded, "-unet" let go, "photos" encoded, "drawn" pictures."""
+    """What a run did, in order: "unet", "vae" or "text_encoder" loaded, "-unet" let go, "photos"
+    encoded, "drawn" pictures."""
     order, draw = [], StableDiffusion.draw
-    load, release, encode = StableDiffusion.load_network, StableDiffusion.release, StableDiffusion.encode_images
-    monkeypatch.setattr(StableDiffusion, "load_network", lambda base, part: (order.append(part), load(base, part))[1])
+    load, release = StableDiffusion.load_network, StableDiffusion.release
+    encode = StableDiffusion.encode_images
+    monkeypatch.setattr(StableDiffusion, "load_network",
+                        lambda base, part: (order.append(part), load(base, part))[1])
     monkeypatch.setattr(StableDiffusion, "release", lambda base, *parts: (
-        order.extend("-" + part for role in parts for part in base.networks(role) if part in vars(base)), release(base, *parts)))
-    monkeypatch.setattr(StableDiffusion, "encode_images", lambda *a: (encode(*a), order.append("photos"))[0])
-    monkeypatch.setattr(StableDiffusion, "draw", lambda *a, **more: (draw(*a, **more), order.append("drawn"))[0])
+        order.extend("-" + part for role in parts for part in base.networks(role)
+                     if part in vars(base)), release(base, *parts)))
+    monkeypatch.setattr(StableDiffusion, "encode_images",
+                        lambda *a: (encode(*a), order.append("photos"))[0])
+    monkeypatch.setattr(StableDiffusion, "draw",
+                        lambda *a, **more: (draw(*a, **more), order.append("drawn"))[0])
     train(config)
     return list(dict.fromkeys(order))
 
@@ -92,24 +103,30 @@ def test_the_encoders_are_gone_when_the_unet_comes(options, tmp_path, monkeypatc
 
 
 def test_low_vram_lets_the_unet_go_between_class_images_and_steps(options, tmp_path, monkeypatch):
-    config = TrainConfig(**options, low_vram=True, with_prior_preservation=True, class_prompt="a photo of a dog",
-                         num_class_images=1, class_data_dir=tmp_path / "class", output_dir=tmp_path / "run")
+    config = TrainConfig(**options, low_vram=True, with_prior_preservation=True,
+                         class_prompt="a photo of a dog",
+                         num_class_images=1, class_data_dir=tmp_path / "class",
+                         output_dir=tmp_path / "run")
     order = loads_and_lets_go(config, monkeypatch)
     assert order.index("-text_encoder") < order.index("drawn")
     assert order.index("unet") < order.index("drawn") < order.index("-unet") < order.index("photos")
     weights = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert {t.dtype for t in weights.values()} == {torch.float32}
     learned = [t.abs().max() > 0 for name, t in weights.items() if "lora_B" in name]
-    assert learned and all(learned)
+    assert learned
+    assert all(learned)
 
 
-def test_a_trained_text_encoder_is_heard_though_low_vram_had_remembered_the_frozen_one(options, tmp_path, monkeypatch):
-    """For the prompt of the class images, which were drawn before there was a LoRA: else drift would be hidden."""
+def test_a_trained_text_encoder_is_heard_though_low_vram_had_remembered_the_frozen_one(
+    options, tmp_path, monkeypatch):
+    """For the prompt of the class images, which were drawn before there was a LoRA: else drift
+    would be hidden."""
     seen, finish = [], Run.finish
     monkeypatch.setattr(Run, "finish", lambda run: (seen.append(run), finish(run))[1])
-    train(TrainConfig(**options, low_vram=True, with_prior_preservation=True, class_prompt="a photo of a dog",
-                      num_class_images=1, train_text_encoder=True, text_encoder_lr=0.1, class_data_dir=tmp_path / "class",
-                      output_dir=tmp_path / "run"))  # fmt: skip
+    train(TrainConfig(**options, low_vram=True, with_prior_preservation=True,
+                      class_prompt="a photo of a dog",
+                      num_class_images=1, train_text_encoder=True, text_encoder_lr=0.1,
+                      class_data_dir=tmp_path / "class", output_dir=tmp_path / "run"))  # fmt: skip
     base = seen[0].base
     frozen = base.known.get("a photo of a dog")["encoder_hidden_states"]
     heard = base.encode_prompts(["a photo of a dog"])["encoder_hidden_states"][0]
@@ -121,17 +138,20 @@ def test_full_finetuning_has_whole_weights_whatever_low_vram_says(options, tmp_p
     assert {p.dtype for p in StableDiffusion(folder).unet.parameters()} == {torch.float32}
 
 
-# --- a device whose memory is full ---------------------------------------------------------------------
+# --- a device whose memory is full ----------------------------------------------------------------
 
 
 def full(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
 
-def test_memory_that_is_full_ends_the_run_with_the_doctors_advice_and_its_checkpoints(options, tmp_path, monkeypatch):
+def test_memory_that_is_full_ends_the_run_with_the_doctors_advice_and_its_checkpoints(
+    options, tmp_path, monkeypatch):
     step = Run.step
-    monkeypatch.setattr(Run, "step", lambda run, number: full() if number == 1 else step(run, number))
-    with pytest.raises(MemoryFull, match=r"full\. It takes less with --gradient_checkpointing; .*checkpoint-1 is intact"):
+    monkeypatch.setattr(Run, "step",
+                        lambda run, number: full() if number == 1 else step(run, number))
+    with pytest.raises(MemoryFull, match=r"full\. It takes less with --gradient_checkpointing; "
+                       r".*checkpoint-1 is intact"):
         train(TrainConfig(**options, checkpointing_steps=1, output_dir=tmp_path))
     monkeypatch.undo()
     monkeypatch.setattr("dbcore.engines.memory.there", lambda device: 1)
@@ -144,15 +164,17 @@ def test_memory_that_a_validation_fills_costs_no_step(options, tmp_path, monkeyp
         train(TrainConfig(**options, **VALIDATED, output_dir=tmp_path))
     monkeypatch.undo()
     leave_out_report(monkeypatch)
-    assert train(TrainConfig(**options, resume_from_checkpoint="latest", output_dir=tmp_path)).is_file()
+    assert train(TrainConfig(**options, resume_from_checkpoint="latest",
+                             output_dir=tmp_path)).is_file()
     assert len(read_run(tmp_path)["log"]) == 2
 
 
-# --- gradients that are no numbers --------------------------------------------------------------------
+# --- gradients that are no numbers ----------------------------------------------------------------
 
 
 def poison(monkeypatch, steps):
-    """In these steps the loss is as ever and every gradient is NaN: sqrt has an infinite slope at 0."""
+    """In these steps the loss is as ever and every gradient is NaN: sqrt has an infinite slope at
+    0."""
     counted, loss_of = [], dreambooth_loss
 
     def poisoned(prediction, *args):
@@ -164,31 +186,38 @@ def poison(monkeypatch, steps):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_without_a_number_changes_nothing_and_is_counted_and_said(optimizer, options, tmp_path, monkeypatch, capsys):
+def test_a_step_without_a_number_changes_nothing_and_is_counted_and_said(optimizer, options,
+                                                                         tmp_path, monkeypatch,
+                                                                         capsys):
     """Whatever the device: neither the weights nor the optimizer's own numbers."""
     if optimizer in PACKAGES:
         pytest.importorskip(PACKAGES[optimizer])
     poison(monkeypatch, {2})
-    train(TrainConfig(**{**options, "max_train_steps": 3}, optimizer=optimizer, checkpointing_steps=1, output_dir=tmp_path))
-    first, second, third = ((tmp_path / f"checkpoint-{k}" / TRAINING).read_bytes() for k in (1, 2, 3))
+    train(TrainConfig(**{**options, "max_train_steps": 3}, optimizer=optimizer,
+                      checkpointing_steps=1, output_dir=tmp_path))
+    first, second, third = ((tmp_path / f"checkpoint-{k}" / TRAINING).read_bytes()
+                            for k in (1, 2, 3))
     assert first == second != third
     assert [record.get("skipped") for record in read_run(tmp_path)["log"]] == [None, True, None]
     assert capsys.readouterr().out.count("Step 2 changed nothing: a gradient was not a number") == 1
 
 
-def test_many_such_steps_in_a_row_end_the_run_and_as_many_apart_do_not(options, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Diverged, match="no numbers 10 times in a row, up to step 12"):
+def test_many_such_steps_in_a_row_end_the_run_and_as_many_apart_do_not(options, tmp_path,
+                                                                       monkeypatch):
+    with monkeypatch.context() as patch:
         poison(patch, range(3, 20))
-        train(TrainConfig(**{**options, "max_train_steps": 20}, output_dir=tmp_path / "in a row"))
+        with pytest.raises(Diverged, match="no numbers 10 times in a row, up to step 12"):
+            train(TrainConfig(**{**options, "max_train_steps": 20}, output_dir=tmp_path / "row"))
     poison(monkeypatch, set(range(20)) - {9})
     train(TrainConfig(**{**options, "max_train_steps": 15}, output_dir=tmp_path / "apart"))
 
 
-# --- the running mean of the weights ------------------------------------------------------------------
+# --- the running mean of the weights --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
-def test_the_running_mean_is_of_the_weights_of_every_step_and_not_of_those_before(decay, options, tmp_path):
+def test_the_running_mean_is_of_the_weights_of_every_step_and_not_of_those_before(decay, options,
+                                                                                  tmp_path):
     more = {**options, "max_train_steps": 4}
     train(TrainConfig(**more, checkpointing_steps=1, output_dir=tmp_path / "each"))
     path = train(TrainConfig(**more, use_ema=True, ema_decay=decay, output_dir=tmp_path / "mean"))
@@ -199,28 +228,35 @@ def test_the_running_mean_is_of_the_weights_of_every_step_and_not_of_those_befor
         assert torch.allclose(mean, wanted, rtol=1e-4, atol=1e-8), name
 
 
-# --- packages that may be missing ---------------------------------------------------------------------
+# --- packages that may be missing -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("option", "package"), [
     ({"optimizer": "AdamW8bit"}, "bitsandbytes"), ({"optimizer": "Prodigy"}, "prodigyopt"),
     ({"report_to": "wandb"}, "wandb"),
 ])  # fmt: skip
-def test_a_missing_package_is_named_with_its_command_before_any_model_is_loaded(option, package, options, tmp_path,
+def test_a_missing_package_is_named_with_its_command_before_any_model_is_loaded(option, package,
+                                                                                options, tmp_path,
                                                                                  monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("dbcore.engines.train.load_base", lambda *args, **more: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("dbcore.engines.train.load_base",
+                        lambda *args, **more: pytest.fail("a model was loaded"))
     ((name, value),) = option.items()
-    with pytest.raises(ConfigError, match=f"--{name} {value} needs one more package: pip install {package}$"):
+    with pytest.raises(ConfigError, match=f"--{name} {value} needs one more package: "
+                       f"pip install {package}$"):
         train(TrainConfig(**{**options, **option}, output_dir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_without_tensorboard_which_nobody_named_the_run_goes_on(options, tmp_path, monkeypatch, capsys):
+def test_without_tensorboard_which_nobody_named_the_run_goes_on(options, tmp_path, monkeypatch,
+                                                                capsys):
     find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else find(name))
-    path = train(TrainConfig(**{**options, "report_to": "tensorboard"}, output_dir=tmp_path / "run"))
-    assert "pip install tensorboard" in capsys.readouterr().out and len(read_run(path.parent)["log"]) == 2
+    monkeypatch.setattr("importlib.util.find_spec",
+                        lambda name: None if name == "tensorboard" else find(name))
+    path = train(TrainConfig(**{**options, "report_to": "tensorboard"},
+                             output_dir=tmp_path / "run"))
+    assert "pip install tensorboard" in capsys.readouterr().out
+    assert len(read_run(path.parent)["log"]) == 2
 
 
 @pytest.mark.parametrize("name", ["AdamW", *PACKAGES])
@@ -229,7 +265,8 @@ def test_the_options_reach_the_optimizer(name, options, tmp_path, monkeypatch):
         pytest.importorskip(PACKAGES[name])
     seen, finish = [], Run.finish
     monkeypatch.setattr(Run, "finish", lambda run: (seen.append(run), finish(run))[1])
-    path = train(TrainConfig(**{**options, "learning_rate": 0.5}, optimizer=name, adam_beta1=0.8, adam_beta2=0.99,
+    path = train(TrainConfig(**{**options, "learning_rate": 0.5}, optimizer=name, adam_beta1=0.8,
+                             adam_beta2=0.99,
                              adam_weight_decay=0.2, adam_epsilon=1e-5, output_dir=tmp_path / "run"))
     (group,) = seen[0].trained.optimizer.param_groups
     assert {"betas": (0.8, 0.99), "weight_decay": 0.2, "eps": 1e-5}.items() <= group.items()
@@ -237,7 +274,7 @@ def test_the_options_reach_the_optimizer(name, options, tmp_path, monkeypatch):
     assert [record["lr"] for record in read_run(path.parent)["log"]] == [0.5, 0.5]
 
 
-# --- trackers -----------------------------------------------------------------------------------------
+# --- trackers -------------------------------------------------------------------------------------
 
 
 def shown_in(folder):
@@ -269,14 +306,19 @@ def test_weights_and_biases_has_them_too_and_no_token(options, tmp_path, monkeyp
     seen = SimpleNamespace(log=[], config={}, finished=False)
     run = SimpleNamespace(log=lambda values, step: seen.log.append((step, values)),
                           finish=lambda: setattr(seen, "finished", True))
-    wandb = SimpleNamespace(init=lambda project: run, Image=lambda array: array, config=SimpleNamespace(
+    wandb = SimpleNamespace(init=lambda project: run, Image=lambda array: array,
+                            config=SimpleNamespace(
         update=lambda values, allow_val_change: seen.config.update(values)))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
-    train(TrainConfig(**{**options, "report_to": "wandb"}, **VALIDATED, output_dir=tmp_path / "run"))
+    train(TrainConfig(**{**options, "report_to": "wandb"}, **VALIDATED,
+                      output_dir=tmp_path / "run"))
     pictures, log = shown_in(tmp_path / "run")
     assert [(step, values) for step, values in seen.log if "loss" in values] == [
         (record["step"], {"loss": record["loss"], "lr": record["lr"]}) for record in log]
-    shown = {name: images for step, values in seen.log if step == 2 for name, images in values.items() if name in PROMPTS}
+    shown = {name: images for step, values in seen.log if step == 2
+             for name, images in values.items() if name in PROMPTS}
     assert all(np.array_equal(shown[prompt], pictures[prompt]) for prompt in PROMPTS)
-    assert seen.finished and seen.config["learning_rate"] == 1e-2 and "hub_token" not in seen.config
+    assert seen.finished
+    assert seen.config["learning_rate"] == 1e-2
+    assert "hub_token" not in seen.config

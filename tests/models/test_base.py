@@ -31,7 +31,7 @@ def away(one, other):
     return np.abs(np.asarray(one, int) - np.asarray(other, int)).max()
 
 
-# --- drawing ---------------------------------------------------------------------------------------------
+# --- drawing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheduler", ["auto", "ddim", "euler_a"])
@@ -41,7 +41,8 @@ def test_picture_k_depends_on_its_own_pair_alone(base, scheduler):
     together = base.draw(prompts, seeds, **options)
     (alone,) = base.draw(prompts[2:3], seeds[2:3], **options)
     by_two = base.draw(prompts, seeds, batch_size=2, **options)
-    assert away(together[2], alone) <= 1 and all(away(a, b) <= 1 for a, b in zip(together, by_two))
+    assert away(together[2], alone) <= 1
+    assert all(away(a, b) <= 1 for a, b in zip(together, by_two))
     assert away(together[0], together[3]) <= 1  # the same pair, the same picture
     assert away(together[0], together[2]) > 10  # another seed
 
@@ -62,7 +63,8 @@ def test_drawing_leaves_torchs_random_numbers_and_the_modules_mode_alone(base):
     wanted = torch.rand(3)
     torch.manual_seed(1)
     base.draw(["a dog"], [0], num_inference_steps=1)
-    assert base.unet.training and torch.equal(torch.rand(3), wanted)
+    assert base.unet.training
+    assert torch.equal(torch.rand(3), wanted)
     base.unet.eval()
 
 
@@ -71,34 +73,40 @@ def test_pictures_are_as_large_as_asked(base):
     assert base.draw(["a dog"], [0], num_inference_steps=1, resolution=48)[0].size == (48, 48)
 
 
-@pytest.mark.parametrize("prompts, seeds", [(["a dog", "a cat"], [0]), (["a dog"], [0, 1]), ("a dog", [0])])
+@pytest.mark.parametrize(("prompts", "seeds"),
+                         [(["a dog", "a cat"], [0]), (["a dog"], [0, 1]), ("a dog", [0])])
 def test_a_prompt_without_a_seed_is_refused(base, prompts, seeds):
     with pytest.raises(ConfigError, match="one seed for each prompt"):
         base.draw(prompts, seeds, num_inference_steps=1)
 
 
 def test_more_denoising_steps_than_timesteps_are_refused(base):
-    with pytest.raises(ConfigError, match="--num_inference_steps 1001: this base was trained with 1000 timesteps"):
+    with pytest.raises(ConfigError, match="--num_inference_steps 1001: this base was trained "
+                       "with 1000 timesteps"):
         base.draw(["a dog"], [0], num_inference_steps=1001)
 
 
-@pytest.mark.parametrize("component, file", [
-    ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
+@pytest.mark.parametrize(("component", "file"), [
+    ("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"),
+    ("text_encoder", "model")])
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
-def test_a_base_with_weights_that_are_not_finite_is_refused_by_their_name(component, file, number, tmp_path):
+def test_a_base_with_weights_that_are_not_finite_is_refused_by_their_name(component, file, number,
+                                                                          tmp_path):
     """Its images would be black, and its losses no numbers."""
     path = make_tiny_pipeline(tmp_path) / component / f"{file}.safetensors"
     weights = load_file(path)
     name = max(weights)
     weights[name].view(-1)[-1] = number
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(ConfigError, match=f"{re.escape(name)} of its {component} has numbers that are not finite"):
+    with pytest.raises(ConfigError, match=f"{re.escape(name)} of its {component} has numbers "
+                       "that are not finite"):
         load_base(tmp_path).draw(["a dog"], [0], num_inference_steps=1)
 
 
 def test_images_that_are_not_finite_are_refused_and_not_black(base, monkeypatch):
     monkeypatch.setattr(base, "decode", lambda latents: torch.full((1, 3, 8, 8), float("nan")))
-    with pytest.raises(ConfigError, match="not finite numbers.*float32 has overflowed.*smaller --lora_scale"):
+    with pytest.raises(ConfigError,
+                       match=r"not finite numbers.*float32 has overflowed.*smaller --lora_scale"):
         base.draw(["a dog"], [0], num_inference_steps=1)
 
 
@@ -107,7 +115,8 @@ def test_the_recommended_settings_are_used(tmp_path):
     wished = {"num_inference_steps": 2, "guidance_scale": 6.0}
     (folder / "recommended.json").write_text(json.dumps(wished))
     base, counted = load_base(folder), []
-    by_itself = base.draw(["a dog"], [0], callback=lambda pipe, step, t, more: counted.append(step) or more)
+    by_itself = base.draw(["a dog"], [0], callback=lambda pipe, step, t, more: counted.append(step)
+                          or more)
     assert counted == [0, 1]
     assert away(by_itself[0], base.draw(["a dog"], [0], **wished)[0]) == 0
     assert away(by_itself[0], base.draw(["a dog"], [0], guidance_scale=1.0)[0]) > 1
@@ -127,7 +136,7 @@ def test_the_recommended_sampler_is_used_unless_another_is_asked_for(folder, tmp
         load_base(tmp_path).sampler()
 
 
-# --- encoding, noise and targets -------------------------------------------------------------------------
+# --- encoding, noise and targets ------------------------------------------------------------------
 
 
 def test_prompts_become_embeddings_once(folder):
@@ -142,12 +151,16 @@ def test_prompts_become_embeddings_once(folder):
 
 
 def test_prompts_are_encoded_anew_while_a_lora_is_on_the_text_encoder(folder, tmp_path):
-    """And the frozen encoder's are back when it is gone. Loaded, scaled, trained: the encoder's own word counts."""
+    """And the frozen encoder's are back when it is gone.
+
+    Loaded, scaled, trained: the encoder's own word counts.
+    """
     base, prompts = load_base(folder), ["a red dog"]
     base.remember(prompts)
     frozen = base.encode_prompts(prompts)["encoder_hidden_states"]
     for parameter in add_lora(base.text_encoder, 2, 2.0):
-        parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        parameter.data.copy_(torch.randn(parameter.shape,
+                                         generator=torch.Generator().manual_seed(0)))
     trained = base.encode_prompts(prompts)["encoder_hidden_states"]
     assert (trained - frozen).abs().max() > 0.01
     with pytest.raises(ConfigError, match="cannot be kept while the text encoder has a LoRA"):
@@ -159,17 +172,20 @@ def test_prompts_are_encoded_anew_while_a_lora_is_on_the_text_encoder(folder, tm
     assert torch.allclose(base.encode_prompts(prompts)["encoder_hidden_states"], trained, atol=1e-6)
     set_scale(base, {"default": 0.5})
     half = base.encode_prompts(prompts)["encoder_hidden_states"]
-    assert (half - trained).abs().max() > 0.01 and (half - frozen).abs().max() > 0.01
+    assert (half - trained).abs().max() > 0.01
+    assert (half - frozen).abs().max() > 0.01
 
 
 def test_pictures_become_latents_and_come_back_in_range(base):
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     mean, std = base.encode_images(pixels)
-    assert mean.shape == std.shape == (2, *base.latent_shape(32)) and (std > 0).all()
+    assert mean.shape == std.shape == (2, *base.latent_shape(32))
+    assert (std > 0).all()
     posterior = base.vae.encode(pixels).latent_dist
     assert torch.allclose(mean, posterior.mean * base.vae.config.scaling_factor)
     back = base.decode(mean)
-    assert back.shape == pixels.shape and back.abs().max() <= 1
+    assert back.shape == pixels.shape
+    assert back.abs().max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -180,17 +196,19 @@ def test_the_target_is_what_the_base_was_trained_to_say(kind, tmp_path):
     process = base.process
     x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
     assert torch.allclose(process.corrupt(x0, noise, t), x_t, atol=1e-5)
-    wanted = {"epsilon": noise, "sample": x0, "v_prediction": abar.sqrt() * noise - (1 - abar).sqrt() * x0}[kind]
+    wanted = {"epsilon": noise, "sample": x0,
+              "v_prediction": abar.sqrt() * noise - (1 - abar).sqrt() * x0}[kind]
     assert torch.allclose(process.target(x0, noise, t), wanted, atol=1e-5)
     assert torch.allclose(process.snr(t), (abar / (1 - abar)).flatten())
 
 
 def test_everything_is_frozen(base):
-    assert all(not p.requires_grad for part in (base.unet, base.vae, base.text_encoder) for p in part.parameters())
+    assert all(not p.requires_grad for part in (base.unet, base.vae, base.text_encoder)
+               for p in part.parameters())
     assert not any(part.training for part in (base.unet, base.vae, base.text_encoder))
 
 
-# --- fingerprint -----------------------------------------------------------------------------------------
+# --- fingerprint ----------------------------------------------------------------------------------
 
 
 def edit_weights(file, change):
@@ -201,15 +219,18 @@ def test_another_base_has_another_fingerprint(base, folder, tmp_path):
     assert load_base(folder).fingerprint() == base.fingerprint()
     other = make_tiny_pipeline(tmp_path)
     edit_weights(other / "vae" / "diffusion_pytorch_model.safetensors", lambda tensors: {
-        name: tensor + (name == "decoder.conv_out.bias") * 1e-3 for name, tensor in tensors.items()})
+        name: tensor + (name == "decoder.conv_out.bias") * 1e-3
+        for name, tensor in tensors.items()})
     assert load_base(other).fingerprint() != base.fingerprint()
 
 
 def test_a_fingerprint_depends_on_numbers_and_not_on_names_or_places(base, folder, tmp_path):
-    """As a base that another version of transformers has saved: other names, and one tensor of integers more."""
+    """As a base that another version of transformers has saved: other names, and one tensor of
+    integers more."""
     copy = shutil.copytree(folder, tmp_path / "copy")
     edit_weights(copy / "text_encoder" / "model.safetensors", lambda tensors: {
-        **{f"text_model.{name}": tensor for name, tensor in tensors.items()}, "position_ids": torch.arange(16)})
+        **{f"text_model.{name}": tensor for name, tensor in tensors.items()},
+        "position_ids": torch.arange(16)})
     assert load_base(copy).fingerprint() == base.fingerprint()
 
 
@@ -238,41 +259,49 @@ def test_what_is_released_comes_back_as_it_was(folder):
 
 def test_no_weight_keeps_the_file_that_it_came_from_in_memory(folder):
     base = load_base(folder)
-    for weight in (*base.unet.parameters(), *base.vae.parameters(), *base.text_encoder.parameters()):
+    for weight in (*base.unet.parameters(), *base.vae.parameters(),
+                   *base.text_encoder.parameters()):
         assert weight.untyped_storage().nbytes() == weight.nbytes
         assert weight.ndim != 4 or weight.is_contiguous(memory_format=torch.channels_last)
 
 
-# --- auto ------------------------------------------------------------------------------------------------
+# --- auto -----------------------------------------------------------------------------------------
 
 
 def test_auto_without_a_recommendation(folder):
-    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder), train_text_encoder=True), "cpu")
+    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder), train_text_encoder=True),
+                    "cpu")
     assert (config.rank, config.learning_rate, config.lora_layers) == (4, 2e-4, "attention")
     assert config.train_batch_size == 1
     assert (config.lora_alpha, config.text_encoder_rank, config.text_encoder_lr) == (4.0, 4, 2e-5)
-    assert (config.resolution, config.mixed_precision, config.prior_generation_precision) == (32, "no", "no")
+    assert (config.resolution, config.mixed_precision,
+            config.prior_generation_precision) == (32, "no", "no")
     drawn = settle(GenerateConfig(pretrained_model_name_or_path=str(folder)), "cpu")
     assert (drawn.num_inference_steps, drawn.guidance_scale, drawn.resolution) == (25, 7.5, 32)
 
 
 def test_auto_follows_the_bases_recommendation_and_what_was_given(tmp_path):
     folder = make_tiny_pipeline(tmp_path)
-    wished = {"rank": 16, "learning_rate": 1e-3, "lora_layers": "attention+ff", "train_batch_size": 4, "resolution": 64,
+    wished = {"rank": 16, "learning_rate": 1e-3, "lora_layers": "attention+ff",
+              "train_batch_size": 4, "resolution": 64,
               "guidance_scale": 3.0}  # fmt: skip
     (folder / "recommended.json").write_text(json.dumps(wished))
-    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder), train_text_encoder=True), "cpu")
+    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder), train_text_encoder=True),
+                    "cpu")
     assert {name: getattr(config, name) for name in wished if name != "guidance_scale"} == {
         name: value for name, value in wished.items() if name != "guidance_scale"}
     assert (config.lora_alpha, config.text_encoder_lr) == (16.0, 1e-4)
     assert settle(GenerateConfig(pretrained_model_name_or_path=str(folder))).guidance_scale == 3.0
-    given = settle(TrainConfig(pretrained_model_name_or_path=str(folder), rank=8, lora_alpha=2, resolution=32,
+    given = settle(TrainConfig(pretrained_model_name_or_path=str(folder), rank=8, lora_alpha=2,
+                               resolution=32,
                                learning_rate=5e-4, mixed_precision="bf16"), "cpu")  # fmt: skip
-    assert (given.rank, given.lora_alpha, given.resolution, given.learning_rate) == (8, 2.0, 32, 5e-4)
+    assert (given.rank, given.lora_alpha, given.resolution,
+            given.learning_rate) == (8, 2.0, 32, 5e-4)
     assert given.mixed_precision == "bf16"
 
 
-@pytest.mark.parametrize("options", [{}, {"train_text_encoder": True, "train_text_encoder_frac": 0.5}])
+@pytest.mark.parametrize("options",
+                         [{}, {"train_text_encoder": True, "train_text_encoder_frac": 0.5}])
 def test_a_settled_config_passes_its_own_check(folder, options):
     """It is what a run writes into config.yaml, and --config has to take it."""
     asked = TrainConfig(pretrained_model_name_or_path=str(folder), instance_data_dir="photos",
@@ -283,7 +312,8 @@ def test_a_settled_config_passes_its_own_check(folder, options):
 
 
 def test_prodigy_finds_its_rate_itself(folder):
-    assert settle(TrainConfig(pretrained_model_name_or_path=str(folder), optimizer="Prodigy")).learning_rate == 1.0
+    assert settle(TrainConfig(pretrained_model_name_or_path=str(folder),
+                              optimizer="Prodigy")).learning_rate == 1.0
 
 
 def test_processors_and_macs_train_in_full_precision():
@@ -293,7 +323,8 @@ def test_processors_and_macs_train_in_full_precision():
 @pytest.mark.parametrize(("has", "chosen"), [(True, "bf16"), (False, "fp16")])
 def test_a_gpu_trains_in_the_half_precision_that_it_has(has, chosen, folder, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has)
-    assert settle(TrainConfig(pretrained_model_name_or_path=str(folder)), "cuda").mixed_precision == chosen
+    assert settle(TrainConfig(pretrained_model_name_or_path=str(folder)),
+                  "cuda").mixed_precision == chosen
 
 
 def test_half_precision_asked_of_a_processor_is_whole_and_said(folder, capsys):
@@ -304,7 +335,7 @@ def test_half_precision_asked_of_a_processor_is_whole_and_said(folder, capsys):
     assert "--mixed_precision fp16 needs a GPU" in capsys.readouterr().out
 
 
-# --- bases that are not there ----------------------------------------------------------------------------
+# --- bases that are not there ---------------------------------------------------------------------
 
 
 def test_a_base_that_has_moved_is_named(monkeypatch):
@@ -312,9 +343,11 @@ def test_a_base_that_has_moved_is_named(monkeypatch):
         raise OSError("404")
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", gone)
-    with pytest.raises(ConfigError, match="has moved to stable-diffusion-v1-5/stable-diffusion-v1-5"):
+    with pytest.raises(ConfigError,
+                       match="has moved to stable-diffusion-v1-5/stable-diffusion-v1-5"):
         load_base("runwayml/stable-diffusion-v1-5")
-    with pytest.raises(ConfigError, match="--pretrained_model_name_or_path my/own: no base found there"):
+    with pytest.raises(ConfigError,
+                       match="--pretrained_model_name_or_path my/own: no base found there"):
         load_base("my/own")
 
 
@@ -333,9 +366,11 @@ def edit_json(file, **entries):
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
 
 
-@pytest.mark.parametrize("file, entries, words", [
-    ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, "is made for inpainting"),
-    ("unet/config.json", {"in_channels": 9}, "takes 9 channels and latents have 4. It is made for inpainting"),
+@pytest.mark.parametrize(("file", "entries", "words"), [
+    ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"},
+     "is made for inpainting"),
+    ("unet/config.json", {"in_channels": 9},
+     "takes 9 channels and latents have 4. It is made for inpainting"),
 ])  # fmt: skip
 def test_an_inpainting_base_is_refused_with_the_reason(file, entries, words, tmp_path):
     folder = make_tiny_pipeline(tmp_path)
@@ -345,9 +380,12 @@ def test_an_inpainting_base_is_refused_with_the_reason(file, entries, words, tmp
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])
-@pytest.mark.parametrize("resolution, near", [(100, "96 or 104"), (44, "40 or 48"), (11, "8 or 16")])
-def test_a_resolution_that_cannot_be_drawn_is_refused_with_those_that_can(cls, resolution, near, folder):
-    with pytest.raises(ConfigError, match=f"--resolution {resolution}: .* multiples of 8; give {near}"):
+@pytest.mark.parametrize(("resolution", "near"),
+                         [(100, "96 or 104"), (44, "40 or 48"), (11, "8 or 16")])
+def test_a_resolution_that_cannot_be_drawn_is_refused_with_those_that_can(cls, resolution, near,
+                                                                          folder):
+    with pytest.raises(ConfigError,
+                       match=f"--resolution {resolution}: .* multiples of 8; give {near}"):
         settle(cls(pretrained_model_name_or_path=str(folder), resolution=resolution), "cpu")
 
 

@@ -50,7 +50,8 @@ def test_latents_are_the_pipelines_and_decode_to_what_the_autoencoder_says(base,
         theirs = stock._encode_vae_image(images, None)
         decoded = stock.vae.decode(stock.vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
     mean, std = base.encode_images(images)
-    assert mean.shape[1:] == base.latent_shape(32) and std.abs().max() == 0
+    assert mean.shape[1:] == base.latent_shape(32)
+    assert std.abs().max() == 0
     torch.testing.assert_close(mean, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(base.decode(mean), decoded, rtol=0, atol=1e-5)
 
@@ -66,14 +67,16 @@ def test_presets_are_of_both_kinds_of_blocks_and_never_the_embedders(base):
     assert [name.rpartition("attn.")[2] for name in attention if name not in single] == [
         "to_q", "to_k", "to_v", "to_out.0"]
     assert len(single) == 2 * len(base.transformer.single_transformer_blocks)
-    assert set(attention) < set(more) and len(more) == 4 + 4 + 8
+    assert set(attention) < set(more)
+    assert len(more) == 4 + 4 + 8
     assert all("transformer_blocks" in name for name in more)
 
 
 def test_larger_images_are_trained_with_more_noise(base):
     u = torch.tensor([0.2, 0.5, 0.8])
     few, many = base.process.timestep(u, 256), base.process.timestep(u, 4096)
-    assert torch.all(few < many) and torch.all(many < 1)
+    assert torch.all(few < many)
+    assert torch.all(many < 1)
     torch.testing.assert_close(few[1], torch.tensor(0.5).sigmoid())  # mu = base_shift
 
 
@@ -91,5 +94,5 @@ def test_a_transformer_that_is_told_the_guidance_is_refused(folder, tmp_path):
     config["guidance_embeds"] = True
     (tmp_path / "transformer/config.json").write_text(json.dumps(config))
     (tmp_path / "model_index.json").write_text((folder / "model_index.json").read_text())
-    with pytest.raises(ConfigError, match="guidance.*klein"):
+    with pytest.raises(ConfigError, match=r"guidance.*klein"):
         load_base(tmp_path)

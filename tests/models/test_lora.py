@@ -39,9 +39,11 @@ def base(folder):
 
 @torch.no_grad()
 def said(base):
-    """What the UNet predicts of fixed latents, under what the text encoder says of a fixed prompt."""
+    """What the UNet predicts of fixed latents, under what the text encoder says of a fixed
+    prompt."""
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    return base.predict(latents, torch.tensor([10, 700]), base.encode_prompts(["a photo of sks dog", "a red car"]))
+    return base.predict(latents, torch.tensor([10, 700]),
+                        base.encode_prompts(["a photo of sks dog", "a red car"]))
 
 
 def as_if_trained(module, seed=0, size=0.3):
@@ -55,7 +57,8 @@ def as_if_trained(module, seed=0, size=0.3):
 
 
 def a_file(base, path, seed=0, rank=4, alpha=2.0, text_encoder=False, **more):
-    """A LoRA of `base`, trained as far as anyone can tell, in a file; the base is left as it was."""
+    """A LoRA of `base`, trained as far as anyone can tell, in a file; the base is left as it
+    was."""
     modules = {"unet": base.unet, **({"text_encoder": base.text_encoder} if text_encoder else {})}
     for module in modules.values():
         add_lora(module, rank, alpha, **more)
@@ -69,10 +72,11 @@ def close(a, b):
     return torch.allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
-# --- injection -------------------------------------------------------------------------------------------
+# --- injection ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"layers": "attention+ff"}])
+@pytest.mark.parametrize("options",
+                         [{}, {"use_dora": True}, {"use_rslora": True}, {"layers": "attention+ff"}])
 def test_at_first_nothing_changes(base, options):
     plain = said(base)
     add_lora(base.unet, 4, 8.0, **options)
@@ -89,11 +93,13 @@ def test_only_the_lora_gets_gradients(base):
     base.predict(torch.zeros(1, 4, 16, 16), torch.tensor([500]), cond).square().mean().backward()
     frozen = [p for p in base.unet.parameters() if not any(p is own for own in parameters)]
     assert all(p.grad is not None for p in parameters)
-    assert frozen and all(p.grad is None and not p.requires_grad for p in frozen)
+    assert frozen
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
 
 
 def test_parameters_are_rank_times_inputs_and_outputs(base):
-    sides = sum(sum(base.unet.get_submodule(name).weight.shape) for name in target_modules(base.unet, "attention"))
+    sides = sum(sum(base.unet.get_submodule(name).weight.shape)
+                for name in target_modules(base.unet, "attention"))
     everything = sum(p.numel() for p in base.unet.parameters())
     parameters = add_lora(base.unet, 3, 3.0)
     assert count_parameters(base.unet) == (3 * sides, everything + 3 * sides)
@@ -119,7 +125,8 @@ def test_a_is_drawn_by_the_seed_alone(folder):
         unet = load_base(folder).unet
         add_lora(unet, 4, 4.0, seed=seed)
         drawn.append(lora_layers(unet)[0][1].lora_A["default"].weight)
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_adding_a_lora_leaves_torchs_own_random_numbers_alone(base):
@@ -137,7 +144,7 @@ def test_a_half_precision_base_gets_a_lora_in_full_precision(folder):
     assert base.unet.conv_in.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("layers, endings", [
+@pytest.mark.parametrize(("layers", "endings"), [
     ("attention", {"to_q", "to_k", "to_v", "0"}),
     ("attention+ff", {"to_q", "to_k", "to_v", "0", "proj", "2"}),
     ("to_k, to_v", {"to_k", "to_v"}),
@@ -154,15 +161,16 @@ def test_all_layers(base):
 
 
 def test_a_layer_that_is_not_there_is_named(base):
-    with pytest.raises(ConfigError, match="--lora_layers to_z: .*attention"):
+    with pytest.raises(ConfigError, match=r"--lora_layers to_z: .*attention"):
         add_lora(base.unet, 2, 2.0, layers="to_z")
 
 
-# --- dropout ---------------------------------------------------------------------------------------------
+# --- dropout --------------------------------------------------------------------------------------
 
 
 def dropping(folder):
-    """A base whose LoRA hides half of its inputs, and what its UNet predicts of some rows of a batch by some keys."""
+    """A base whose LoRA hides half of its inputs, and what its UNet predicts of some rows of a
+    batch by some keys."""
     base = load_base(folder)
     add_lora(base.unet, 4, 4.0, dropout=0.5)
     as_if_trained(base.unet)
@@ -172,7 +180,8 @@ def dropping(folder):
 
     def predict(rows, keys):
         set_dropout({"unet": base.unet}, keys)
-        return base.predict(latents[rows], torch.tensor([10, 700])[rows], {"encoder_hidden_states": words[rows]})
+        return base.predict(latents[rows], torch.tensor([10, 700])[rows],
+                            {"encoder_hidden_states": words[rows]})
 
     return base, predict
 
@@ -180,7 +189,8 @@ def dropping(folder):
 def test_what_a_sample_loses_is_its_own_whoever_is_in_its_batch(folder):
     _, predict = dropping(folder)
     both = predict([0, 1], [7, 8])
-    assert close(both[:1], predict([0], [7])) and close(both[1:], predict([1], [8]))
+    assert close(both[:1], predict([0], [7]))
+    assert close(both[1:], predict([1], [8]))
     assert not close(both[:1], predict([0], [8]))
 
 
@@ -200,12 +210,13 @@ def test_dropout_keeps_the_mean_and_is_off_outside_training():
     dropout.keys = [1, 2]
     kept = dropout(ones)
     assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert kept.mean(dim=1).tolist() == pytest.approx([1, 1], abs=0.01) and (kept[0] != kept[1]).any()
+    assert kept.mean(dim=1).tolist() == pytest.approx([1, 1], abs=0.01)
+    assert (kept[0] != kept[1]).any()
     dropout.eval()
     assert torch.equal(dropout(ones), ones)
 
 
-# --- merge and remove ------------------------------------------------------------------------------------
+# --- merge and remove -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"layers": "all"}])
@@ -237,17 +248,19 @@ def test_removing_gives_the_base_back(base, merged):
     assert close(said(base), plain)
 
 
-# --- files -----------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 SAVED = [
-    {"rank": 4, "alpha": 1.0}, {"rank": 2, "alpha": 8.0, "text_encoder": True}, {"use_rslora": True},
+    {"rank": 4, "alpha": 1.0}, {"rank": 2, "alpha": 8.0, "text_encoder": True},
+    {"use_rslora": True},
     {"use_dora": True}, {"use_dora": True, "text_encoder": True}, {"layers": "all", "rank": 3},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", SAVED, ids=str)
-def test_a_loaded_file_says_what_the_trained_network_said_in_a_stock_pipeline_too(base, tmp_path, options):
+def test_a_loaded_file_says_what_the_trained_network_said_in_a_stock_pipeline_too(base, tmp_path,
+                                                                                  options):
     options = {"rank": 4, "alpha": 2.0, **options}
     plain = said(base)
     modules = {"unet": base.unet}
@@ -259,9 +272,12 @@ def test_a_loaded_file_says_what_the_trained_network_said_in_a_stock_pipeline_to
     trained = said(base)
     path = save_lora(modules, tmp_path / "lora.safetensors")
     fresh = load_lora(load_base(base.name), path)
-    assert close(said(fresh), trained) and not close(trained, plain)
+    assert close(said(fresh), trained)
+    assert not close(trained, plain)
     assert lora_parameters(fresh.unet) == []
-    stock, around = StableDiffusionPipeline.from_pretrained(base.name, safety_checker=None), load_base(base.name)
+    stock, around = StableDiffusionPipeline.from_pretrained(base.name,
+                                                            safety_checker=None), load_base(
+                                                                base.name)
     stock.load_lora_weights(path.parent, weight_name=path.name)
     vars(around).update(unet=stock.unet, text_encoder=stock.text_encoder)
     assert close(said(around), trained)
@@ -294,7 +310,8 @@ def test_a_lora_of_another_base_is_refused_and_changes_nothing(base, tmp_path):
         bad = save_diffusers(Adapter(layers), tmp_path / f"{word}.safetensors")
         with pytest.raises(LoraFileError, match=f"{word}.safetensors does not fit this base"):
             load_lora(base, bad)
-        assert close(said(base), plain) and not lora_layers(base.unet), word
+        assert close(said(base), plain), word
+        assert not lora_layers(base.unet), word
 
 
 def test_a_file_that_is_none_is_refused(base, tmp_path):
@@ -303,7 +320,7 @@ def test_a_file_that_is_none_is_refused(base, tmp_path):
         load_lora(base, tmp_path / "a.safetensors")
 
 
-# --- scales ----------------------------------------------------------------------------------------------
+# --- scales ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
@@ -315,7 +332,8 @@ def test_scale_0_is_the_base_and_1_is_as_trained(base, tmp_path, options):
     assert close(said(base), plain)
     set_scale(base, {"default": 0.5})
     half = said(base)
-    assert not close(half, plain) and not close(half, trained)
+    assert not close(half, plain)
+    assert not close(half, trained)
     set_scale(base, {"default": 1})  # of what was trained, not of what was set before
     assert close(said(base), trained)
 
@@ -345,7 +363,8 @@ def test_two_loras_add_up(base, tmp_path):
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_a_second_lora_is_no_surprise_and_is_used_alone(base, tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
-        load_lora(base, a_file(load_base(base.name), tmp_path / f"{name}.safetensors", seed), name=name)
+        load_lora(base, a_file(load_base(base.name), tmp_path / f"{name}.safetensors", seed),
+                  name=name)
     second = load_lora(load_base(base.name), tmp_path / "b.safetensors")
     assert close(said(base), said(second))
 

@@ -26,11 +26,15 @@ CASES = {
     "alpha is not rank": {"r": 4, "lora_alpha": 1},
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
     "dora": {"r": 4, "lora_alpha": 2, "use_dora": True},
-    "convolution": {"r": 3, "lora_alpha": 5, "target_modules": [*ATTENTION, "conv1", "conv_shortcut", "ff.net.0.proj"]},
-    "dora convolution": {"r": 2, "lora_alpha": 3, "use_dora": True, "target_modules": ["conv1", "proj_in"]},
-    "patterns": {"r": 4, "lora_alpha": 2, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_v": 7}},
+    "convolution": {"r": 3, "lora_alpha": 5,
+                    "target_modules": [*ATTENTION, "conv1", "conv_shortcut", "ff.net.0.proj"]},
+    "dora convolution": {"r": 2, "lora_alpha": 3, "use_dora": True,
+                         "target_modules": ["conv1", "proj_in"]},
+    "patterns": {"r": 4, "lora_alpha": 2, "rank_pattern": {"to_k": 2},
+                 "alpha_pattern": {"to_v": 7}},
     "expressions": {"r": 4, "lora_alpha": 2, "rank_pattern": {r"attn\d\.to_(q|k)": 2},
-                    "alpha_pattern": {r"(^down_blocks.*attn2)\.to_v": 9, r".*attn2.*": 7, "to_v": 5}},
+                    "alpha_pattern": {r"(^down_blocks.*attn2)\.to_v": 9, r".*attn2.*": 7,
+                                      "to_v": 5}},
 }  # fmt: skip
 
 
@@ -104,7 +108,8 @@ def trained(request, base, tmp_path_factory):
     plain = outputs(pipeline)
     train(pipeline, request.param)
     wanted = outputs(pipeline)
-    assert not torch.allclose(plain[0], wanted[0], atol=1e-2) and not torch.allclose(
+    assert not torch.allclose(plain[0], wanted[0], atol=1e-2)
+    assert not torch.allclose(
         plain[1], wanted[1], atol=1e-2
     )
     return request.param, save_as_diffusers_does(pipeline, tmp_path_factory.mktemp("lora")), wanted
@@ -116,7 +121,7 @@ def outputs_with(base, path):
     return outputs(pipeline)
 
 
-# --- there and back -----------------------------------------------------------------------------------
+# --- there and back -------------------------------------------------------------------------------
 
 
 def test_diffusers_there_and_back(trained, base, tmp_path):
@@ -176,7 +181,8 @@ def test_names_of_earlier_diffusers_are_read(base, tmp_path):
     pipeline = load(base)
     train(pipeline, "alpha is rank")
     tensors = load_file(save_as_diffusers_does(pipeline, tmp_path))
-    assert any(".attn1.to_q.lora.down." in key for key in tensors) and any(
+    assert any(".attn1.to_q.lora.down." in key for key in tensors)
+    assert any(
         "lora_linear_layer" in key for key in tensors
     )
     old = {re.sub(r"(attn\d)\.to_(\w+)(\.0)?\.lora\.", r"\1.processor.to_\2_lora.", key): tensor
@@ -212,7 +218,7 @@ def test_peft_over_an_earlier_export_leaves_nothing_of_it(adapter, tmp_path):
     assert not any((tmp_path / "text_encoder").iterdir())
 
 
-# --- kohya's conventions ------------------------------------------------------------------------------
+# --- kohya's conventions --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -238,7 +244,9 @@ def test_kohya_keys_are_those_other_tools_look_for(adapter, tmp_path):
     assert all(key.split(".")[0].replace("_", "").isalnum() for key in tensors)
     assert (
         tensors[f"{to_out}.lora_down.weight"].shape == (4, 16)
-        and tensors[f"{to_out}.alpha"].item() == 1.0
+    )
+    assert (
+        tensors[f"{to_out}.alpha"].item() == 1.0
     )
 
 
@@ -254,14 +262,16 @@ def test_kohya_header_names_network_base_and_trigger(adapter, tmp_path):
     assert (header["ss_network_dim"], float(header["ss_network_alpha"])) == ("4", 1.0)
     assert (
         header["ss_sd_model_name"] == "some/base"
-        and header["modelspec.trigger_phrase"] == "sks dog"
+    )
+    assert (
+        header["modelspec.trigger_phrase"] == "sks dog"
     )
     assert json.loads(header["ss_tag_frequency"]) == {"instance": {"sks dog": 1}}
     assert "ss_base_model_version" not in header  # 16 wide: none of the families A1111 knows
 
 
 @pytest.mark.parametrize(
-    "width, version", [(768, "sd_v1"), (1024, "sd_v2"), (2048, "sdxl_base_v1-0")]
+    ("width", "version"), [(768, "sd_v1"), (1024, "sd_v2"), (2048, "sdxl_base_v1-0")]
 )
 def test_kohya_header_tells_the_family(width, version):
     layer = A.Layer(torch.zeros(2, width), torch.zeros(8, 2), 1.0)
@@ -305,7 +315,7 @@ def test_layers_that_kohyas_scripts_pass_over_are_named(adapter):
     assert K.kohya_leaves_out(A.Adapter({"unet": more})) == ["conv_in", "time_embedding.linear_1"]
 
 
-# --- other families -----------------------------------------------------------------------------------
+# --- other families -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -339,16 +349,20 @@ def updates(networks):
 
 
 @pytest.mark.parametrize(
-    "family, write", [("sdxl", X.save_diffusers), ("sdxl", K.save_kohya), ("flux2", X.save_diffusers)]
+    ("family", "write"),
+    [("sdxl", X.save_diffusers), ("sdxl", K.save_kohya), ("flux2", X.save_diffusers)]
 )
-def test_ours_and_the_stock_pipeline_read_the_same_of_every_family(family, write, request, tmp_path):
+def test_ours_and_the_stock_pipeline_read_the_same_of_every_family(family, write, request,
+                                                                   tmp_path):
     base = request.getfixturevalue(family)
     path = write(adapter_of_all(base), tmp_path / "lora.safetensors")
     ours = updates(load_lora(load_base(base), path).modules)
     stock = DiffusionPipeline.from_pretrained(base)
     stock.load_lora_weights(tmp_path, weight_name=path.name)
-    theirs = updates({component: getattr(stock, component) for component in stock._lora_loadable_modules})
-    wanted = {(component, name): layer.delta() for component, name, layer in adapter_of_all(base).every()}
+    theirs = updates({component: getattr(stock, component)
+                      for component in stock._lora_loadable_modules})
+    wanted = {(component, name): layer.delta()
+              for component, name, layer in adapter_of_all(base).every()}
     assert wanted.keys() == ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[key], wanted[key], atol=1e-5) for key in wanted)
     assert all(torch.allclose(theirs[key], wanted[key], atol=1e-5) for key in wanted)
@@ -379,7 +393,8 @@ def test_names_of_the_original_sdxl_are_read(sdxl, tmp_path):
 
 def test_names_of_flux2_are_read_and_what_diffusers_drops_is_refused(flux2, tmp_path):
     def kohya(flat, out):
-        return {f"{flat}.lora_down.weight": torch.ones(2, 16), f"{flat}.lora_up.weight": torch.ones(out, 2),
+        return {f"{flat}.lora_down.weight": torch.ones(2, 16),
+                f"{flat}.lora_up.weight": torch.ones(out, 2),
                 f"{flat}.alpha": torch.tensor(1.0)}  # fmt: skip
 
     path = tmp_path / "k.safetensors"
@@ -398,11 +413,11 @@ def test_names_of_flux2_are_read_and_what_diffusers_drops_is_refused(flux2, tmp_
         },
         path,
     )
-    with pytest.raises(A.LoraFileError, match="lora_unet_modulation.*another model family"):
+    with pytest.raises(A.LoraFileError, match=r"lora_unet_modulation.*another model family"):
         X.read_adapter(path, flux2)
 
 
-# --- refused ------------------------------------------------------------------------------------------
+# --- refused --------------------------------------------------------------------------------------
 
 
 def test_files_that_are_none_are_named(tmp_path, base):
@@ -413,8 +428,10 @@ def test_files_that_are_none_are_named(tmp_path, base):
     halves = {f"lora_unet_nowhere.lora_{half}.weight": torch.zeros(2, 2) for half in ("down", "up")}
     save_file(halves, tmp_path / "alien.safetensors")
     cases = {
-        "cut.safetensors": "cut.*damaged", "huge.safetensors": "huge.*damaged", "lora.bin": "only .safetensors",
-        "gone.safetensors": "not there", "other.safetensors": "weird.key", "alien.safetensors": "another model",
+        "cut.safetensors": "cut.*damaged", "huge.safetensors": "huge.*damaged",
+        "lora.bin": "only .safetensors",
+        "gone.safetensors": "not there", "other.safetensors": "weird.key",
+        "alien.safetensors": "another model",
     }  # fmt: skip
     for name, message in cases.items():
         with pytest.raises(A.LoraFileError, match=message):
@@ -426,7 +443,8 @@ def test_files_that_are_none_are_named(tmp_path, base):
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 KOHYA = f"lora_unet_{TO_Q.replace('.', '_')}"
 HALF = torch.ones(2, 16)
-REFUSED = {  # what is put into a sound file beside the rest, in kohya's names, and what its refusal says
+# what is put into a sound file beside the rest, in kohya's names, and what its refusal says
+REFUSED = {
     "loha": ({f"{KOHYA}2.hada_w1_a": HALF}, "hada_w1_a, of a LoHa, which ComfyUI"),
     "lokr": ({f"{KOHYA}2.lokr_w1": HALF}, "lokr_w1, of a LoKr"),
     "tucker": ({f"{KOHYA}.lora_mid.weight": HALF}, "lora_mid.weight, of a Tucker"),
@@ -434,24 +452,33 @@ REFUSED = {  # what is put into a sound file beside the rest, in kohya's names, 
     "bias": ({f"{KOHYA}.diff_b": HALF}, "diff_b, of full weights"),
     "oft": ({f"{KOHYA}2.oft_blocks": HALF}, "oft_blocks, of an OFT"),
     "glora": ({f"{KOHYA}2.a1.weight": HALF}, "a1.weight, of a GLoRA"),
-    "embedding": ({"bundle_emb.sks.clip_l": HALF}, "bundle_emb.sks.clip_l, of an embedding.*OneTrainer"),
+    "embedding": ({"bundle_emb.sks.clip_l": HALF},
+                  "bundle_emb.sks.clip_l, of an embedding.*OneTrainer"),
     "half": ({f"{KOHYA}2.lora_down.weight": HALF}, f"{KOHYA}2.lora_down.weight has no lora_up"),
     "other half": ({f"{KOHYA}2.lora_up.weight": HALF}, f"{KOHYA}2.lora_up.weight has no lora_down"),
-    "alpha alone": ({f"{KOHYA}2.alpha": torch.ones(())}, f"{KOHYA}2.alpha has no lora_down and no lora_up"),
+    "alpha alone": ({f"{KOHYA}2.alpha": torch.ones(())},
+                    f"{KOHYA}2.alpha has no lora_down and no lora_up"),
     "unknown": ({f"{KOHYA}.something": HALF}, "something, which is no LoRA key"),
-    "nan": ({f"{KOHYA}.lora_up.weight": torch.full((16, 4), torch.nan)}, "lora_up.weight has numbers that are not"),
-    "infinite": ({f"{KOHYA}.alpha": torch.tensor(torch.inf)}, f"{KOHYA}.alpha has numbers that are not finite"),
+    "nan": ({f"{KOHYA}.lora_up.weight": torch.full((16, 4), torch.nan)},
+            "lora_up.weight has numbers that are not"),
+    "infinite": ({f"{KOHYA}.alpha": torch.tensor(torch.inf)},
+                 f"{KOHYA}.alpha has numbers that are not finite"),
     "alphas": ({f"{KOHYA}.alpha": torch.ones(2)}, r"alpha of shape \(2,\) is not one number"),
     "no network": ({f"{TO_Q}.lora_A.weight": HALF, f"{TO_Q}.lora_B.weight": HALF.T.contiguous()},
                    f"does not say which network it is of.*rename each key to unet.{TO_Q}.lora_"),
-    "third encoder": ({"lora_te3_a.lora_down.weight": HALF, "lora_te3_a.lora_up.weight": HALF.T.contiguous()},
+    "third "
+    "encoder": ({"lora_te3_a.lora_down.weight": HALF,
+                 "lora_te3_a.lora_up.weight": HALF.T.contiguous()},
                       "lora_te3_a.lora_down.weight fits no module"),
-    "larger": ({f"{KOHYA}.lora_up.weight": torch.ones(32, 4)}, f"{KOHYA}.lora_down.weight fits no module"),
+    "larger": ({f"{KOHYA}.lora_up.weight": torch.ones(32, 4)},
+               f"{KOHYA}.lora_down.weight fits no module"),
     "ranks": ({f"{KOHYA}.lora_up.weight": torch.ones(16, 3)}, "halves of shapes"),
-    "twice": ({f"unet.{TO_Q}.lora_A.weight": HALF, f"unet.{TO_Q}.lora_B.weight": HALF.T.contiguous()}, "there twice"),
+    "twice": ({f"unet.{TO_Q}.lora_A.weight": HALF,
+               f"unet.{TO_Q}.lora_B.weight": HALF.T.contiguous()}, "there twice"),
     "two names": ({f"{KOHYA}.lora_A.weight": HALF}, "two names of one thing"),
     "some dora": ({f"{KOHYA}.dora_scale": torch.ones(16, 1)}, "has no DoRA magnitude"),
-    "dora of inputs": ({f"{KOHYA}.dora_scale": torch.ones(1, 16)}, r"dora_scale of shape \(1, 16\)"),
+    "dora of inputs": ({f"{KOHYA}.dora_scale": torch.ones(1, 16)},
+                       r"dora_scale of shape \(1, 16\)"),
 }  # fmt: skip
 
 
@@ -470,7 +497,8 @@ HEADERS = {  # what the header's LoraConfig says, and what its refusal says
     "alpha": ({"unet.lora_alpha": "much"}, "cannot be used"),
     "pattern": ({"unet.alpha_pattern": {"to_(q": 2}}, "cannot be used"),
     "dora": ({"unet.use_dora": True}, "use_dora True"),
-    "another network": ({"transformer.r": 4, "transformer.lora_alpha": 8}, "LoraConfig of 'transformer'"),
+    "another network": ({"transformer.r": 4, "transformer.lora_alpha": 8},
+                        "LoraConfig of 'transformer'"),
     "no network": ({"r": 4, "lora_alpha": 8}, "so their scale is in doubt"),
     "pissa": ({"unet.init_lora_weights": "pissa"}, "pissa, which changes the base too"),
 }
@@ -523,7 +551,8 @@ def test_a_name_that_ends_another_has_its_own_rank_and_alpha():
     network.proj_out, network.block = torch.nn.Linear(4, 4), torch.nn.Module()
     network.block.proj_out, network.block.proj_in = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     inject_adapter_in_model(X.lora_config(named), network)
-    assert {name: network.get_submodule(name).scaling["default"] for name in named} == pytest.approx(
+    assert {name: network.get_submodule(name).scaling["default"]
+            for name in named} == pytest.approx(
         {name: layer.scale for name, layer in named.items()})  # fmt: skip
 
 
@@ -538,7 +567,7 @@ def test_a_failed_save_leaves_the_old_file(adapter, tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-# --- merge and extract --------------------------------------------------------------------------------
+# --- merge and extract ----------------------------------------------------------------------------
 
 
 def test_a_merged_file_is_the_weighted_sum(base, tmp_path):
@@ -555,7 +584,8 @@ def test_a_merged_file_is_the_weighted_sum(base, tmp_path):
     both.set_adapters(["a", "b", "c"], [0.7, -0.4, 0.5])
     merged, error = A.merge_adapters([X.read_adapter(path) for path in paths], [0.7, -0.4, 0.5])
     path = X.save_diffusers(merged, tmp_path / "merged.safetensors")
-    assert error == 0.0 and same(outputs_with(base, path), outputs(both))
+    assert error == 0.0
+    assert same(outputs_with(base, path), outputs(both))
     assert max(layer.rank for _, _, layer in merged.every()) == 4 + 4 + 3
 
 
@@ -569,12 +599,14 @@ def test_merging_down_to_a_rank_is_the_best_approximation(adapter):
         difference = delta - short.layers[component][name].delta()
         assert torch.allclose(difference.norm(), singular[2:].norm(), atol=1e-4)
         lost, whole = lost + difference.square().sum().item(), whole + delta.square().sum().item()
-    assert error == pytest.approx((lost / whole) ** 0.5, rel=1e-3) and 0.1 < error < 0.9
+    assert error == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
+    assert 0.1 < error < 0.9
     kept, error = A.merge_adapters([adapter, adapter], [0.5, 0.5], rank=4)
-    assert error < 1e-3 and max(layer.rank for _, _, layer in kept.every()) == 4
+    assert error < 1e-3
+    assert max(layer.rank for _, _, layer in kept.every()) == 4
 
 
-@pytest.mark.parametrize("into, out", [((24, 3, 3), 4), ((4, 3, 3), 24), ((3,), 24)])
+@pytest.mark.parametrize(("into", "out"), [((24, 3, 3), 4), ((4, 3, 3), 24), ((3,), 24)])
 def test_a_layer_of_fewer_channels_than_the_rank_is_kept_whole(into, out):
     generator = torch.Generator().manual_seed(0)
     square = (1,) * (len(into) - 1)
@@ -584,7 +616,8 @@ def test_a_layer_of_fewer_channels_than_the_rank_is_kept_whole(into, out):
         0.5,
     )
     short, lost = A.truncate_rank(layer, rank=36)
-    assert torch.allclose(short.delta(), layer.delta(), atol=1e-4) and lost < 1e-6
+    assert torch.allclose(short.delta(), layer.delta(), atol=1e-4)
+    assert lost < 1e-6
 
 
 def test_merging_keeps_the_words_and_refuses_dora_and_strangers(adapter):
@@ -616,7 +649,8 @@ def test_extracting_gives_back_what_was_fused(base, tmp_path):
     before = load(base)
     models = [{"unet": p.unet, "text_encoder": p.text_encoder} for p in (before, fused)]
     adapter, figures = A.extract_adapter(*models, rank=3)
-    assert figures["error"] < 1e-3 and figures["outside"] == 0.0
+    assert figures["error"] < 1e-3
+    assert figures["outside"] == 0.0
     assert same(
         outputs_with(base, X.save_diffusers(adapter, tmp_path / "x.safetensors")), wanted, 1e-4
     )
@@ -630,7 +664,8 @@ def test_extracting_reports_what_a_lora_cannot_hold(base):
         )
     _, low = A.extract_adapter({"unet": before.unet}, {"unet": after.unet}, rank=1)
     _, high = A.extract_adapter({"unet": before.unet}, {"unet": after.unet}, rank=8)
-    assert 0 < high["error"] < low["error"] < 1 and 0 < low["outside"] == high["outside"] < 0.2
+    assert 0 < high["error"] < low["error"] < 1
+    assert 0 < low["outside"] == high["outside"] < 0.2
     with pytest.raises(A.LoraFileError, match="nothing to extract"):
         A.extract_adapter({"unet": before.unet}, {"unet": before.unet}, rank=1)
     with pytest.raises(A.LoraFileError, match="differ in shape"):
@@ -644,7 +679,8 @@ def test_extract_layer_is_near_the_best(shape):
     difference.flatten(1)[:] += 30 * torch.randn(shape[0], 1, generator=generator) / shape[0] ** 0.5
     layer = A.extract_layer(difference, rank=4)
     best = torch.linalg.svdvals(difference.flatten(1))[4:].norm()
-    assert layer.rank == 4 and layer.delta().shape == shape
+    assert layer.rank == 4
+    assert layer.delta().shape == shape
     assert (difference - layer.delta()).norm() < 1.01 * best
 
 

@@ -30,7 +30,8 @@ def test_diffusion_is_diffusers_scheduler_bit_for_bit(kind, numbers):
     process, (x0, noise) = Diffusion.from_scheduler(scheduler.config), numbers
     assert torch.equal(process.corrupt(x0, noise, T), scheduler.add_noise(x0, noise, T))
     v = scheduler.get_velocity(x0, noise, T)
-    assert torch.equal(process.target(x0, noise, T), {"epsilon": noise, "v_prediction": v, "sample": x0}[kind])
+    assert torch.equal(process.target(x0, noise, T),
+                       {"epsilon": noise, "v_prediction": v, "sample": x0}[kind])
 
 
 def test_flow_goes_straight_from_image_to_noise(numbers):
@@ -63,7 +64,8 @@ def test_diffusion_draws_each_timestep_equally_often():
 def test_flow_draws_t_as_the_densities_say():
     assert torch.allclose(Flow("uniform").timestep(U), U.float())
     logits = torch.logit(Flow(logit_mean=0.5, logit_std=2.0).timestep(U).double())
-    assert abs(logits.mean() - 0.5) < 1e-3 and abs(logits.std() - 2.0) < 0.02
+    assert abs(logits.mean() - 0.5) < 1e-3
+    assert abs(logits.std() - 2.0) < 0.02
 
 
 def test_larger_images_are_shifted_towards_noise():
@@ -73,13 +75,14 @@ def test_larger_images_are_shifted_towards_noise():
     assert torch.allclose(t / (1 - t), math.exp(2) * U / (1 - U), rtol=1e-3)
 
 
-# --- min-SNR-gamma ---------------------------------------------------------------------------------------
+# --- min-SNR-gamma --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("abar", [0.999, 0.9, 0.5, 0.1, 0.004])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weights_the_error_of_x0_whatever_is_predicted(kind, abar):
-    """The paper's weight is min(SNR, gamma) on |x0 - x0_theta|^2; a prediction of another kind is turned into x0."""
+    """The paper's weight is min(SNR, gamma) on |x0 - x0_theta|^2; a prediction of another kind is
+    turned into x0."""
     gamma, abar = 5.0, torch.tensor(abar, dtype=torch.float64)
     a, s = abar.sqrt(), (1 - abar).sqrt()
     numbers = torch.Generator().manual_seed(1)
@@ -87,14 +90,17 @@ def test_min_snr_weights_the_error_of_x0_whatever_is_predicted(kind, abar):
     x_t = a * x0 + s * noise
     target = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[kind]
     prediction = target + 0.1 * error
-    x0_of = {"epsilon": lambda y: (x_t - s * y) / a, "v_prediction": lambda y: a * x_t - s * y, "sample": lambda y: y}
+    x0_of = {"epsilon": lambda y: (x_t - s * y) / a, "v_prediction": lambda y: a * x_t - s * y,
+             "sample": lambda y: y}
     snr = abar / (1 - abar)
     wanted = torch.clamp(snr, max=gamma) * (x0_of[kind](prediction) - x0).square().mean()
-    got = Diffusion(abar[None], kind).weight(torch.tensor([0]), gamma)[0] * (prediction - target).square().mean()
+    got = Diffusion(abar[None], kind).weight(torch.tensor([0]),
+                                             gamma)[0] * (prediction - target).square().mean()
     torch.testing.assert_close(got, wanted)
 
 
 def test_min_snr_lowers_the_easy_timesteps_alone():
     snr = torch.tensor([100.0, 4.99, 1.0, 0.01])
     weight = Diffusion(snr / (1 + snr)).weight(torch.arange(4), 5.0)
-    assert weight[0] < 0.1 and weight[1:].eq(1).all()
+    assert weight[0] < 0.1
+    assert weight[1:].eq(1).all()

@@ -1,4 +1,5 @@
-"""Weights in 8 bits: as near as rounding allows, a quarter of the memory, and a LoRA learns on them as on others."""
+"""Weights in 8 bits: as near as rounding allows, a quarter of the memory, and a LoRA learns on them
+as on others."""
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def test_a_weight_is_off_by_half_a_level_of_its_row_at_most(kind, dtype):
     layer.weight[0] *= 100  # a loud row must not make the others coarse
     before = layer.weight.float().clone()
     quantize(layer)
-    assert layer.weight.dtype == dtype and layer.parametrizations.weight.original0.dtype == torch.int8
+    assert layer.weight.dtype == dtype
+    assert layer.parametrizations.weight.original0.dtype == torch.int8
     largest = before.flatten(1).abs().amax(1).view(-1, *[1] * (before.ndim - 1))
     error = (layer.weight.float() - before).abs()
     assert (error <= largest * (0.5 / 127 + 1.5 * torch.finfo(dtype).eps)).all()
@@ -50,18 +52,24 @@ def test_a_weight_that_is_trained_is_refused():
 def test_the_unet_alone_is_in_8_bits(folder):
     plain, light = load_base(folder), load_base(folder, low_vram=True)
     weights = [p for p in plain.unet.parameters() if p.ndim > 1]
-    assert size(plain.unet) - size(light.unet) == sum(3 * p.numel() - 4 * len(p) for p in weights)  # 4 bytes a row: its scale
-    assert size(light.vae) == size(plain.vae) and light.vae.use_slicing and not plain.vae.use_slicing
+    # 4 bytes a row: its scale
+    assert size(plain.unet) - size(light.unet) == sum(3 * p.numel() - 4 * len(p) for p in weights)
+    assert size(light.vae) == size(plain.vae)
+    assert light.vae.use_slicing
+    assert not plain.vae.use_slicing
     stored = [p for p in light.unet.parameters() if p.dtype == torch.int8 and p.ndim == 4]
-    assert stored and all(p.is_contiguous(memory_format=torch.channels_last) for p in stored)
+    assert stored
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in stored)
     config = TrainConfig(class_prompt="a dog", resolution=32, prior_generation_precision="no")
-    assert describe(light, config) != describe(plain, config)  # so that one's class images are not taken for the other's
+    # so that one's class images are not taken for the other's
+    assert describe(light, config) != describe(plain, config)
 
 
 def test_a_prediction_is_near_that_of_the_whole_weights(folder):
     x_t, cond = torch.randn(2, 4, 16, 16), {"encoder_hidden_states": torch.randn(2, MAX_TOKENS, 16)}
     with torch.no_grad():
-        plain, light = (load_base(folder, low_vram=low).predict(x_t, torch.tensor([5, 700]), cond) for low in (False, True))
+        plain, light = (load_base(folder, low_vram=low).predict(x_t, torch.tensor([5, 700]), cond)
+                        for low in (False, True))
     assert 0 < (plain - light).norm() < 0.05 * plain.norm()
 
 
@@ -77,7 +85,8 @@ def test_a_lora_has_the_gradients_that_it_has_on_the_same_weights_unquantized(fo
             p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(number)) / 8
         torch.manual_seed(0)
         cond = {"encoder_hidden_states": torch.randn(2, MAX_TOKENS, 16)}
-        base.predict(torch.randn(2, 4, 16, 16), torch.tensor([5, 700]), cond).square().mean().backward()
+        base.predict(torch.randn(2, 4, 16, 16), torch.tensor([5, 700]),
+                     cond).square().mean().backward()
         found.append([p.grad for p in lora_parameters(base.unet)])
     assert any(g.abs().max() > 0 for g in found[0])
     assert all(torch.equal(a, b) for a, b in zip(*found))

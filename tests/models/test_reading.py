@@ -1,4 +1,5 @@
-"""What is missing, damaged or out of reach is named as what it is: the folder's fault, or the hub's."""
+"""What is missing, damaged or out of reach is named as what it is: the folder's fault, or the
+hub's."""
 
 import json
 
@@ -23,14 +24,17 @@ def hub_error(name):
 @pytest.mark.parametrize(("name", "words"), [
     ("GatedRepoError", "terms accepted"), ("RepositoryNotFoundError", "no model of this name"),
     ("RevisionNotFoundError", "--revision"), ("OfflineModeIsEnabled", "HF_HUB_OFFLINE"),
-    ("LocalEntryNotFoundError", "check the network"), ("HfHubHTTPError", "the hub failed or could not be reached"),
+    ("LocalEntryNotFoundError", "check the network"),
+    ("HfHubHTTPError", "the hub failed or could not be reached"),
 ])  # fmt: skip
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "in a library's"])
 def test_an_error_of_the_hub_is_named_as_such(name, words, wrapped):
     error = hub_error(name)
     if wrapped:
         error, error.__cause__ = OSError("Can't load the model"), error
-    with pytest.raises(ConfigError, match=f"its vae cannot be loaded .*{words}"), reading("its vae cannot be loaded"):
+    with pytest.raises(ConfigError,
+                       match=f"its vae cannot be loaded .*{words}"), reading("its vae "
+                                                                             "cannot be loaded"):
         raise error
 
 
@@ -40,7 +44,8 @@ def test_a_library_s_own_error_passes():
 
 
 def test_a_name_that_is_neither_folder_nor_hub_name_is_answered():
-    with pytest.raises(ConfigError, match="data/nowhere/base: no base found there; there is no such folder"):
+    with pytest.raises(ConfigError,
+                       match="data/nowhere/base: no base found there; there is no such folder"):
         load_base("data/nowhere/base")
 
 
@@ -52,7 +57,7 @@ def folder(tmp_path):
 def test_a_folder_of_fp16_files_alone_says_which_option_to_give(folder):
     add_variant(folder, folder)
     (folder / "unet" / WEIGHTS).unlink()
-    with pytest.raises(ConfigError, match="its unet cannot be loaded .*add --variant fp16"):
+    with pytest.raises(ConfigError, match=r"its unet cannot be loaded .*add --variant fp16"):
         load_base(folder).unet  # noqa: B018 - loaded when touched
     assert load_base(folder, variant="fp16").unet is not None
 

@@ -19,11 +19,13 @@ def batch(base, size, seed):
     generator = torch.Generator().manual_seed(seed)
     width = base.text_encoder.config.hidden_size
     x_t = torch.randn(size, *base.latent_shape(base.resolution), generator=generator)
-    cond = torch.randn(size, base.tokenizer.model_max_length, width, generator=generator, requires_grad=True)
+    cond = torch.randn(size, base.tokenizer.model_max_length, width, generator=generator,
+                       requires_grad=True)
     return x_t, torch.randint(1000, (size,), generator=generator), {"encoder_hidden_states": cond}
 
 
-@pytest.mark.parametrize("more", [{}, {"layers": "all"}, {"layers": "all", "use_dora": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"layers": "all"}, {"layers": "all", "use_dora": True},
+                                  {"use_rslora": True}], ids=str)
 def test_a_replay_has_the_same_bits_forward_and_back_at_every_step_and_size(base, more):
     add_lora(base.unet, 4, 4, **more)
     base.unet.train()
@@ -40,7 +42,8 @@ def test_a_replay_has_the_same_bits_forward_and_back_at_every_step_and_size(base
             parameter.grad = gradient
         optimizer.step()
     assert len(replay.graphs) == 2  # batches of one, and of two
-    assert all(a is b for a, b in zip(parameters, lora_parameters(base.unet)))  # the network has its own again
+    # the network has its own again
+    assert all(a is b for a, b in zip(parameters, lora_parameters(base.unet)))
 
 
 def test_what_python_decides_anew_each_time_is_not_replayed(base):
@@ -60,7 +63,8 @@ def test_a_failed_recording_leaves_the_network_as_it_was(base):
     with pytest.raises(RuntimeError, match="channels"):
         Replay(base.predict, base.unet)(x_t[:, 1:], t, cond)
     after = lora_parameters(base.unet)
-    assert len(after) == len(before) and all(a is b for a, b in zip(before, after))
+    assert len(after) == len(before)
+    assert all(a is b for a, b in zip(before, after))
 
 
 def test_pictures_drawn_from_a_replay_are_the_same(base, monkeypatch):
@@ -75,7 +79,8 @@ def test_pictures_drawn_from_a_replay_are_the_same(base, monkeypatch):
     base.unet.conv_in.register_forward_hook(lambda *_: calls.append(1))
     with replayed(base.unet):
         replay = draw()
-    assert recorded == [4, 2] and len(calls) == 2  # once for each batch, with guidance, and never in between
+    assert recorded == [4, 2]
+    assert len(calls) == 2
     assert all(map(np.array_equal, plain, replay))
     assert "forward" not in vars(base.unet)
 

@@ -1,4 +1,5 @@
-"""Every notebook runs alone, in a folder that holds nothing else, and fetches the project itself: what Colab does.
+"""Every notebook runs alone, in a folder that holds nothing else, and fetches the project itself:
+what Colab does.
 
 The environment has the packages of this one but not dbcore; DBCORE_REPO is this checkout's folder.
 """
@@ -22,11 +23,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not COURSE, reason="there are
 
 @pytest.fixture
 def python(tmp_path):
-    """A Python without dbcore: a bare environment that sees this one's packages, but not its editable installs."""
+    """A Python without dbcore: a bare environment that sees this one's packages, but not its
+    editable installs."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     python = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"
     find = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = subprocess.run([python, "-c", find], check=True, capture_output=True, text=True).stdout.strip()
+    site = subprocess.run([python, "-c", find], check=True, capture_output=True,
+                          text=True).stdout.strip()
     Path(site, "packages_of_the_tests.pth").write_text(sysconfig.get_path("purelib"))
     return python
 
@@ -44,19 +47,23 @@ def alone(tmp_path, monkeypatch):
 def test_the_set_up_cell_fetches_the_project(python, alone, tmp_path):
     cell = setup_cell(nbformat.read(COURSE[0], as_version=4))
     show = "\nimport dbcore; print(dbcore.__file__, dbcore.SUBJECTS.is_dir())"
-    done = subprocess.run([python, "-c", cell + show], cwd=alone, capture_output=True, text=True, check=False)
+    done = subprocess.run([python, "-c", cell + show], cwd=alone, capture_output=True, text=True,
+                          check=False)
     assert done.returncode == 0, done.stderr
     assert "dbcore is ready." in done.stdout
     where, subjects = done.stdout.splitlines()[-1].rsplit(" ", 1)
-    assert Path(where).is_relative_to(tmp_path / "env") and subjects == "True"
+    assert Path(where).is_relative_to(tmp_path / "env")
+    assert subjects == "True"
     assert list(alone.iterdir()) == []
 
 
 def test_without_an_address_the_set_up_cell_says_what_to_do(python, alone, monkeypatch):
     monkeypatch.delenv("DBCORE_REPO")
     cell = setup_cell(nbformat.read(COURSE[0], as_version=4))
-    done = subprocess.run([python, "-c", cell], cwd=alone, capture_output=True, text=True, check=False)
-    assert done.returncode and "set DBCORE_REPO" in done.stderr
+    done = subprocess.run([python, "-c", cell], cwd=alone, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode
+    assert "set DBCORE_REPO" in done.stderr
 
 
 @pytest.mark.parametrize("path", COURSE, ids=[path.stem for path in COURSE])
@@ -65,6 +72,7 @@ def test_a_notebook_runs_alone(path, python, alone):
     nb = nbformat.read(path, as_version=4)
     manager = AsyncKernelManager(kernel_name="python3")
     manager.kernel_spec.argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    NotebookClient(nb, km=manager, timeout=600, resources={"metadata": {"path": str(alone)}}).execute()
+    NotebookClient(nb, km=manager, timeout=600,
+                   resources={"metadata": {"path": str(alone)}}).execute()
     (first,) = [cell for cell in nb.cells if "setup" in tags(cell)]
     assert "dbcore is ready." in written(first)

@@ -1,4 +1,5 @@
-"""Every notebook passes every guard; and every guard finds the fault it is there for, in a small made-up notebook."""
+"""Every notebook passes every guard; and every guard finds the fault it is there for, in a small
+made-up notebook."""
 
 import base64
 import io
@@ -62,10 +63,11 @@ def test_every_sanitize_rule_is_needed():
 def test_the_teachers_page_leads_to_every_notebook():
     links = set(re.findall(r"\]\(([^)#]+)", (NOTEBOOKS / "README.md").read_text(encoding="utf-8")))
     assert {path.name for path in COURSE} <= links
-    assert [link for link in links if not link.startswith("http") and not (NOTEBOOKS / link).exists()] == []
+    assert [link for link in links if not link.startswith("http")
+            and not (NOTEBOOKS / link).exists()] == []
 
 
-# --- the guards themselves ------------------------------------------------------------------------------
+# --- the guards themselves ------------------------------------------------------------------------
 
 
 def png():
@@ -78,16 +80,18 @@ def exercise(name, answer=4):
     return [
         new_code_cell("def double(x):\n    ...", metadata={"tags": [f"exercise:{name}"]}),
         new_code_cell(f"double(2) == {answer}", metadata={"tags": [f"check:{name}"]}),
-        new_markdown_cell("<details>\n\n```python\ndef double(x):\n    return WIDE * x\n```\n\n</details>",
-                          metadata={"tags": [f"solution:{name}"]}),
+        new_markdown_cell("<details>\n\n```python\ndef double(x):\n    return WIDE * "
+                          "x\n```\n\n</details>", metadata={"tags": [f"solution:{name}"]}),
     ]
 
 
 def sound():
     """A notebook without a fault: cell 1 sets up, 2 has the parameters, 3 shows a picture."""
-    picture = new_output("execute_result", {"image/png": png(), "text/plain": "<Picture>"}, execution_count=3)
+    picture = new_output("execute_result", {"image/png": png(), "text/plain": "<Picture>"},
+                         execution_count=3)
     nb = new_notebook(cells=[
-        new_markdown_cell("# 00 A title\n![a dog in the snow](00.png)\n[next](01_next.ipynb), [up](#00-A-title)"),
+        new_markdown_cell("# 00 A title\n![a dog in the snow](00.png)\n[next](01_next.ipynb), "
+                          "[up](#00-A-title)"),
         new_code_cell('DBCORE_REPO = ""\nimport dbcore', metadata={"tags": ["setup"]}),
         new_code_cell("SEED = 0  # @param {}", metadata={"tags": ["parameters"]}),
         new_code_cell("WIDE = 2", outputs=[picture], metadata={"tags": ["exercise-context"]}),
@@ -149,7 +153,8 @@ def out_of_order(nb):
 
 
 def failed(nb):
-    code_cells(nb)[3].outputs.append(new_output("error", ename="ValueError", evalue="x", traceback=[]))
+    code_cells(nb)[3].outputs.append(new_output("error", ename="ValueError", evalue="x",
+                                                traceback=[]))
 
 
 def widget_state(nb):
@@ -190,7 +195,7 @@ def no_next(nb):
     nb.cells[0].source = nb.cells[0].source.replace("[next](01_next.ipynb), ", "")
 
 
-@pytest.mark.parametrize("guard, fault", [
+@pytest.mark.parametrize(("guard", "fault"), [
     ("run_in_order", unrun),
     ("run_in_order", out_of_order),
     ("nothing_went_wrong", failed),
@@ -236,7 +241,8 @@ def test_a_guard_finds_its_fault(folder, guard, fault):
 
 
 @pytest.mark.parametrize("harmless", [
-    saying("The product $W[0][1]$ and `a[b][c]`, see [the paper](https://arxiv.org/abs/2106.09685)."),
+    saying("The product $W[0][1]$ and `a[b][c]`, see [the "
+           "paper](https://arxiv.org/abs/2106.09685)."),
     saying("[Hu et al.][hu]\n\n[hu]: https://arxiv.org/abs/2106.09685"),
     saying("the folder work_dirs/my_subject, and lora/home/x"),
     printing("0.123 of 255; 3 of 10; seed 20240229"),
@@ -251,7 +257,8 @@ def test_a_guard_lets_the_rest_be(folder, harmless):
 def test_an_exercise_is_marked_in_the_notebooks_own_words():
     nb = sound()
     assert exercises(nb) == ["a", "b", "c"]
-    assert not mark(nb, "b", "exercise") and mark(nb, "b", "solution")
+    assert not mark(nb, "b", "exercise")
+    assert mark(nb, "b", "solution")
 
 
 def test_a_check_that_lets_everything_pass_is_noticed():
@@ -261,14 +268,16 @@ def test_a_check_that_lets_everything_pass_is_noticed():
 
 
 def test_an_idle_sanitize_rule_is_noticed():
-    rules = get_sanitize_patterns("regex: Hardware: .*\nreplace: Hardware: any\n\nregex: 1/1/70\nreplace: DATE\n")
+    rules = get_sanitize_patterns("regex: Hardware: .*\nreplace: Hardware: any\n\nregex: "
+                                  "1/1/70\nreplace: DATE\n")
     assert len(rules) == 2
     assert idle_rules(rules, ["Hardware: a CPU", "no date"]) == ["1/1/70"]
 
 
 def test_the_address_of_the_project_is_no_part_of_the_set_up_cell():
     one, other = sound(), sound()
-    code_cells(other)[0].source = code_cells(other)[0].source.replace('""', '"https://example.org/x.zip"')
+    code_cells(other)[0].source = code_cells(other)[0].source.replace('""',
+                                                                      '"https://example.org/x.zip"')
     assert setup_cell(one) == setup_cell(other)
     code_cells(other)[0].source += "\nimport torch"
     assert setup_cell(one) != setup_cell(other)

@@ -1,7 +1,9 @@
-"""Every notebook runs with BASE set to the form's other choice, Stable Diffusion 1.5, here a miniature of it.
+"""Every notebook runs with BASE set to the form's other choice, Stable Diffusion 1.5, here a
+miniature of it.
 
-The miniature lies in a hub's cache under its true name, has the original's layers, names and sampler, and random
-weights. So what a notebook claims of a trained model need not hold here, and those claims alone are not asked for.
+The miniature lies in a hub's cache under its true name, has the original's layers, names and
+sampler, and random weights. So what a notebook claims of a trained model need not hold here, and
+those claims alone are not asked for.
 """
 
 import json
@@ -30,36 +32,47 @@ CLAIMS = {
     "00_meet_the_model": ["variety(rows[1]) > 0.6 * variety(rows[2])"],
     "02_lora_injection": ["changed > 10"],
     "03_prior_preservation": ["pres[-1] > pres[0] + 0.02",
-                              "pres_alone[-1] > pres_kept[-1] + 0.02 and div_kept[-1] > div_alone[-1]",
+                              ("pres_alone[-1] > pres_kept[-1] + 0.02 and div_kept[-1] "
+                               "> div_alone[-1]"),
                               'fidelity[name] > fidelity["before"]'],
     "05_inference": ['max(apart, key=apart.get) == "euler_a"'],
     "07_evaluation": ["rise[who.name] > 0.4",
-                      "min(seen[what] for what in same) > max(seen[what] for what in made if what not in same)",
+                      ("min(seen[what] for what in same) > max(seen[what] for what in made if "
+                       "what not in same)"),
                       'likeness[clip.name]["another build"] > likeness[clip.name]["in the snow"]',
-                      "max(fidelity, key=fidelity.get) == cheat and min(obeys, key=obeys.get) == cheat",
-                      'obeys[cheat] + 0.1 < obeys["all steps"] < obeys["a third of the steps"] < obeys["the base alone"]',
+                      ("max(fidelity, key=fidelity.get) == cheat and min(obeys, "
+                       "key=obeys.get) == cheat"),
+                      ('obeys[cheat] + 0.1 < obeys["all steps"] < obeys["a third of the steps"] < '
+                       'obeys["the base alone"]'),
                       'best["striped"] < best["plain"] - 0.1',
                       'kept["all steps"] < fidelity["all steps"] - 0.1',
                       "count[0] < count[2]",
-                      '(agrees["subject encoder"] or 0) > 0.75 and abs(pairs.float().mean() - agrees["subject encoder"]) < 1e-3',
+                      ('(agrees["subject encoder"] or 0) > 0.75 and abs(pairs.float().mean() - '
+                       'agrees["subject encoder"]) < 1e-3'),
                       'intervals["all steps, less the base alone"][0] > 0',
-                      'chosen == {"subject fidelity": "all steps", "prompt fidelity": "the base alone"}',
+                      ('chosen == {"subject fidelity": "all steps", "prompt fidelity": '
+                       '"the base alone"}'),
                       'good["the base alone"] < good["all steps"]'],
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A folder for HF_HOME, as the hub leaves it: the miniature, and the encoders that measure pictures."""
+    """A folder for HF_HOME, as the hub leaves it: the miniature, and the encoders that measure
+    pictures."""
     home = tmp_path_factory.mktemp("hub")
     make_sd15_miniature(snapshot(home, SD15))
     torch.manual_seed(0)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    clip, dino = snapshot(home, "openai/clip-vit-base-patch32"), snapshot(home, "facebook/dino-vits16")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2}
+    clip, dino = snapshot(home, "openai/clip-vit-base-patch32"), snapshot(home,
+                                                                          "facebook/dino-vits16")
     tokenizer = make_tokenizer(clip)
-    marks = {f"{which}_token_id": getattr(tokenizer, f"{which}_token_id") for which in ("bos", "eos", "pad")}
+    marks = {f"{which}_token_id": getattr(tokenizer, f"{which}_token_id")
+             for which in ("bos", "eos", "pad")}
     words = {**small, **marks, "vocab_size": len(tokenizer)}
-    CLIPModel(CLIPConfig(vision_config=small, text_config=words, projection_dim=8)).save_pretrained(clip)
+    CLIPModel(CLIPConfig(vision_config=small, text_config=words, projection_dim=8)).save_pretrained(
+        clip)
     ViTModel(ViTConfig(**small), add_pooling_layer=False).save_pretrained(dino)
     for folder in (clip, dino):
         values = {"size": 224, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
@@ -101,7 +114,10 @@ def set_parameters(nb, **values):
 
 
 def without_claims(nb, claims):
-    """Each `assert claim` becomes the claim alone: still computed, no longer asked for. All have to be there."""
+    """Each `assert claim` becomes the claim alone: still computed, no longer asked for.
+
+    All have to be there.
+    """
     for claim in claims:
         cells = [cell for cell in code_cells(nb) if f"assert {claim}" in cell.source]
         assert len(cells) == 1, f"{len(cells)} cells assert {claim}"

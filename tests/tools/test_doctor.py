@@ -66,7 +66,8 @@ def test_an_identifier_of_several_tokens_is_advised_against(folder):
 def test_a_word_that_moves_the_prompt_more_than_ordinary_ones_is_pointed_out(folder, monkeypatch):
     base = load_base(folder)
     for own, warned in ((0.9, True), (0.1, False)):
-        monkeypatch.setattr(doctor, "weight_of", lambda base, word, prompt, other=None, own=own: 0.5 if other else own)
+        monkeypatch.setattr(doctor, "weight_of", lambda base, word, prompt, other=None, own=own: 0.5
+                            if other else own)
         lines = doctor.describe_word(base, "sks", "a photo of sks dog")
         assert any("already says more" in line for line in lines) == warned
 
@@ -74,7 +75,8 @@ def test_a_word_that_moves_the_prompt_more_than_ordinary_ones_is_pointed_out(fol
 def test_the_weight_of_a_word_is_nought_where_it_makes_no_difference(folder):
     base = load_base(folder)
     assert doctor.weight_of(base, "sks", "a photo of sks dog") > 1e-4
-    assert doctor.weight_of(base, "cat", "a photo of sks dog") == pytest.approx(0, abs=1e-6)  # it is not in there
+    # it is not in there
+    assert doctor.weight_of(base, "cat", "a photo of sks dog") == pytest.approx(0, abs=1e-6)
 
 
 def test_the_nearest_words_are_others_in_falling_order(folder):
@@ -101,15 +103,20 @@ def test_the_verdict_asks_for_advice_only_where_the_run_does_not_fit():
     assert "take a larger card" in doctor.verdict(9e9, 8e9, lambda: None)
 
 
-def test_the_whole_report_stands_and_nothing_is_written(folder, photos, tmp_path, monkeypatch, capsys):
+def test_the_whole_report_stands_and_nothing_is_written(folder, photos, tmp_path, monkeypatch,
+                                                        capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DBCORE_CACHE", str(tmp_path / "cache"))
     before = sorted(tmp_path.rglob("*"))
-    main(["doctor", "--pretrained_model_name_or_path", str(folder), "--instance_data_dir", str(photos),
-          "--instance_prompt", "a photo of sks dog", "--class_prompt", "a photo of a dog", "--with_prior_preservation"])
+    main(["doctor", "--pretrained_model_name_or_path", str(folder), "--instance_data_dir",
+          str(photos),
+          "--instance_prompt", "a photo of sks dog", "--class_prompt", "a photo of a dog",
+          "--with_prior_preservation"])
     said = capsys.readouterr().out
-    for part in ("## Machine", "torch ", "## What auto becomes", "rank: 4", "## Photos", "broken.jpg", "## Identifier",
-                 "'sks' is 1 token", "## Memory", "| class images |", "It fits", "| T4 | 16 | fp16 |"):
+    for part in ("## Machine", "torch ", "## What auto becomes", "rank: 4", "## Photos",
+                 "broken.jpg", "## Identifier",
+                 "'sks' is 1 token", "## Memory", "| class images |", "It fits",
+                 "| T4 | 16 | fp16 |"):
         assert part in said
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -117,5 +124,6 @@ def test_the_whole_report_stands_and_nothing_is_written(folder, photos, tmp_path
 def test_options_that_are_missing_leave_their_part_out(capsys):
     main(["doctor"])
     said = capsys.readouterr().out
-    assert "## Machine" in said and "## Photos" not in said
+    assert "## Machine" in said
+    assert "## Photos" not in said
     assert "Not looked at: give --instance_prompt" in said

@@ -42,9 +42,11 @@ def load(folder, lora=None):
 
 def predict(pipeline):
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    ids = pipeline.tokenizer("a photo of sks dog", padding="max_length", return_tensors="pt").input_ids
+    ids = pipeline.tokenizer("a photo of sks dog", padding="max_length",
+                             return_tensors="pt").input_ids
     with torch.no_grad():
-        return pipeline.unet(latents, 500, encoder_hidden_states=pipeline.text_encoder(ids)[0]).sample
+        return pipeline.unet(latents, 500,
+                             encoder_hidden_states=pipeline.text_encoder(ids)[0]).sample
 
 
 @pytest.fixture(scope="module", params=["lora", "dora"])
@@ -54,7 +56,8 @@ def lora(request, base, tmp_path_factory):
     layers, configs = {}, {}
     for component, targets in [("unet", ["to_q", "to_v"]), ("text_encoder", ["q_proj"])]:
         network = getattr(pipeline, component)
-        config = LoraConfig(r=4, lora_alpha=2, target_modules=targets, use_dora=request.param == "dora")
+        config = LoraConfig(r=4, lora_alpha=2, target_modules=targets,
+                            use_dora=request.param == "dora")
         network.add_adapter(config)
         for name, parameter in network.named_parameters():
             if "lora_A" in name or "lora_B" in name:
@@ -82,7 +85,8 @@ def test_export_merged(lora, base, tmp_path, capsys):
     assert json.loads((tmp_path / "whole/recommended.json").read_text()) == {"rank": 4}
     assert "16 layers of the unet" in capsys.readouterr().out
     run(export, *words, "--output", tmp_path / "none", "--lora_scale", 0)
-    if "magnitude" not in str(read_safetensors(folder / "pytorch_lora_weights.safetensors")[0].keys()):
+    if "magnitude" not in str(read_safetensors(folder
+                                               / "pytorch_lora_weights.safetensors")[0].keys()):
         assert torch.allclose(predict(load(tmp_path / "none")), predict(load(base)), atol=1e-5)
 
 
@@ -102,9 +106,11 @@ def test_merged_keeps_the_precision_of_the_base(base, tmp_path):
 def test_export_kohya_and_back(lora, base, tmp_path):
     folder, wanted = lora
     kohya, back = tmp_path / "kohya.safetensors", tmp_path / "back.safetensors"
-    run(export, "--lora", folder, "--format", "kohya", "--output", kohya, "--trigger_words", "sks dog")
+    run(export, "--lora", folder, "--format", "kohya", "--output", kohya, "--trigger_words",
+        "sks dog")
     tensors, header = read_safetensors(kohya)
-    assert header["modelspec.trigger_phrase"] == "sks dog" and all(key.startswith("lora_") for key in tensors)
+    assert header["modelspec.trigger_phrase"] == "sks dog"
+    assert all(key.startswith("lora_") for key in tensors)
     words = ["--format", "diffusers", "--pretrained_model_name_or_path", base]
     run(export, "--lora", kohya, *words, "--output", back)
     assert torch.allclose(predict(load(base, back)), wanted, atol=1e-5)
@@ -139,16 +145,18 @@ def test_nothing_is_overwritten_unasked(tmp_path, base):
 def test_an_output_is_called_as_a_lora_file_is(lora, tmp_path):
     for name in ("lora", "lora.bin", "lora.safetensor"):
         for tool, words in ((export, ["--format", "kohya"]), (merge, [lora[0]])):
-            with pytest.raises(InputError, match="ends in .safetensors"):
+            with pytest.raises(InputError, match=r"ends in .safetensors"):
                 run(tool, "--lora", lora[0], *words, "--output", tmp_path / name)
-    run(export, "--lora", lora[0], "--format", "diffusers", "--output", tmp_path / "LORA.SAFETENSORS")
+    run(export, "--lora", lora[0], "--format", "diffusers", "--output",
+        tmp_path / "LORA.SAFETENSORS")
     assert read_adapter(tmp_path / "LORA.SAFETENSORS").layers.keys() == {"unet", "text_encoder"}
     run(export, "--lora", lora[0], "--format", "peft", "--output", tmp_path / "folder")
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
 def test_scales_and_weights_are_finite_numbers(lora, base, tmp_path, number, capsys):
-    scale = ["--format", "merged", "--pretrained_model_name_or_path", base, f"--lora_scale={number}"]
+    scale = ["--format", "merged", "--pretrained_model_name_or_path", base,
+             f"--lora_scale={number}"]
     for tool, words in ((export, scale), (merge, [f"--weights={number}"])):
         with pytest.raises(SystemExit):
             run(tool, "--lora", lora[0], *words, "--output", tmp_path / "x.safetensors")
@@ -157,8 +165,10 @@ def test_scales_and_weights_are_finite_numbers(lora, base, tmp_path, number, cap
 
 
 def test_a_merge_that_leaves_the_numbers_is_not_written(lora, base, tmp_path):
-    with pytest.raises(ConfigError, match=r"--lora_scale 1e\+39 in torch.float32: .* has numbers that are not finite"):
-        run(export, "--lora", lora[0], "--format", "merged", "--pretrained_model_name_or_path", base, "--lora_scale", "1e39",
+    with pytest.raises(ConfigError, match=r"--lora_scale 1e\+39 in torch.float32: "
+                       r".* has numbers that are not finite"):
+        run(export, "--lora", lora[0], "--format", "merged", "--pretrained_model_name_or_path",
+            base, "--lora_scale", "1e39",
             "--output", tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
@@ -169,8 +179,10 @@ def test_a_pipeline_with_a_weight_that_is_not_finite_is_refused_by_its_name(base
     weights = load_file(path)
     weights["conv_in.bias"][0] = torch.nan
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(ConfigError, match="--tuned .*: conv_in.bias of its unet has numbers that are not finite"):
-        run(extract, "--pretrained_model_name_or_path", base, "--tuned", tuned, "--output", tmp_path / "e.safetensors")
+    with pytest.raises(ConfigError, match=r"--tuned .*: conv_in.bias of its unet has numbers "
+                       "that are not finite"):
+        run(extract, "--pretrained_model_name_or_path", base, "--tuned", tuned, "--output",
+            tmp_path / "e.safetensors")
 
 
 def test_what_kohyas_scripts_leave_out_is_said(tmp_path, capsys):
@@ -178,7 +190,8 @@ def test_what_kohyas_scripts_leave_out_is_said(tmp_path, capsys):
     for name, rows in ((inside, None), ("conv_in", None), (inside, torch.ones(16))):
         layer = Layer(torch.zeros(1, 16), torch.zeros(16, 1), 1.0, rows)
         path = save_diffusers(Adapter({"unet": {name: layer}}), tmp_path / "a.safetensors")
-        run(export, "--lora", path, "--format", "kohya", "--output", tmp_path / "k.safetensors", "--overwrite")
+        run(export, "--lora", path, "--format", "kohya", "--output", tmp_path / "k.safetensors",
+            "--overwrite")
         said = capsys.readouterr().out
         assert ("leave out conv_in" in said) == (name == "conv_in")
         assert ("leaves DoRA's magnitudes out" in said) == (rows is not None)
@@ -194,11 +207,14 @@ def test_merge(tmp_path, base, capsys):
     ]
     first = save_diffusers(Adapter({"unet": {name: layers[0]}}), tmp_path / "a.safetensors")
     second = save_kohya(Adapter({"unet": {name: layers[1]}}), tmp_path / "b.safetensors")
-    words = ["--lora", first, second, "--weights", 0.5, 0.25, "--pretrained_model_name_or_path", base]
+    words = ["--lora", first, second, "--weights", 0.5, 0.25, "--pretrained_model_name_or_path",
+             base]
     run(merge, *words, "--output", tmp_path / "sum.safetensors")
     merged = read_adapter(tmp_path / "sum.safetensors").layers["unet"][name]
-    assert merged.rank == 5 and "rank 5, relative error 0.0000" in capsys.readouterr().out
-    assert torch.allclose(merged.delta(), 0.5 * layers[0].delta() + 0.25 * layers[1].delta(), atol=1e-5)
+    assert merged.rank == 5
+    assert "rank 5, relative error 0.0000" in capsys.readouterr().out
+    assert torch.allclose(merged.delta(), 0.5 * layers[0].delta() + 0.25 * layers[1].delta(),
+                          atol=1e-5)
     run(merge, *words, "--output", tmp_path / "short.safetensors", "--rank", 2)
     assert read_adapter(tmp_path / "short.safetensors").layers["unet"][name].rank == 2
     for wrong in [["--rank", 0], ["--weights", 1]]:
@@ -219,10 +235,11 @@ def test_extract(base, tmp_path, capsys):
     assert [found for _, found, _ in adapter.every()] == [name]
     assert torch.allclose(adapter.layers["unet"][name].delta(), change, atol=1e-4)
     assert "error 0.0000" in capsys.readouterr().out
-    assert torch.allclose(predict(load(base, tmp_path / "x.safetensors")), predict(tuned), atol=1e-4)
+    assert torch.allclose(predict(load(base, tmp_path / "x.safetensors")), predict(tuned),
+                          atol=1e-4)
 
 
-# --- only what an export wrote is replaced --------------------------------------------------------------
+# --- only what an export wrote is replaced --------------------------------------------------------
 
 
 @pytest.fixture
@@ -236,14 +253,15 @@ def theirs(tmp_path):
 @pytest.mark.parametrize("form", ["merged", "peft"])
 def test_a_folder_of_others_is_never_replaced(form, lora, base, theirs):
     words = ["--format", form, "--pretrained_model_name_or_path", base, "--overwrite"]
-    with pytest.raises(InputError, match="deep/novel.txt in it was written by no export"):
+    with pytest.raises(InputError, match=r"deep/novel.txt in it was written by no export"):
         run(export, "--lora", lora[0], *words, "--output", theirs)
     assert (theirs / "deep" / "novel.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("form", ["merged", "peft"])
 def test_an_earlier_export_is_replaced_whole_unless_something_was_added(form, lora, base, tmp_path):
-    words = ["--format", form, "--pretrained_model_name_or_path", base, "--overwrite", "--output", tmp_path / "out"]
+    words = ["--format", form, "--pretrained_model_name_or_path", base, "--overwrite", "--output",
+             tmp_path / "out"]
     run(export, "--lora", lora[0], *words)
     first = {path.relative_to(tmp_path) for path in (tmp_path / "out").rglob("*")}
     run(export, "--lora", lora[0], *words)

@@ -52,14 +52,19 @@ def test_the_command_writes_a_folder_ready_to_train_on(folder, tmp_path, capsys)
     run("--instance_data_dir", folder, "--output_dir", out, "--resolution", 32, "--center_crop")
     expected = {"0000.png", "0000.txt", "0000.mask.png", "0001.png"}
     assert set(contents(out)) == expected | {"contact_sheet.png", "report.json", "report.md"}
-    assert contents(folder) == before and not list(tmp_path.glob("**/*.partial"))
+    assert contents(folder) == before
+    assert not list(tmp_path.glob("**/*.partial"))
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert [row["from"] for row in report["photos"]] == ["a.png", "собака b.png"]
-    assert report["skipped"] == [{"from": "bad.jpg", "why": "the file is empty (0 bytes): copy it again"}]
+    assert report["skipped"] == [{"from": "bad.jpg",
+                                  "why": "the file is empty (0 bytes): copy it again"}]
     text = (out / "report.md").read_text(encoding="utf-8")
     assert text.strip() == capsys.readouterr().out.strip()
-    assert "long and narrow" in text and "has a mask" in text and str(tmp_path) not in text
-    assert Image.open(out / "0000.png").size == (32, 32) and colour(out / "0000.png") == (0, 255, 0)
+    assert "long and narrow" in text
+    assert "has a mask" in text
+    assert str(tmp_path) not in text
+    assert Image.open(out / "0000.png").size == (32, 32)
+    assert colour(out / "0000.png") == (0, 255, 0)
 
 
 def test_what_was_prepared_is_found_and_the_sheet_is_not_taken_for_a_photo(folder, tmp_path):
@@ -85,7 +90,8 @@ def test_random_is_by_seed(folder, tmp_path):
     for name, seed in [("x", 0), ("y", 0), ("z", 1)]:
         report = prepare(folder, tmp_path / name, resolution=32, crop="random", seed=seed)
         boxes[name] = [row["box"] for row in report["photos"]]
-    assert boxes["x"] == boxes["y"] != boxes["z"] and boxes["x"][0] != boxes["x"][1]
+    assert boxes["x"] == boxes["y"] != boxes["z"]
+    assert boxes["x"][0] != boxes["x"][1]
 
 
 def test_boxes_for_all_or_by_name(folder, tmp_path):
@@ -101,14 +107,16 @@ def test_boxes_for_all_or_by_name(folder, tmp_path):
     )
     assert colour(tmp_path / "x/0000.png") == colour(tmp_path / "x/0001.png") == (255, 0, 0)
     (tmp_path / "boxes.json").write_text('{"a.png": [82, 2, 118, 38]}')
-    words = ["--output_dir", tmp_path / "y", "--resolution", 16, "--crop_box", tmp_path / "boxes.json"]
+    words = ["--output_dir", tmp_path / "y", "--resolution", 16, "--crop_box",
+             tmp_path / "boxes.json"]
     run("--instance_data_dir", folder, *words)
-    assert colour(tmp_path / "y/0000.png") == (0, 0, 255) and colour(tmp_path / "y/0001.png") == (0, 255, 0)
+    assert colour(tmp_path / "y/0000.png") == (0, 0, 255)
+    assert colour(tmp_path / "y/0001.png") == (0, 255, 0)
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "0,0,200,200", "a,b,c,d", "no/such/file.json"])
 def test_a_bad_box_names_the_photo_and_writes_nothing(folder, tmp_path, text):
-    with pytest.raises(PhotoError, match="a.png: crop box"):
+    with pytest.raises(PhotoError, match=r"a.png: crop box"):
         prepare(folder, tmp_path / "out", boxes=tool.read_boxes(text))
     assert not (tmp_path / "out").exists()
 
@@ -145,7 +153,8 @@ def test_a_bad_mask_does_not_show_as_good_and_other_files_are_named(folder, tmp_
     assert "has not the shape of its photo" in "".join(report["photos"][1]["problems"])
     text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if "собака b.png" in line)
-    assert "собака b.mask.png: 90 x 40 has not the shape" in row and "good" not in row
+    assert "собака b.mask.png: 90 x 40 has not the shape" in row
+    assert "good" not in row
     assert "Other files:\n- O.txt: no photo has this name" in text
 
 
@@ -153,5 +162,5 @@ def test_boxes_saved_by_windows_are_read(folder, tmp_path):
     (tmp_path / "boxes.json").write_text('{"a.png": [82, 2, 118, 38]}', encoding="utf-16")
     assert tool.read_boxes(str(tmp_path / "boxes.json")) == {"a.png": [82, 2, 118, 38]}
     (tmp_path / "boxes.json").write_bytes('{"é.png": [82, 2, 118, 38]}'.encode("cp1252"))
-    with pytest.raises(PhotoError, match="--crop_box .* is not UTF-8 text"):
+    with pytest.raises(PhotoError, match=r"--crop_box .* is not UTF-8 text"):
         tool.read_boxes(str(tmp_path / "boxes.json"))

@@ -1,4 +1,5 @@
-"""The first thing a newcomer runs leaves a LoRA and a picture, says so in four lines, and can be run again."""
+"""The first thing a newcomer runs leaves a LoRA and a picture, says so in four lines, and can be
+run again."""
 
 import json
 
@@ -14,7 +15,8 @@ from dbcore.tools import quickstart
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = make_tiny_pipeline(tmp_path_factory.mktemp("base"))
-    (folder / "recommended.json").write_text(json.dumps({"num_inference_steps": 2, "resolution": 32}))
+    (folder
+     / "recommended.json").write_text(json.dumps({"num_inference_steps": 2, "resolution": 32}))
     return folder
 
 
@@ -29,23 +31,29 @@ def test_twice_in_a_row(base, tmp_path, monkeypatch, capsys):
     run = tmp_path / "work_dirs" / "quickstart"
     with Image.open(run / "before_after.png") as grid:
         assert min(grid.size) > 400
-    assert (run / "pytorch_lora_weights.safetensors").is_file() and "before_after.png" in lines[2]
+    assert (run / "pytorch_lora_weights.safetensors").is_file()
+    assert "before_after.png" in lines[2]
 
 
 def test_an_unknown_subject_is_answered_with_those_there_are(base, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["quickstart", "--pretrained_model_name_or_path", str(base), "--subject", "unicorn"])
-    assert "unicorn" in str(stop.value) and "teapot" in str(stop.value)
+    assert "unicorn" in str(stop.value)
+    assert "teapot" in str(stop.value)
 
 
 def test_every_shipped_subject_can_be_asked_for():
     names = sorted(path.parent.name for path in dbcore.SUBJECTS.glob("*/subject.json"))
-    assert "dog" in names and len(names) >= 6
+    assert "dog" in names
+    assert len(names) >= 6
     for name in names:
         folder, subject = quickstart.read_subject(name)
         prompts = quickstart.prompts_for(subject)
-        assert len(list(folder.glob("*.png"))) == 5 and len(prompts) == 5
-        assert subject["class_noun"] in prompts[0] and "sks" in prompts[0] and "sks" not in prompts[-1]
+        assert len(list(folder.glob("*.png"))) == 5
+        assert len(prompts) == 5
+        assert subject["class_noun"] in prompts[0]
+        assert "sks" in prompts[0]
+        assert "sks" not in prompts[-1]
 
 
 def test_another_run_is_not_replaced_unasked(base, tmp_path, monkeypatch):
@@ -57,7 +65,8 @@ def test_another_run_is_not_replaced_unasked(base, tmp_path, monkeypatch):
     before = (tmp_path / "run" / "pytorch_lora_weights.safetensors").read_bytes()
     with pytest.raises(SystemExit) as stop:
         main([*words, "--subject", "cat"])
-    assert "holds a run already" in str(stop.value) and "--overwrite_output_dir" in str(stop.value)
+    assert "holds a run already" in str(stop.value)
+    assert "--overwrite_output_dir" in str(stop.value)
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").read_bytes() == before
     main([*words, "--subject", "cat", "--overwrite_output_dir"])
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").read_bytes() != before

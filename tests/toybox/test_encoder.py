@@ -1,4 +1,5 @@
-"""The subject encoder's recipe: its world, its loss and its score, on cases whose answers are known."""
+"""The subject encoder's recipe: its world, its loss and its score, on cases whose answers are
+known."""
 
 import math
 from dataclasses import replace
@@ -44,13 +45,16 @@ def test_classes_come_in_blocks_and_every_second_batch_is_of_one():
 
 
 def test_the_loss_is_the_papers():
-    vectors = torch.nn.functional.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    vectors = torch.nn.functional.normalize(torch.randn(5, 3,
+                                                        generator=torch.Generator().manual_seed(0)),
+                                            dim=1)
     who, temperature, total = [0, 0, 0, 1, 1], 0.3, 0.0
     for i in range(5):
         others = [j for j in range(5) if j != i]
         bottom = sum(math.exp(vectors[i] @ vectors[j] / temperature) for j in others)
         own = [j for j in others if who[j] == who[i]]
-        total -= sum(math.log(math.exp(vectors[i] @ vectors[p] / temperature) / bottom) for p in own) / len(own)
+        total -= sum(math.log(math.exp(vectors[i] @ vectors[p] / temperature) / bottom)
+                     for p in own) / len(own)
     loss = subject.contrastive_loss(vectors, torch.tensor(who), temperature)
     assert float(loss) == pytest.approx(total / 5, rel=1e-5)
 
@@ -77,13 +81,14 @@ def test_retrieval_is_whole_for_pictures_that_tell_and_chance_for_noise():
 
 
 def test_retrieval_asks_among_all_classes_and_among_one():
-    """Two classes of 50, each of one colour a place in the row: alone they are told apart, together half are twins."""
+    """Two classes of 50, each of one colour a place in the row: alone they are told apart, together
+    half are twins."""
     angles = np.repeat(np.linspace(0, math.pi, AMONG, endpoint=False)[None], 2, axis=0).flatten()
     one = torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)], axis=1)).float()
     vectors = one[:, None].expand(-1, VIEWS, -1)
     assert subject.first_among(vectors.unflatten(0, (-1, AMONG))) == 1
-    together = vectors.unflatten(0, (-1, AMONG)).transpose(0, 1).flatten(0, 1).unflatten(0, (-1, AMONG))
-    assert subject.first_among(together) == 0.5
+    together = vectors.unflatten(0, (-1, AMONG)).transpose(0, 1).flatten(0, 1)
+    assert subject.first_among(together.unflatten(0, (-1, AMONG))) == 0.5
 
 
 @pytest.mark.slow
@@ -91,8 +96,10 @@ def test_a_short_lesson_tells_subjects_apart(tmp_path):
     pytest.importorskip("numba")
     from dbcore.toybox.corpus import render_corpus
 
-    pictures = render_corpus(tmp_path / "subjects.npy", 7, 2 * AMONG * VIEWS, size=64, draw=subject.sample_view)
-    others = render_corpus(tmp_path / "others.npy", 8, 2 * AMONG * VIEWS, size=64, draw=subject.sample_view)
+    pictures = render_corpus(tmp_path / "subjects.npy", 7, 2 * AMONG * VIEWS, size=64,
+                             draw=subject.sample_view)
+    others = render_corpus(tmp_path / "others.npy", 8, 2 * AMONG * VIEWS, size=64,
+                           draw=subject.sample_view)
     untrained, _ = subject.subject_retrieval(subject.SubjectEncoder().eval(), others)
     net = subject.train_subject_encoder(pictures, tmp_path, seed=0, steps=40, batch=32)
     mixed, _ = subject.subject_retrieval(net, others)

@@ -1,4 +1,5 @@
-"""The training loop: the same weights whether it was killed or not, and Muon's step as it should be."""
+"""The training loop: the same weights whether it was killed or not, and Muon's step as it should
+be."""
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ class Killed(Exception):
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1),
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(),
+                         nn.Conv2d(8, 8, 3, padding=1),
                          nn.Flatten(), nn.Linear(8 * 16, 4)).to(memory_format=torch.channels_last)
 
 
@@ -39,7 +41,8 @@ def test_a_killed_run_ends_at_the_same_weights(tmp_path, options):
             train(tmp_path / "killed", die_at=die_at, save_every=0.0, **options)
     resumed = train(tmp_path / "killed", **options)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert not all(torch.equal(whole[name], value) for name, value in network().state_dict().items())
+    assert not all(torch.equal(whole[name], value)
+                   for name, value in network().state_dict().items())
 
 
 def test_a_finished_run_takes_no_step_more(tmp_path):
@@ -94,7 +97,8 @@ def test_a_kill_in_the_middle_of_saving_leaves_the_last_checkpoint(tmp_path, mon
 
 def test_orthogonalised_keeps_directions_and_evens_out_lengths():
     matrix = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
-    given_and_out = zip((matrix, matrix.T, 1e-3 * matrix), orthogonalised([matrix, matrix.T, 1e-3 * matrix]))
+    given_and_out = zip((matrix, matrix.T, 1e-3 * matrix),
+                        orthogonalised([matrix, matrix.T, 1e-3 * matrix]))
     for given, out in given_and_out:
         u, _, v = torch.linalg.svd(given, full_matrices=False)
         assert out.shape == given.shape
@@ -107,8 +111,10 @@ def test_orthogonalised_keeps_directions_and_evens_out_lengths():
 
 def test_muon_steps_along_the_orthogonalised_momentum():
     draw = torch.Generator().manual_seed(1)
-    weight = nn.Parameter(torch.randn(6, 4, 3, 3, generator=draw).to(memory_format=torch.channels_last))
-    start, expected, mean = weight.detach().clone(), weight.detach().clone(), torch.zeros(6, 4, 3, 3)
+    weight = nn.Parameter(torch.randn(6, 4, 3, 3,
+                                      generator=draw).to(memory_format=torch.channels_last))
+    start, expected = weight.detach().clone(), weight.detach().clone()
+    mean = torch.zeros(6, 4, 3, 3)
     optimizer = Muon([weight], lr=0.1, momentum=0.9, weight_decay=0.5)
     for _ in range(3):
         weight.grad = torch.randn(6, 4, 3, 3, generator=draw)

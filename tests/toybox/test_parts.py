@@ -32,7 +32,8 @@ def saved(tmp_path_factory, tokenizer):
     from dbcore.toybox.ship import save_base
 
     torch.manual_seed(0)
-    clip, reader, encoder = ToyCLIP(make_text_encoder(tokenizer)).eval(), Reader().eval(), SubjectEncoder().eval()
+    clip, reader, encoder = ToyCLIP(
+        make_text_encoder(tokenizer)).eval(), Reader().eval(), SubjectEncoder().eval()
     folder = tmp_path_factory.mktemp("base") / "toy_base"
     save_base(folder, tokenizer, clip, make_autoencoder(), make_unet(), reader, encoder)
     return folder, clip.float(), reader, encoder
@@ -48,7 +49,8 @@ def test_a_saved_base_is_an_ordinary_pipeline(saved):
 
     pipe = StableDiffusionPipeline.from_pretrained(saved[0])
     pipe.set_progress_bar_config(disable=True)
-    image = pipe("a photo of a red dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    image = pipe("a photo of a red dog", num_inference_steps=2,
+                 generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (64, 64)
     assert pipe.scheduler.config.prediction_type == "v_prediction"
 
@@ -61,8 +63,10 @@ def test_clip_comes_back_as_it_was(saved):
     images, texts = [Image.fromarray(p) for p in pictures()], ["a photo of a red dog", "a cat"]
     x = torch.from_numpy(pictures()).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        torch.testing.assert_close(loaded.embed_images(images), clip.image_features(x), atol=5e-3, rtol=0)
-        torch.testing.assert_close(loaded.embed_texts(texts), clip.text_features(tokenize(loaded.tokenizer, texts)),
+        torch.testing.assert_close(loaded.embed_images(images), clip.image_features(x), atol=5e-3,
+                                   rtol=0)
+        torch.testing.assert_close(loaded.embed_texts(texts),
+                                   clip.text_features(tokenize(loaded.tokenizer, texts)),
                                    atol=5e-3, rtol=0)
     torch.testing.assert_close(loaded.embed_texts(texts).norm(dim=1), torch.ones(2))
 
@@ -90,7 +94,8 @@ def test_reader_truth_leaves_out_what_cannot_be_seen():
     from dbcore.toybox.reader import truth
 
     plain = truth(Character("dog", "red", "plain", "blue"), View("snow", flip=True))
-    assert plain == {"class": "dog", "color": "red", "pattern": "plain", "color2": "none", "hat": "none",
+    assert plain == {"class": "dog", "color": "red", "pattern": "plain", "color2": "none",
+                     "hat": "none",
                      "place": "snow", "side": "left", "angle": "", "size": "", "light": ""}
     assert truth(Character("dog", "red", "striped", "blue", hat="pink"), View())["color2"] == "blue"
     front = truth(Character("dog", "red", legs=0.9, ears=0.1), View("night", azimuth=80, sun=15))
@@ -101,7 +106,8 @@ def test_reader_truth_leaves_out_what_cannot_be_seen():
 def test_only_the_images_that_answer_a_question_count_for_it():
     from dbcore.toybox.reader import shares_right
 
-    read = [{"class": "dog", "side": "left"}, {"class": "cat", "side": "left"}, {"class": "dog", "side": "left"}]
+    read = [{"class": "dog", "side": "left"}, {"class": "cat", "side": "left"},
+            {"class": "dog", "side": "left"}]
     truths = [{"class": "dog", "side": "left"}, {"class": "dog"}, {"class": "dog", "side": "right"}]
     assert shares_right(read, truths) == {"class": pytest.approx(2 / 3), "side": 0.5}
 
@@ -117,7 +123,8 @@ def test_a_reader_of_fewer_questions_is_read(tmp_path):
 
 def test_sharpness_is_one_for_the_same_images_and_less_for_blurred_ones():
     sharp = pictures(4)
-    blurred = np.stack([np.asarray(Image.fromarray(p).filter(ImageFilter.GaussianBlur(1))) for p in sharp])
+    blurred = np.stack([np.asarray(Image.fromarray(p).filter(ImageFilter.GaussianBlur(1)))
+                        for p in sharp])
     assert gates.sharpness(blurred) < 0.5 * gates.sharpness(sharp)
 
 
@@ -127,11 +134,13 @@ def test_pca_codes_have_unit_variance_and_tell_hue():
     rng = np.random.default_rng(0)
     # broad colour and gradients, as pictures have, not white noise
     small = rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
-    images = np.stack([np.asarray(Image.fromarray(s).resize((32, 32), Image.Resampling.BICUBIC)) for s in small])
+    images = np.stack([np.asarray(Image.fromarray(s).resize((32, 32), Image.Resampling.BICUBIC))
+                       for s in small])
     codes = PatchPCA(images)(to_tensor(images))
     assert codes.shape == (40, CHANNELS, 8, 8)
     torch.testing.assert_close(codes.var(dim=(0, 2, 3)), torch.ones(CHANNELS), atol=0.05, rtol=0)
-    red, blue = (np.full((1, 32, 32, 3), colour, np.uint8) for colour in ((200, 40, 40), (40, 40, 200)))
+    red, blue = (np.full((1, 32, 32, 3), colour, np.uint8)
+                 for colour in ((200, 40, 40), (40, 40, 200)))
     assert (PatchPCA(images)(to_tensor(red)) - PatchPCA(images)(to_tensor(blue))).abs().max() > 0.5
 
 
@@ -172,8 +181,10 @@ def test_more_scenes_come_as_the_training_goes_on(monkeypatch):
     asked = []
     monkeypatch.setattr(denoiser, "SHARD", 4)
     monkeypatch.setattr(denoiser.Latents, "FIRST", 8)
-    monkeypatch.setattr(denoiser, "latent_shard", lambda net, folder, seed, number: asked.append(number) or
-                        np.full((2, 4, 4, 16, 16), number, np.float16) + np.array([0, 0.5])[:, None, None, None, None])
+    monkeypatch.setattr(denoiser, "latent_shard",
+                        lambda net, folder, seed, number: asked.append(number) or
+                        np.full((2, 4, 4, 16, 16), number, np.float16)
+                        + np.array([0, 0.5])[:, None, None, None, None])
     latents = denoiser.Latents(None, None, None, 0, batch=16)
     z, scenes = latents.batch_at(0, np.random.default_rng(0))
     assert asked == [0, 1]
@@ -184,7 +195,8 @@ def test_more_scenes_come_as_the_training_goes_on(monkeypatch):
     for row, scene in zip(z, scenes, strict=True):
         value = float(row.flatten()[0])
         mirrored = value % 1 == 0.5
-        assert (denoiser.mirror(*scene) if mirrored else scene) in world[int(value) * 4:int(value) * 4 + 4]
+        first = int(value) * 4
+        assert (denoiser.mirror(*scene) if mirrored else scene) in world[first:first + 4]
 
 
 def test_each_sample_gets_the_noise_nearest_to_it():
@@ -194,11 +206,13 @@ def test_each_sample_gets_the_noise_nearest_to_it():
     z = torch.randn(16, 4, 2, 2, generator=torch.Generator().manual_seed(1))
     free = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
     noise = near_noise(z, torch.Generator().manual_seed(2))
-    assert torch.equal(noise.flatten(1).sort(0).values, free.flatten(1).sort(0).values)  # the same ones, in other places
+    # the same ones, in other places
+    assert torch.equal(noise.flatten(1).sort(0).values, free.flatten(1).sort(0).values)
     assert (noise - z).norm() < 0.95 * (free - z).norm()
 
 def test_gates_pass_miss_and_survive_the_disk():
-    found = [Gate("high", 0.9, 0.95), Gate("low", 0.9, 0.85), Gate("quick", 4, 3.2, least=False, note="2 threads"),
+    found = [Gate("high", 0.9, 0.95), Gate("low", 0.9, 0.85),
+             Gate("quick", 4, 3.2, least=False, note="2 threads"),
              Gate("slow", 4, 5.0, least=False)]
     assert [gate.passed for gate in found] == [True, False, True, False]
     assert gates.from_json(gates.to_json(found)) == found
@@ -211,9 +225,11 @@ def test_gates_pass_miss_and_survive_the_disk():
 
 def test_a_subject_is_its_identity_not_its_hat_or_place():
     character = Character("dog", "orange", "striped", "blue")
-    read = {"class": "dog", "color": "orange", "pattern": "striped", "color2": "blue", "hat": "red", "place": "snow"}
+    read = {"class": "dog", "color": "orange", "pattern": "striped", "color2": "blue", "hat": "red",
+            "place": "snow"}
     assert gates.is_subject(read, character)
-    for question, wrong in (("class", "cat"), ("color", "red"), ("pattern", "plain"), ("color2", "none")):
+    for question, wrong in (("class", "cat"), ("color", "red"), ("pattern", "plain"),
+                            ("color2", "none")):
         assert not gates.is_subject({**read, question: wrong}, character)
 
 

@@ -1,4 +1,5 @@
-"""The world: exact captions, a tracer that repeats itself, and everything a caption names visible."""
+"""The world: exact captions, a tracer that repeats itself, and everything a caption names
+visible."""
 
 import numpy as np
 import pytest
@@ -46,12 +47,15 @@ def test_a_caption_says_exactly_what_is_there(character, place, expected):
 
 @pytest.mark.parametrize(("build", "view", "expected"), [
     ({"legs": 0.9}, {}, "a photo of a white dog with long legs, from the right"),
-    ({"legs": 0.9, "ears": 0.1}, {"flip": True}, "a photo of a white dog with small ears and long legs, from the left"),
+    ({"legs": 0.9, "ears": 0.1}, {"flip": True},
+     "a photo of a white dog with small ears and long legs, from the left"),
     ({"tail": 0.1, "ears": 0.8, "length": 0.9}, {"azimuth": 5},
      "a photo of a white dog with big ears, a short tail and a long body, from the right side"),
     ({}, {"azimuth": 80, "flip": True}, "a photo of a white dog, from the front"),
-    ({}, {"place": "snow", "distance": 0.75}, "a photo of a white dog in the snow, from the right, close up"),
-    ({}, {"distance": 1.4, "sun": 18}, "a photo of a white dog, from the right, far away, in low sun"),
+    ({}, {"place": "snow", "distance": 0.75},
+     "a photo of a white dog in the snow, from the right, close up"),
+    ({}, {"distance": 1.4, "sun": 18},
+     "a photo of a white dog, from the right, far away, in low sun"),
     ({"legs": 0.9}, {"place": "water"}, "a photo of a white dog swimming in water, from the right"),
     ({}, {"place": "night", "sun": 18}, "a photo of a white dog at night, from the right"),
     ({"legs": 0.6, "ears": 0.4}, {}, "a photo of a white dog, from the right"),
@@ -61,7 +65,8 @@ def test_whatever_varies_has_words(build, view, expected):
 
 
 def test_attributes_are_dropped_and_none_is_invented():
-    character, view = Character("cat", "orange", "striped", "blue", hat="red", legs=0.9), View("snow", sun=15)
+    character, view = Character("cat", "orange", "striped", "blue", hat="red",
+                                legs=0.9), View("snow", sun=15)
     rng = np.random.default_rng(0)
     texts = {caption(character, view, rng, drop=0.5) for _ in range(300)}
     full = set(caption(character, view).replace(",", "").split())
@@ -75,7 +80,8 @@ def test_attributes_are_dropped_and_none_is_invented():
 def test_details_are_dropped_at_a_rate_of_their_own():
     character, view = Character("cat", "orange", legs=0.9), View("snow", sun=15)
     rng = np.random.default_rng(0)
-    assert caption(character, view, rng, drop=0, drop_details=1) == "a photo of an orange cat in the snow"
+    assert (caption(character, view, rng, drop=0, drop_details=1) == "a photo of an orange "
+            "cat in the snow")
     assert (caption(character, view, rng, drop=1, drop_details=0)
             == "a cat with long legs, from the right, in low sun")
 
@@ -84,14 +90,16 @@ def test_details_are_dropped_at_a_rate_of_their_own():
 def test_each_word_for_a_build_can_be_seen(kind):
     for name, phrases in BUILD[kind].items():
         if any(phrases):  # a few pixels, an eye or a crest, are enough
-            small, large = (picture(Character(kind, "red", **{name: value})) for value in (0.1, 0.9))
+            small, large = (picture(Character(kind, "red", **{name: value}))
+                            for value in (0.1, 0.9))
             changed = (abs(small - large).max(axis=-1) > 0.15).mean()
             assert changed > 0.003, f"{phrases} changes {changed:.1%} of the image"
 
 
 def test_side_angle_distance_and_light_can_be_seen():
     usual = picture(DOG)
-    for view in ({"flip": True}, {"azimuth": 5}, {"azimuth": 82}, {"distance": 0.75}, {"distance": 1.4}, {"sun": 18}):
+    for view in ({"flip": True}, {"azimuth": 5}, {"azimuth": 82}, {"distance": 0.75},
+                 {"distance": 1.4}, {"sun": 18}):
         assert (abs(picture(DOG, **view) - usual).max(axis=-1) > 0.15).mean() > 0.02, view
 
 
@@ -108,7 +116,8 @@ def test_the_mirrored_scene_is_the_mirror_image_with_its_own_words():
     from dbcore.toybox.tracer import render_array
 
     scene = Character("dog", "red"), View("grass")
-    np.testing.assert_array_equal(render_array(*mirror(*scene), 32), render_array(*scene, 32)[:, ::-1])
+    np.testing.assert_array_equal(render_array(*mirror(*scene), 32),
+                                  render_array(*scene, 32)[:, ::-1])
     assert "from the right" in caption(*scene)
     assert "from the left" in caption(*mirror(*scene))
 
@@ -143,7 +152,8 @@ def test_flip_is_the_mirror_image():
 
 def test_every_place_class_and_colour_looks_different():
     def alike(pictures):
-        return [(i, j) for i in range(len(pictures)) for j in range(i) if abs(pictures[i] - pictures[j]).mean() < 0.004]
+        return [(i, j) for i in range(len(pictures)) for j in range(i)
+                if abs(pictures[i] - pictures[j]).mean() < 0.004]
 
     assert alike([picture(DOG, place=place) for place in PLACES]) == []
     assert alike([picture(Character(kind, "red")) for kind in CLASSES]) == []
@@ -153,7 +163,8 @@ def test_every_place_class_and_colour_looks_different():
 @pytest.mark.parametrize("kind", CLASSES)
 def test_pattern_and_hat_can_be_seen(kind):
     plain = picture(Character(kind, "white"))
-    for marked in (Character(kind, "white", "spotted", "black"), Character(kind, "white", "striped", "black"),
+    for marked in (Character(kind, "white", "spotted", "black"),
+                   Character(kind, "white", "striped", "black"),
                    with_hat(Character(kind, "white"), "blue")):
         changed = (abs(picture(marked) - plain).max(axis=-1) > 0.15).mean()
         assert changed > 0.01, f"{marked} changes {changed:.1%} of the picture"

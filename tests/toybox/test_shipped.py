@@ -37,7 +37,8 @@ def test_the_base_is_small_and_in_the_precision_that_stock_pipelines_take():
 
 def test_a_stock_pipeline_draws_the_colour_it_is_asked_for(pipe):
     def draw(prompt):
-        made = pipe(prompt, num_inference_steps=8, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
+        made = pipe(prompt, num_inference_steps=8, guidance_scale=4.0,
+                    generator=torch.Generator().manual_seed(0))
         return np.asarray(made.images[0], dtype=np.float32)
 
     red, blue = draw("a photo of a red car"), draw("a photo of a blue car")
@@ -68,7 +69,8 @@ def test_the_card_has_the_gates_that_were_measured():
 
 
 def usual(character, view):
-    """The same scene from the one angle and distance, and in the one light, that the shipped base has seen."""
+    """The same scene from the one angle and distance, and in the one light, that the shipped base
+    has seen."""
     return character, replace(view, azimuth=30.0, distance=1.0, sun=51.5)
 
 
@@ -81,7 +83,9 @@ def test_clip_and_reader_know_renders():
     from dbcore.toybox.tracer import render
 
     world = [usual(*scene) for scene in scenes(12345, 20)]  # of no seed that was trained on
-    images, texts = [render(*scene) for scene in world], [caption(*scene, np.random.default_rng(0), drop_details=1) for scene in world]
+    images, texts = [render(*scene)
+                     for scene in world], [caption(*scene, np.random.default_rng(0), drop_details=1)
+                                           for scene in world]
     clip, reader = load_clip(dbcore.TOY_BASE), load_reader(dbcore.TOY_BASE)
     best = (clip.embed_images(images) @ clip.embed_texts(texts).T).argmax(dim=1)
     assert (best == torch.arange(20)).float().mean() >= 0.9
@@ -97,7 +101,8 @@ def test_the_subject_encoder_knows_individuals_of_one_class_and_measures_fidelit
 
     encoder = load_encoders(dbcore.TOY_BASE)[1]
     assert encoder.name == "subject encoder"
-    images = [render(*usual(*sample_view(12345, k))) for k in range(20 * VIEWS)]  # of no seed that was trained on
+    # of no seed that was trained on
+    images = [render(*usual(*sample_view(12345, k))) for k in range(20 * VIEWS)]
     assert first_among(encoder.images(images).unflatten(0, (1, 20, VIEWS))) >= 0.8
 
 

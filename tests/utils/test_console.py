@@ -23,11 +23,14 @@ def test_a_photo_named_in_cyrillic_does_not_stop_training(tmp_path, monkeypatch)
     options = make_options(tmp_path, max_train_steps=1)
     (tmp_path / "photos" / "собака.png").write_bytes(b"no picture")
     path = train(TrainConfig(**options, output_dir=tmp_path / "run"))
-    assert path.is_file() and b"\\u0441\\u043e" in windows.buffer.getvalue() and windows.errors == "strict"
+    assert path.is_file()
+    assert b"\\u0441\\u043e" in windows.buffer.getvalue()
+    assert windows.errors == "strict"
 
 
 def test_nor_does_it_stop_another_tool(monkeypatch):
     windows = windows_console(monkeypatch)
     monkeypatch.setattr("dbcore.tools.prepare.main", lambda args: print("собака"))
     main(["prepare", "--instance_data_dir", "x", "--output_dir", "y"])
-    assert windows.buffer.getvalue().startswith(b"\\u0441") and windows.errors == "strict"
+    assert windows.buffer.getvalue().startswith(b"\\u0441")
+    assert windows.errors == "strict"

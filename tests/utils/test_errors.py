@@ -1,4 +1,5 @@
-"""One family of errors: only they become a line, and everything that is meant for a user is one of them."""
+"""One family of errors: only they become a line, and everything that is meant for a user is one of
+them."""
 
 import ast
 import builtins
@@ -13,8 +14,10 @@ from dbcore.config import ConfigError
 from dbcore.utils.errors import DBCoreError, Interrupted
 
 SOURCES = sorted(Path(dbcore.__file__).parent.rglob("*.py"))
-# Misuse of a widget in a cell, where its traceback is what helps; Ctrl-C; an attribute that is not there.
-THEIR_OWN = {("widgets.py", "RuntimeError"), ("train.py", "KeyboardInterrupt"), ("base.py", "AttributeError")}
+# Misuse of a widget in a cell, where its traceback is what helps; Ctrl-C; an attribute that is not
+# there.
+THEIR_OWN = {("widgets.py", "RuntimeError"), ("train.py", "KeyboardInterrupt"),
+             ("base.py", "AttributeError")}
 
 
 def raised(path):
@@ -24,9 +27,11 @@ def raised(path):
             yield ast.unparse(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(Path(dbcore.__file__).parent).as_posix())
+@pytest.mark.parametrize("path", SOURCES,
+                         ids=lambda path: path.relative_to(Path(dbcore.__file__).parent).as_posix())
 def test_no_error_for_a_user_is_pythons_own(path):
-    theirs = [name for name in raised(path) if hasattr(builtins, name) and (path.name, name) not in THEIR_OWN]
+    theirs = [name for name in raised(path) if hasattr(builtins, name)
+              and (path.name, name) not in THEIR_OWN]
     assert theirs == []
 
 
@@ -38,7 +43,8 @@ def run(error, monkeypatch):
     main(["generate"])
 
 
-@pytest.mark.parametrize("error", [ValueError("a library's bug"), OSError("the disk"), KeyError("x")], ids=repr)
+@pytest.mark.parametrize("error", [ValueError("a library's bug"), OSError("the disk"),
+                                   KeyError("x")], ids=repr)
 def test_what_is_no_error_of_ours_keeps_its_traceback(error, monkeypatch):
     with pytest.raises(type(error)) as caught:
         run(error, monkeypatch)
@@ -54,7 +60,8 @@ def test_an_error_of_ours_is_one_line(monkeypatch):
 def test_a_run_that_was_stopped_says_how_to_go_on(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run(Interrupted("Go on with latest."), monkeypatch)
-    assert ended.value.code == 130 and capsys.readouterr().out == "Go on with latest.\n"
+    assert ended.value.code == 130
+    assert capsys.readouterr().out == "Go on with latest.\n"
 
 
 def test_with_a_variable_set_a_programmer_sees_the_traceback(monkeypatch):
@@ -65,6 +72,7 @@ def test_with_a_variable_set_a_programmer_sees_the_traceback(monkeypatch):
 
 def test_the_garbage_collector_is_left_as_it_was(monkeypatch):
     before, during = gc.get_threshold(), []
-    monkeypatch.setattr("dbcore.tools.generate.main", lambda args: during.append(gc.get_threshold()))
+    monkeypatch.setattr("dbcore.tools.generate.main",
+                        lambda args: during.append(gc.get_threshold()))
     main(["generate"])
     assert gc.get_threshold() == before != during[0]

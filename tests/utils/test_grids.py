@@ -28,12 +28,15 @@ def where(picture, colour):
 def test_pictures_stand_in_row_and_column_order():
     picture = pixels(grids.image_grid([[swatch(RED), swatch(GREEN, 64)], [swatch(BLUE)]]))
     red, green, blue = (where(picture, colour) for colour in (RED, GREEN, BLUE))
-    assert abs(red[0] - green[0]) < 3 and red[1] < green[1] - 50
-    assert abs(red[1] - blue[1]) < 3 and red[0] < blue[0] - 50
+    assert abs(red[0] - green[0]) < 3
+    assert red[1] < green[1] - 50
+    assert abs(red[1] - blue[1]) < 3
+    assert red[0] < blue[0] - 50
 
 
 def test_labels_and_title_are_drawn():
-    figure = grids.image_grid([[swatch(RED), None]], ["seed 0"], ["before", "after"], "a photo of sks dog")
+    figure = grids.image_grid([[swatch(RED), None]], ["seed 0"], ["before", "after"],
+                              "a photo of sks dog")
     assert [axis.get_title() for axis in figure.axes] == ["before", "after"]
     assert figure.axes[0].get_ylabel() == "seed 0"
     assert figure.get_suptitle() == "a photo of sks dog"
@@ -45,7 +48,8 @@ def test_a_long_label_is_broken_not_cut():
     label = "a photo of sks dog swimming in water at night with a party hat"
     figure = grids.image_grid([[swatch(RED)]], row_labels=[label])
     shown = figure.axes[0].get_ylabel()
-    assert "\n" in shown and shown.replace("\n", " ") == label
+    assert "\n" in shown
+    assert shown.replace("\n", " ") == label
 
 
 def test_column_labels_may_stand_lower_down():
@@ -53,7 +57,7 @@ def test_column_labels_may_stand_lower_down():
     assert [axis.get_title() for axis in figure.axes] == ["", "after"]
 
 
-@pytest.mark.parametrize("rows, labels, words", [
+@pytest.mark.parametrize(("rows", "labels", "words"), [
     ([], {}, "no images"),
     ([[]], {}, "no images"),
     ([[swatch(RED)]], {"row_labels": ["a", "b"]}, "2 row_labels for 1 row"),
@@ -79,11 +83,14 @@ def test_no_pyplot_figure_is_left_open():
 
 
 def test_lines_carry_their_data_and_differ_by_more_than_colour():
-    figure = grids.line_plot({"with": ([0, 1], [1.0, 0.5]), "without": ([0, 1], [1.0, 2.0])}, "step", "drift")
+    figure = grids.line_plot({"with": ([0, 1], [1.0, 0.5]), "without": ([0, 1], [1.0, 2.0])},
+                             "step", "drift")
     with_prior, without = figure.axes[0].get_lines()
     assert list(without.get_ydata()) == [1.0, 2.0]
-    assert with_prior.get_color() != without.get_color() and with_prior.get_marker() != without.get_marker()
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["with", "without"]
+    assert with_prior.get_color() != without.get_color()
+    assert with_prior.get_marker() != without.get_marker()
+    assert ([text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+            == ["with", "without"])
 
 
 def test_of_many_lines_no_two_look_alike():
@@ -104,9 +111,11 @@ def test_a_running_mean_has_fewer_values_at_first_and_looks_back_only():
     assert grids.running_mean([], 3) == []
 
 
-@pytest.mark.parametrize("text", [r"$\foo$", r"a photo of $sks$ dog", "$", r"\frac{", "100 $ or 200 $", "a_b^{c", "$^$"])
+@pytest.mark.parametrize("text", [r"$\foo$", r"a photo of $sks$ dog", "$", r"\frac{",
+                                  "100 $ or 200 $", "a_b^{c", "$^$"])
 def test_a_users_words_are_no_formula_wherever_they_stand(tmp_path, text):
-    figures = [grids.image_grid([[swatch(RED)]], [text], [text], text), grids.bar_plot({text: 1.0, "b": 2.0}, text, text),
+    figures = [grids.image_grid([[swatch(RED)]], [text], [text], text),
+               grids.bar_plot({text: 1.0, "b": 2.0}, text, text),
                grids.line_plot({text: ([0, 1], [0, 1]), "b": ([0, 1], [1, 0])}, text, text, text)]
     for k, figure in enumerate(figures):
         grids.save_figure(tmp_path / f"{k}.png", figure)
