@@ -14,7 +14,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test outputs answers test-rounding test-browser lab bench bench-gpu badges bundle toybox
+.PHONY: help setup quickstart check test outputs answers test-rounding test-browser lab bench bench-gpu gpu-check badges bundle toybox
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -81,6 +81,12 @@ bench: setup ## time and memory on this CPU against diffusers' own script
 
 bench-gpu: setup ## the same on a GPU, with Stable Diffusion 1.5's shape at 512 pixels
 	PYTHONPATH=tests $(BIN)/python -m bench --gpu $(BENCH)
+
+# More words for it, such as GPU_CHECK="--script my/train_dreambooth_lora.py --minutes 10".
+GPU_CHECK ?=
+
+gpu-check: ## on a machine with a GPU: its tests, then speed and memory, in five minutes and without network
+	PYTHONPATH=.:tests $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu_check $(GPU_CHECK)
 
 badges: ## write REPO=owner/name (on GitHub) into the notebooks' Colab badges and set-up cells
 	$(PYTHON) -m dbcore.tools.badges $(REPO)

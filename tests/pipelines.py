@@ -119,24 +119,25 @@ def make_sd15_pipeline(folder, seed=0):
     folder = Path(folder)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "tokenizer")
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-            num_attention_heads=12, max_position_embeddings=77, projection_dim=768,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
-        sample_size=512,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
         clip_sample=False
     )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion random numbers
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                num_attention_heads=12, max_position_embeddings=77, projection_dim=768,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )  # fmt: skip
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
+            sample_size=512,
+        )  # fmt: skip
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -336,6 +337,36 @@ def make_flux2_miniature(folder, seed=0):
     Flux2KleinPipeline(scheduler=scheduler, vae=vae, text_encoder=text, tokenizer=tokenizer,
                        transformer=transformer).save_pretrained(folder)
     return Path(folder)
+
+
+def make_flux2_shape(folder):
+    """Write the configs of FLUX.2 [klein] 4B at its true size, without weights."""
+    folder, tokenizer = Path(folder), make_qwen_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    Qwen3Config(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    ).save_pretrained(folder / "text_encoder")  # fmt: skip
+    with torch.device("meta"):
+        vae = AutoencoderKLFlux2()
+        transformer = Flux2Transformer2DModel(
+            num_layers=5, num_single_layers=20, num_attention_heads=24,
+            joint_attention_dim=3 * 2560, guidance_embeds=False,
+        )  # fmt: skip
+    index = {"_class_name": "Flux2KleinPipeline",
+             "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+             "text_encoder": ["transformers", "Qwen3ForCausalLM"]}  # fmt: skip
+    for name, network in (("vae", vae), ("transformer", transformer)):
+        network.save_config(folder / name)
+        index[name] = ["diffusers", type(network).__name__]
+    FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, time_shift_type="exponential", base_shift=0.5,
+        max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+    ).save_config(folder / "scheduler")  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 def add_safety_checker(folder):

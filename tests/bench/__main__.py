@@ -292,7 +292,7 @@ def compare(case, script, args):
             options = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures,
                        "output_dir": folder / "run", **record["both"], **record[side]}
             if "with_prior_preservation" in options:
-                options["class_data_dir"] = folder / "class"
+                options.setdefault("class_data_dir", folder / "class")
             program = ["dbcore", "train"] if side == "dbcore" else [str(script)]
             # both ask accelerate for their device
             where = {} if args.gpu else {"ACCELERATE_USE_CPU": "true"}
@@ -344,18 +344,10 @@ def answers(script, rounds, folder):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def matmul_flops(side=8192, times=50):
-    """What the GPU does in bf16 when it does nothing but multiply matrices, in FLOP/s; measured in
-    its own process."""
-    code = f"""
-import time, torch
-a = torch.randn({side}, {side}, device="cuda", dtype=torch.bfloat16)
-for k in range(2):  # the first time to warm up
-    torch.cuda.synchronize(); began = time.perf_counter()
-    for _ in range({times}): a @ a
-    torch.cuda.synchronize()
-print(2 * {side} ** 3 * {times} / (time.perf_counter() - began))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def matmul_flops():
+    """What the GPU does in bf16 in matrix products alone, in FLOP/s, by a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "bench.flops"], capture_output=True, text=True,
+                          check=True)
     return float(done.stdout)
 
 
