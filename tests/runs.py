@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from pipelines import make_tiny_pipeline
 
+from dbcore.engines.callbacks import Result
+
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -66,7 +68,19 @@ def leave_out_report(patch):
         Path(output_dir, "README.md").write_text("a card\n")
         return SimpleNamespace(verdict=lambda: "The report was left out.")
 
-    patch.setattr("dbcore.engines.train.write_report", card_alone)
+    patch.setattr("dbcore.engines.callbacks.write_report", card_alone)
+
+
+def finished_runs(patch):
+    """A list that each `Run` is put on when it has done its steps."""
+    runs, finish = [], Result.after_train
+
+    def finishing(result, run):
+        runs.append(run)
+        finish(result, run)
+
+    patch.setattr(Result, "after_train", finishing)
+    return runs
 
 
 def read_run(folder):

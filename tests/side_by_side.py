@@ -177,7 +177,7 @@ def run_ours(case, folder):
     """The `Record.tensors` of this project's run of a case."""
     from dbcore.config import TrainConfig
     from dbcore.datasets import dreambooth
-    from dbcore.engines.train import train
+    from dbcore.engines.trainer import train
     from dbcore.models.process import Flow
 
     def normal(shape, seed, stream, step=0, samples=(0,)):

@@ -16,7 +16,7 @@ import dbcore
 from dbcore.__main__ import main
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines import checkpoint
-from dbcore.engines.train import Interrupted, train
+from dbcore.engines.trainer import Interrupted, train
 from dbcore.models.adapter import LoraFileError
 from dbcore.models.base import load_base, recommended
 from dbcore.models.lora_files import read_adapter
@@ -189,7 +189,7 @@ def test_no_good_photo_stops_before_any_model_is_loaded(content, options, tmp_pa
     (tmp_path / "photos").mkdir()
     if content:
         (tmp_path / "photos" / "dog.jpg").write_bytes(content)
-    monkeypatch.setattr("dbcore.engines.train.load_base",
+    monkeypatch.setattr("dbcore.engines.trainer.load_base",
                         lambda *args, **more: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="photos"):
         train(TrainConfig(**{**options, "instance_data_dir": str(tmp_path / "photos")},
@@ -224,7 +224,7 @@ def test_no_secret_is_in_anything_a_run_leaves(options, tmp_path, capfd, monkeyp
 def test_no_secret_is_in_the_traceback_of_a_failed_upload(options, tmp_path, monkeypatch):
     import traceback
 
-    from dbcore.engines.train import push
+    from dbcore.engines.hub import push
 
     class Hub:
         def __init__(self, token=None):

@@ -83,10 +83,6 @@ class DreamBoothData:
                   or self.config.instance_prompt)
         return Sample(photo, prompt, crop, mirrored, number, is_class)
 
-    def steps_per_epoch(self, world=1):
-        batch = self.config.train_batch_size * self.config.gradient_accumulation_steps * world
-        return -(-len(self.photos) // batch)
-
     def prompts(self):
         """Every text that a run can meet."""
         own = [photo.caption or self.config.instance_prompt for photo in self.photos]
@@ -135,6 +131,11 @@ class DreamBoothData:
             shift = normal((shape[0], 1, 1), seed, kind + "noise offset", step, [sample.number])[0]
             noise = noise + self.config.noise_offset * shift
         return epsilon, noise, uniform(seed, kind + "timestep", step, sample.number)
+
+
+def steps_per_epoch(config, photos, processes=1):
+    """Optimizer steps that see each of `photos` (how many) once."""
+    return -(-photos // (config.train_batch_size * config.gradient_accumulation_steps * processes))
 
 
 def refuse_shared(photos, class_photos):

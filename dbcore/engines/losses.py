@@ -1,14 +1,27 @@
-"""DreamBooth's loss: how far the network's word is from the target, on the subject and on its
-class."""
+"""DreamBooth's loss: how far the prediction is from the target, on the subject and on its class."""
+
+
+def batch_loss(process, batch, cond, predict, config):
+    """(loss, losses) of one batch, as `dreambooth_loss`.
+
+    `process`: the base's `Process`. `batch`: from `DreamBoothData.batch`. `cond`: its encoded
+    prompts. `predict`: as `Family.predict`. `config`: TrainConfig.
+    """
+    t = batch["t"]
+    x_t = process.corrupt(batch["x0"], batch["noise"], t)
+    target = process.target(batch["x0"], batch["noise"], t)
+    prediction = predict(x_t, t, cond, batch["geometry"])
+    return dreambooth_loss(prediction, target, batch["mask"], process.weight(t, config.snr_gamma),
+                           config.train_batch_size, config.prior_loss_weight)
 
 
 def dreambooth_loss(prediction, target, mask, weight, num_instance, prior_loss_weight):
     """E |w (y - y_theta)|^2 over the subject + lambda E |w (y' - y'_theta)|^2 over the class.
 
     Equation 2 of Ruiz et al. 2023 (DreamBooth), with the network's own kind of target y.
-    `prediction`, `target`: (n, c, h, w), the first `num_instance` of the subject; `mask`: (n, 1, h,
-    w) in [0, 1]; `weight`: (n,). Returns (loss, losses): a scalar, and the unweighted mean squared
-    error of each sample, (n,).
+    `prediction`, `target`: (n, c, h, w), the first `num_instance` of the subject; `mask`:
+    (n, 1, h, w) in [0, 1]; `weight`: (n,). Returns (loss, losses): a scalar, and the unweighted
+    mean squared error of each sample, (n,).
     """
     errors = (prediction - target).square().mean(dim=1, keepdim=True) * mask
     losses = errors.sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)).clamp(min=1e-6)

@@ -15,6 +15,9 @@ import numpy as np
 
 from dbcore.config import ConfigError
 from dbcore.datasets.photos import find_photos, gather_photos
+from dbcore.models.base import load_base, torch_dtype
+from dbcore.models.replay import replayed
+from dbcore.utils.console import progress
 from dbcore.utils.files import home_folder, save_png, sweep, write_whole
 from dbcore.utils.seeding import key
 
@@ -30,6 +33,39 @@ def cache_dir():
     cache = os.environ.get("XDG_CACHE_HOME") or (home_folder()
                                                  or Path(tempfile.gettempdir())) / ".cache"
     return Path(os.environ.get("DBCORE_CACHE") or Path(cache, "dbcore")) / "class_images"
+
+
+def gather_class(base, config, accelerator):
+    """Photos of the class for a run: the user's own, or images that are made now; [] without prior.
+
+    Every process of the `accelerator` makes its share. What is wrong is said.
+    """
+    if not config.with_prior_preservation:
+        return []
+    folder = own_folder(config) or make_class_images(base, config, accelerator)
+    photos, problems = class_photos(folder, config)
+    for problem in problems:
+        if problem.skipped:
+            accelerator.print(f"  class picture {problem}")
+    if len(photos) < config.num_class_images:
+        accelerator.print(f"{folder} holds {len(photos)} class pictures of "
+                          f"{config.num_class_images} asked for: these are used.")
+    return photos
+
+
+def make_class_images(base, config, accelerator):
+    """`class_images` by a run's base, in the precision for them."""
+    if config.prior_generation_precision != config.mixed_precision:
+        base = load_base(base.name, base.revision, base.variant, base.tokenizer_name, base.device,
+                         torch_dtype(config.prior_generation_precision), low_vram=base.low_vram)
+    with replayed(base.denoiser):
+        folder = class_images(
+            base, config, accelerator.process_index, accelerator.num_processes,
+            accelerator.wait_for_everyone,
+            lambda batches: progress(batches, accelerator.is_main_process, desc="class images"))
+    if base.low_vram:
+        base.release("denoiser")  # so that it is not there while photos are encoded
+    return folder
 
 
 def describe(base, config):

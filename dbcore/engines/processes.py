@@ -1,6 +1,28 @@
-"""What processes tell each other at each step: gradients, losses, whether to stop."""
+"""Several processes: how they are launched, and what they tell each other at each step."""
+
+import os
+import re
 
 import torch
+
+from dbcore.config import need
+
+
+def check_launch() -> None:
+    """Raises ConfigError where `accelerate launch` has started one process of several.
+
+    It does on a CPU, and says nothing.
+    """
+    if "ACCELERATE_USE_CPU" not in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    import psutil
+
+    words = " ".join(psutil.Process().parent().cmdline()).replace("=", " ")
+    asked = re.search(r"--num[-_]processes (\d+)", words)
+    need(not asked or int(asked[1]) < 2,
+         f"accelerate launch --num_processes {asked and asked[1]} has started one process, as it "
+         "does on CPUs: launch with `torchrun --nproc_per_node N -m dbcore train ...`, or leave "
+         "the number out")
 
 
 def average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None:

@@ -3,9 +3,11 @@ on."""
 
 import hashlib
 import os
+from pathlib import Path
 
 from dbcore.config import AUTO, TrainConfig, full_paths, need, read_yaml
-from dbcore.engines.checkpoint import circumstances_of
+from dbcore.engines.checkpoint import circumstances_of, find_checkpoint, steps_done
+from dbcore.engines.run_folder import LORA_FILE, WRITTEN, goes_on, holds_run, home, place
 from dbcore.models.fingerprint import fingerprint
 
 # What cannot change; other changes are allowed and named.
@@ -21,6 +23,40 @@ FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "max_tra
 BY_CONTENT = {"pretrained_model_name_or_path", "revision", "variant", "instance_data_dir",
               "class_data_dir"}
 DIFFERS = "the rest of the run differs from an uninterrupted one."
+
+
+def find_resume(config, say):
+    """The checkpoint's folder to go on from, or None.
+
+    Raises ConfigError for a LoRA of another shape, and for a folder with another run in it.
+    """
+    folder, resume = Path(config.output_dir), None
+    if config.resume_from_checkpoint:
+        resume = find_checkpoint(home(folder), config.resume_from_checkpoint)
+    if resume is not None:
+        compare(config, resume, say)
+    if not goes_on(place(folder, resume), resume):
+        refuse_taken(folder, config.overwrite_output_dir)
+    return resume
+
+
+def refuse_taken(folder, overwrite):
+    """Raises ConfigError for a folder with another run in it, or with someone's own files."""
+    need(overwrite or not holds_run(folder),
+         f"--output_dir {folder} holds a run already: choose another folder, give "
+         "--resume_from_checkpoint latest to go on with it, or --overwrite_output_dir to replace "
+         "it")
+    theirs = [name for name in WRITTEN if (folder / name).exists()]
+    need((folder / "config.yaml").is_file() or not theirs,
+         f"--output_dir {folder} is not the folder of a run, and its {', '.join(theirs)} would be "
+         "overwritten: choose another folder")
+
+
+def is_finished(config, resume):
+    """Whether a checkpoint has all the steps of `config`, and their LoRA and report stand."""
+    folder = Path(config.output_dir)
+    return (resume is not None and goes_on(folder, resume) and (folder / LORA_FILE).is_file()
+            and (folder / "README.md").is_file() and steps_done(resume) >= config.max_train_steps)
 
 
 def circumstances(config, photos, class_photos, processes):

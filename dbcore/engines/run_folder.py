@@ -7,6 +7,7 @@ next run in the folder completes it.
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -21,8 +22,9 @@ from dbcore.engines.checkpoint import checkpoints
 from dbcore.utils.files import sweep, write_whole
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+LOG = "log.jsonl"
 # by a run, beside its LoRA and checkpoints
-WRITTEN = ("log.jsonl", "README.md", "validation", "report")
+WRITTEN = (LOG, "README.md", "validation", "report")
 REPLACEMENT, FINISHED = "replacement", ".finished"
 LOCK, HOLDER = ".lock", ".running"
 
@@ -77,6 +79,15 @@ def writable(folder):
 
 def holds_run(folder):
     return (folder / LORA_FILE).exists() or bool(checkpoints(folder))
+
+
+def read_log(folder):
+    """The records of a run's log.jsonl, one a step; none where there is no such file."""
+    path, records = Path(folder) / LOG, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):  # a line that a kill cut short
+            records.append(json.loads(line))
+    return records
 
 
 def home(output_dir):

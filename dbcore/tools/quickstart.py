@@ -74,7 +74,7 @@ def read_subject(name):
 
 def learn(args, folder, subject):
     """Train; returns the path of the LoRA file."""
-    from dbcore.engines.train import train
+    from dbcore.engines.trainer import train
 
     config = options(args, folder, subject)
     config.overwrite_output_dir = args.overwrite_output_dir or is_repeat(config)

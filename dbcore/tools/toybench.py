@@ -198,7 +198,7 @@ class Case:
         """`alone` after a run of these options, taken up where it was; named by all that it depends
         on."""
         from dbcore.engines.finetune import finetune
-        from dbcore.engines.train import train
+        from dbcore.engines.trainer import train
         from dbcore.models.base import settle
 
         config, full = self.config(options), FULL_FINETUNING in options

@@ -12,6 +12,6 @@ def add_arguments(parser):
 def main(args):
     config = from_args(args, TrainConfig)
     config.check()  # before the heavy imports, so that a mistake is answered at once
-    from dbcore.engines.train import train
+    from dbcore.engines.trainer import train
 
     print(f"The LoRA is in {train(config)}.")

@@ -201,7 +201,7 @@ def teach(folder: Path, photos: Path, work: Path, kind: str, prior: bool) -> Pat
     A run that is finished is taken as it is.
     """
     from dbcore.config import TrainConfig
-    from dbcore.engines.train import train
+    from dbcore.engines.trainer import train
 
     lora = work / "pytorch_lora_weights.safetensors"
     if lora.exists():

@@ -1,6 +1,7 @@
 """What is printed must not end a run: a console's character set may lack a photo's name."""
 
 import contextlib
+import os
 import sys
 
 
@@ -16,3 +17,11 @@ def printable():
     finally:
         for stream, errors in zip(streams, before):
             stream.reconfigure(errors=errors)
+
+
+def progress(items, is_main=True, **options):
+    """tqdm's progress bar; none but in the first process, and where TQDM_DISABLE is set."""
+    from tqdm.auto import tqdm
+
+    disable = not is_main or bool(os.environ.get("TQDM_DISABLE"))
+    return tqdm(items, disable=disable, **options)

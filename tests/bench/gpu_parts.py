@@ -217,7 +217,7 @@ def speed(base, args, resolution, options, places):
     import torch
 
     from dbcore.config import TrainConfig
-    from dbcore.engines.train import train
+    from dbcore.engines.trainer import train
     from dbcore.utils.errors import Interrupted
 
     config = TrainConfig(

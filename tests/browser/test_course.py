@@ -143,7 +143,7 @@ def test_stop_on_the_courses_dashboard_and_run_it_again(open_copy, folder):
 TRAIN = """
 from dbcore import SUBJECTS, TOY_BASE
 from dbcore.config import TrainConfig
-from dbcore.engines.train import train
+from dbcore.engines.trainer import train
 from dbcore.course.widgets import Dashboard
 
 dashboard = Dashboard()

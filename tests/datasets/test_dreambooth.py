@@ -13,7 +13,7 @@ from PIL import Image
 from pipelines import make_tiny_pipeline
 
 from dbcore.config import TrainConfig
-from dbcore.datasets.dreambooth import CROPS, DreamBoothData, Sample, refuse_shared
+from dbcore.datasets.dreambooth import CROPS, DreamBoothData, Sample, refuse_shared, steps_per_epoch
 from dbcore.datasets.photos import Photo, PhotoError, gather_photos
 from dbcore.models.base import load_base
 from dbcore.utils.seeding import integer
@@ -91,7 +91,7 @@ def test_three_photos_in_batches_of_two_are_seen_equally_often():
     batches = [names(data.samples(step)) for step in range(3)]
     assert all(len(batch) == 2 for batch in batches)  # no partial batch, none dropped
     assert set(Counter(name for batch in batches for name in batch).values()) == {2}
-    assert data.steps_per_epoch() == 2
+    assert steps_per_epoch(data.config, len(data.photos)) == 2
 
 
 def test_each_pass_has_every_photo_once_in_an_order_of_its_own():

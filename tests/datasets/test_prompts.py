@@ -10,7 +10,7 @@ from runs import make_options
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig
 from dbcore.datasets.prompts import PromptError, calling_words, check_fit
 from dbcore.engines.generate import generate
-from dbcore.engines.train import train
+from dbcore.engines.trainer import train
 from dbcore.models.base import load_base
 
 ROOM = MAX_TOKENS - 2  # beside the marks of start and end

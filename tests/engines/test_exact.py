@@ -9,14 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import LORA, files_of, leave_out_report, make_base, make_options, make_photos, read_run
+from runs import (
+    LORA,
+    files_of,
+    finished_runs,
+    leave_out_report,
+    make_base,
+    make_options,
+    make_photos,
+    read_run,
+)
 from safetensors.torch import load_file
 
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig, read_yaml
 from dbcore.engines.checkpoint import STATE, TRAINING
 from dbcore.engines.generate import with_base
-from dbcore.engines.train import Interrupted, Run, train
 from dbcore.engines.trained import PACKAGES
+from dbcore.engines.trainer import Interrupted, train
 
 VALIDATED = {"validation_prompt": ["a photo of sks dog"], "num_validation_images": 1,
              "validation_steps": 2}
@@ -184,8 +193,7 @@ CHANGED = {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_weight_decay": 0.5, "adam
 
 def resumed_with(folder, options, monkeypatch, **changed):
     """The `Run` that goes on after 2 steps with other options, for 1 step more."""
-    seen, finish = [], Run.finish
-    monkeypatch.setattr(Run, "finish", lambda run: (seen.append(run), finish(run))[1])
+    seen = finished_runs(monkeypatch)
     with pytest.raises(Interrupted):
         train(TrainConfig(**{**options, "checkpointing_steps": 1}, output_dir=folder),
               should_stop=stop_after(2))

@@ -9,7 +9,8 @@ import pytest
 from runs import LORA, files_of, leave_out_report, make_options
 
 from dbcore.config import ConfigError, TrainConfig
-from dbcore.engines.train import push, train
+from dbcore.engines.hub import push
+from dbcore.engines.trainer import train
 
 TOKEN = "hf_sentinel_of_the_token"
 

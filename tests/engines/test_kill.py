@@ -21,9 +21,10 @@ import dbcore
 from dbcore.__main__ import main
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines import checkpoint
+from dbcore.engines.callbacks import Log
 from dbcore.engines.checkpoint import CheckpointError, checkpoints, find_checkpoint, save_checkpoint
-from dbcore.engines.train import Interrupted, Log, Run, train
 from dbcore.engines.trained import Trained
+from dbcore.engines.trainer import Interrupted, Run, train
 from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora
 from dbcore.utils import files
@@ -183,15 +184,15 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number, options, fin
 
 
 def signal_after(step, number, patch, times=1):
-    write = Log.write
+    write = Log.on_log
 
-    def writing(log, record):
-        write(log, record)
+    def writing(log, run, record):
+        write(log, run, record)
         if record["step"] == step:
             for _ in range(times):
                 os.kill(os.getpid(), number)
 
-    patch.setattr(Log, "write", writing)
+    patch.setattr(Log, "on_log", writing)
 
 
 @posix
@@ -329,16 +330,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(where, small_run, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("where",
-                         ["dbcore.engines.train.Log.write", "dbcore.engines.train.save_validation",
-                                   "dbcore.engines.train.save_lora"])
+@pytest.mark.parametrize("where", ["Log.on_log", "save_validation", "save_lora"])
 def test_a_full_disk_elsewhere_is_reported_with_what_is_left(where, options, tmp_path, monkeypatch):
     more = {"validation_prompt": ["a red car"], "validation_steps": 3, "num_validation_images": 1,
             "output_dir": tmp_path / "run"}  # fmt: skip
     with pytest.raises(Interrupted):
         train(TrainConfig(**options, **more), should_stop=lambda: True)
     with monkeypatch.context() as patch:
-        patch.setattr(where, fail)
+        patch.setattr(f"dbcore.engines.callbacks.{where}", fail)
         with pytest.raises(CheckpointError,
                            match=r"No space left on device. checkpoint-\d is intact"):
             train(TrainConfig(**options, **more, resume_from_checkpoint="latest"))

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.datasets.dreambooth import DreamBoothData
+from dbcore.engines.callbacks import Result
 from dbcore.engines.report import write_report
-from dbcore.engines.train import Run, train
 from dbcore.engines.trained import Trained
+from dbcore.engines.trainer import train
 from dbcore.models.lora import SampleDropout, lora_layers
 from dbcore.models.stable_diffusion import StableDiffusion as BASE
 from dbcore.utils.seeding import normal
@@ -327,7 +328,7 @@ def watch(world, here, more, patch):
     said = io.StringIO()
     with spies(facts), contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as back:
         if "num_report_images" in more:
-            back.setattr("dbcore.engines.train.write_report", write_report)
+            back.setattr("dbcore.engines.callbacks.write_report", write_report)
         try:
             facts.path = train(TrainConfig(**options))
         except ConfigError as error:
@@ -371,7 +372,7 @@ def spies(facts):
 
 
 def spy_on_steps(facts, patch):
-    update, finish, batch = Trained.update, Run.finish, DreamBoothData.batch
+    update, finish, batch = Trained.update, Result.after_train, DreamBoothData.batch
 
     def updating(trained, skipped):
         grads = {name: p.grad for name, p in named(trained).items()}
@@ -386,11 +387,11 @@ def spy_on_steps(facts, patch):
             for name, p in named(trained).items()}
         return result
 
-    def finishing(run):
+    def finishing(result, run):
         facts.run, run.predict = run, None  # what was recorded for replays is large
         with run.trained.averaged():
             facts.saved = copies(named(run.trained))
-        return finish(run)
+        return finish(result, run)
 
     def batching(data, base, samples, step):
         facts.samples += samples
@@ -400,7 +401,7 @@ def spy_on_steps(facts, patch):
         return facts.batches[-1]
 
     patch.setattr(Trained, "update", updating)
-    patch.setattr(Run, "finish", finishing)
+    patch.setattr(Result, "after_train", finishing)
     patch.setattr(DreamBoothData, "batch", batching)
 
 

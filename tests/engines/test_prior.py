@@ -16,7 +16,7 @@ from runs import leave_out_report, make_options
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines import prior
 from dbcore.engines.prior import MANIFEST, class_images, class_photos
-from dbcore.engines.train import Run, train
+from dbcore.engines.trainer import Run, train
 from dbcore.models.base import Family, load_base, settle
 
 FAST = {"num_inference_steps": 1, "guidance_scale": 2.0, "resolution": 32, "rank": 2}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import dbcore
 from dbcore.config import TrainConfig
-from dbcore.engines.train import train
+from dbcore.engines.trainer import train
 
 # `--multi_gpu` is accelerate's word for several processes; without a GPU they are CPU processes
 # with gloo. What each process runs: the command line, with a note of its weights at the end and of
@@ -29,17 +29,17 @@ def note(event, args):
             written.append([event, str(args[0])])
 
 from dbcore.__main__ import main
-from dbcore.engines.train import Run
+from dbcore.engines.callbacks import Result
 from safetensors.torch import save_file
 
-finish = Run.finish
+finish = Result.after_train
 
-def finishing(run):
+def finishing(result, run):
     weights = {str(k): p.detach().clone() for k, p in enumerate(run.trained.parameters)}
     save_file(weights, f"{notes}/{rank}.safetensors")
-    return finish(run)
+    return finish(result, run)
 
-Run.finish = finishing
+Result.after_train = finishing
 sys.addaudithook(note)
 main(["train", *sys.argv[3:], "--output_dir", folder])
 with open(f"{notes}/{rank}.json", "w") as file:

@@ -18,8 +18,9 @@ from dbcore.config import ConfigError, TrainConfig, read_yaml
 from dbcore.engines import run_folder
 from dbcore.engines.checkpoint import checkpoints
 from dbcore.engines.finetune import finetune
+from dbcore.engines.processes import check_launch
 from dbcore.engines.run_folder import HOLDER, REPLACEMENT, complete, held
-from dbcore.engines.train import Interrupted, check_launch, train
+from dbcore.engines.trainer import Interrupted, train
 from dbcore.utils.errors import DBCoreError
 
 

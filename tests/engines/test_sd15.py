@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dbcore.config import TrainConfig
 from dbcore.engines.report import peak_memory
-from dbcore.engines.train import train
+from dbcore.engines.trainer import train
 
 PHOTOS = "data/subjects/dog"
 

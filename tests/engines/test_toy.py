@@ -4,7 +4,7 @@ import pytest
 
 import dbcore
 from dbcore.config import TrainConfig
-from dbcore.engines.train import train
+from dbcore.engines.trainer import train
 
 
 @pytest.mark.slow

@@ -13,16 +13,17 @@ import pytest
 import torch
 from accelerate.utils import LoggerType
 from PIL import Image
-from runs import leave_out_report, make_options, make_photos, read_run
+from runs import finished_runs, leave_out_report, make_options, make_photos, read_run
 from safetensors.torch import load_file
 
 from dbcore.config import OPTIMIZERS, ConfigError, TrainConfig
+from dbcore.engines.callbacks import Validation
 from dbcore.engines.checkpoint import TRAINING
 from dbcore.engines.finetune import finetune
 from dbcore.engines.losses import dreambooth_loss
 from dbcore.engines.memory import remedy
-from dbcore.engines.train import Run, train
 from dbcore.engines.trained import PACKAGES
+from dbcore.engines.trainer import Run, train
 from dbcore.models.lora_files import HEADER_KEY, read_safetensors
 from dbcore.models.stable_diffusion import StableDiffusion
 from dbcore.utils.errors import Diverged, MemoryFull
@@ -56,7 +57,7 @@ def test_the_file_says_its_rank_alpha_base_and_words(options, tmp_path):
 
 
 def test_a_run_starts_without_what_it_needs_only_at_its_end():
-    code = ("import sys, dbcore, dbcore.engines.train; from dbcore.models.base import load_base; "
+    code = ("import sys, dbcore, dbcore.engines.trainer; from dbcore.models.base import load_base; "
             "load_base(dbcore.TOY_BASE).unet; print(*sys.modules)")
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                            check=True).stdout.split()
@@ -121,8 +122,7 @@ def test_a_trained_text_encoder_is_heard_though_low_vram_had_remembered_the_froz
     options, tmp_path, monkeypatch):
     """For the prompt of the class images, which were drawn before there was a LoRA: else drift
     would be hidden."""
-    seen, finish = [], Run.finish
-    monkeypatch.setattr(Run, "finish", lambda run: (seen.append(run), finish(run))[1])
+    seen = finished_runs(monkeypatch)
     train(TrainConfig(**options, low_vram=True, with_prior_preservation=True,
                       class_prompt="a photo of a dog",
                       num_class_images=1, train_text_encoder=True, text_encoder_lr=0.1,
@@ -159,7 +159,7 @@ def test_memory_that_is_full_ends_the_run_with_the_doctors_advice_and_its_checkp
 
 
 def test_memory_that_a_validation_fills_costs_no_step(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "validate", full)
+    monkeypatch.setattr(Validation, "generate", full)
     with pytest.raises(MemoryFull, match="checkpoint-2 is intact"):
         train(TrainConfig(**options, **VALIDATED, output_dir=tmp_path))
     monkeypatch.undo()
@@ -182,7 +182,7 @@ def poison(monkeypatch, steps):
         loss, losses = loss_of(prediction, *args)
         return loss + (prediction.sum() * 0).sqrt() if len(counted) in steps else loss, losses
 
-    monkeypatch.setattr("dbcore.engines.train.dreambooth_loss", poisoned)
+    monkeypatch.setattr("dbcore.engines.losses.dreambooth_loss", poisoned)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -239,7 +239,7 @@ def test_a_missing_package_is_named_with_its_command_before_any_model_is_loaded(
                                                                                 options, tmp_path,
                                                                                  monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("dbcore.engines.train.load_base",
+    monkeypatch.setattr("dbcore.engines.trainer.load_base",
                         lambda *args, **more: pytest.fail("a model was loaded"))
     ((name, value),) = option.items()
     with pytest.raises(ConfigError, match=f"--{name} {value} needs one more package: "
@@ -263,8 +263,7 @@ def test_without_tensorboard_which_nobody_named_the_run_goes_on(options, tmp_pat
 def test_the_options_reach_the_optimizer(name, options, tmp_path, monkeypatch):
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
-    seen, finish = [], Run.finish
-    monkeypatch.setattr(Run, "finish", lambda run: (seen.append(run), finish(run))[1])
+    seen = finished_runs(monkeypatch)
     path = train(TrainConfig(**{**options, "learning_rate": 0.5}, optimizer=name, adam_beta1=0.8,
                              adam_beta2=0.99,
                              adam_weight_decay=0.2, adam_epsilon=1e-5, output_dir=tmp_path / "run"))

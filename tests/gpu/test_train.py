@@ -6,7 +6,7 @@ from runs import read_run
 from safetensors.torch import load_file
 
 from dbcore.config import TrainConfig
-from dbcore.engines.train import train
+from dbcore.engines.trainer import train
 
 PHOTOS = "data/subjects/dog"
 

@@ -16,7 +16,7 @@ from dbcore import TOY_BASE
 from dbcore.__main__ import main
 from dbcore.config import ConfigError, TrainConfig, read_yaml
 from dbcore.engines import evaluate as engine
-from dbcore.engines.train import Run
+from dbcore.engines.trainer import Run
 from dbcore.models.stable_diffusion import StableDiffusion
 from dbcore.tools import evaluate, toybench
 from dbcore.toybox.scene import CLASSES, Character

@@ -7,7 +7,7 @@ from runs import leave_out_report, make_options
 
 from dbcore.__main__ import main
 from dbcore.config import TrainConfig
-from dbcore.engines.train import train
+from dbcore.engines.trainer import train
 
 
 def windows_console(monkeypatch):

@@ -1,0 +1,331 @@
+"""Training: set up, then the loop.
+
+photos -> class images -> latents and embeddings, once -> LoRA -> steps -> one file, and a report.
+Processes (accelerate) take parts of one batch and average the LoRA's gradients; there is no other
+state between them. All that is not the steps themselves is a callback (callbacks.py).
+"""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from dbcore.datasets.dreambooth import DreamBoothData, refuse_shared
+from dbcore.datasets.photos import gather_photos
+from dbcore.datasets.prompts import check_fit, texts_of
+from dbcore.engines import checkpoint
+from dbcore.engines.callbacks import (
+    Callback,
+    Checkpoints,
+    Divergence,
+    Log,
+    Notify,
+    Result,
+    Tracker,
+    Validation,
+    tracker_of,
+)
+from dbcore.engines.hub import push
+from dbcore.engines.lengths import resolve_lengths, say_too_short
+from dbcore.engines.losses import batch_loss
+from dbcore.engines.prior import gather_class
+from dbcore.engines.processes import agree, average_gradients, check_launch, gather
+from dbcore.engines.report import report_prompts
+from dbcore.engines.resume import circumstances, find_resume, is_finished, say_changes
+from dbcore.engines.run_folder import LORA_FILE, complete, held, place, prepare_folder
+from dbcore.engines.trained import PACKAGES, inject, optional, start_training
+from dbcore.models.base import best_device, load_base, settle, torch_dtype
+from dbcore.models.lora import set_dropout
+from dbcore.models.replay import Replay, can_replay
+from dbcore.utils.console import printable, progress
+from dbcore.utils.errors import Interrupted, MemoryFull
+from dbcore.utils.files import is_of_files
+from dbcore.utils.seeding import key
+from dbcore.utils.signals import Signals
+
+CHOSEN = ("resolution", "rank", "learning_rate", "lora_layers", "train_batch_size",
+          "mixed_precision")  # options that are told before the run
+SYNC_EVERY = 10  # steps between readings of the loss on a GPU, which waits for it each time
+
+
+def train(config, callback=None, should_stop=None):
+    """Teach the base a subject as `config` (TrainConfig) says; returns the path of the LoRA file.
+
+    `callback`: called after each step with {"step", "steps", "loss", "lr", "seconds"}, and after a
+    validation with {"step", "pictures": {prompt: [PIL images]}, "seconds"}. `should_stop()`: True
+    ends the run after the step. Raises ConfigError (also for data), CheckpointError, Interrupted
+    after Ctrl-C, SIGTERM or `should_stop`, Diverged when the loss is no longer a number, and
+    MemoryFull.
+    """
+    with printable():
+        config, accelerator, photos = check(config)
+        lock = held(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext()
+        with lock:
+            return train_in_folder(config, accelerator, photos, callback, should_stop or bool)
+
+
+def check(config):
+    """(config without any `auto`, Accelerator, photos): all that needs no network is looked at."""
+    config.check()
+    check_launch()
+    if config.optimizer in PACKAGES:  # now, and not after the class images are made
+        optional(PACKAGES[config.optimizer], f"--optimizer {config.optimizer}")
+    accelerator = make_accelerator(config)
+    config = settle(config, accelerator.device)
+    chosen = ", ".join(f"{name} {getattr(config, name)}" for name in CHOSEN)
+    accelerator.print(f"Chosen for this base and machine: {chosen}.")
+    photos, problems = gather_photos(config.instance_data_dir, config.resolution, config.use_masks)
+    for problem in problems:
+        accelerator.print(f"  {problem}")
+    base = load_base(config.pretrained_model_name_or_path, config.revision,
+                     tokenizer_name=config.tokenizer_name,
+                     tokenizer_max_length=config.tokenizer_max_length)  # for its tokenizers
+    check_fit(base, texts_of(config, photos), config.instance_prompt, config.class_prompt,
+              accelerator.print)
+    return config, accelerator, photos
+
+
+def make_accelerator(config):
+    logs = Path(config.output_dir, config.logging_dir)
+    project = ProjectConfiguration(config.output_dir, logging_dir=str(logs))
+    # several processes on CPUs are a group only if accelerate is told that CPUs are meant
+    on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and best_device() == "cpu"
+    return Accelerator(cpu=on_cpus, mixed_precision="no", log_with=tracker_of(config),
+                       project_config=project)
+
+
+def train_in_folder(config, accelerator, photos, callback, should_stop):
+    """`train`, once the options and photos are good and no other run has the folder."""
+    output_dir, say = Path(config.output_dir), accelerator.print
+    if accelerator.is_main_process:
+        complete(output_dir)
+    accelerator.wait_for_everyone()
+    resume = find_resume(config, say)
+    asked, config = config, resolve_lengths(config, len(photos), accelerator.num_processes)
+    if is_finished(config, resume):
+        say(f"{output_dir} is finished ({resume.name}); nothing was changed. "
+            "Give more --max_train_steps to go on.")
+        if config.push_to_hub and accelerator.is_main_process:
+            push(config)
+        return output_dir / LORA_FILE
+    folder = place(output_dir, resume)
+    prepare_folder(asked, accelerator, resume, folder)
+    say_too_short(config, say)
+    with explained(config, accelerator.device.type, folder), tf32(config.allow_tf32):
+        callbacks = make_callbacks(accelerator, callback)
+        Run(config, accelerator, photos, folder, callbacks, resume).train(should_stop)
+    return output_dir / LORA_FILE
+
+
+def make_callbacks(accelerator, function=None):
+    """What follows a usual run, in the order in which it is called."""
+    notify = [Notify(function)] if function else []
+    tracker = [Tracker()] if accelerator.log_with else []
+    return [Divergence(), Log(), *notify, Validation(), Checkpoints(), Result(), *tracker]
+
+
+@contextlib.contextmanager
+def explained(config, device, folder):
+    """A full disk or a full memory ends the block with what is left and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if not is_of_files(error):
+            raise
+        raise checkpoint.CheckpointError(
+            f"the run has stopped: {getattr(error, 'fault', error)}. "
+            f"{checkpoint.last_good(folder)}; put this right, then "
+            "--resume_from_checkpoint latest") from error
+    except torch.OutOfMemoryError as error:
+        from dbcore.engines.memory import remedy  # what it traces with takes a while to import
+
+        raise MemoryFull(
+            f"the run has stopped: the memory of the {device} device is full. "
+            f"{remedy(config, device)}. {checkpoint.last_good(folder)}; give the same command "
+            "with these options and --resume_from_checkpoint latest") from error
+
+
+@contextlib.contextmanager
+def tf32(allowed):
+    """TensorFloat-32 products in the block, if asked for; then the switches are as they were."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn) if allowed else ()
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        yield
+    finally:
+        for switch, was in zip(switches, before):
+            switch.allow_tf32 = was
+
+
+class Run:
+    """One run: a base, its data, what is trained, and the callbacks that follow it.
+
+    `config`: a TrainConfig with every value resolved. `resume`: a checkpoint's folder, or None.
+    `inject(base, config)`: puts on the base what is trained; returns {name: network}.
+    """
+
+    def __init__(self, config, accelerator, photos, folder, callbacks: list[Callback],
+                 resume=None, inject=inject):
+        self.began = time.monotonic()
+        self.config, self.accelerator, self.callbacks = config, accelerator, callbacks
+        self.folder, self.resume = Path(folder), resume
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.is_main, self.say = accelerator.is_main_process, accelerator.print
+        self.stopping, self.pending = False, []  # pending: steps whose losses were not read yet
+        self.base = load_base(
+            config.pretrained_model_name_or_path, config.revision, config.variant,
+            config.tokenizer_name, accelerator.device, torch_dtype(config.mixed_precision),
+            config.tokenizer_max_length, config.low_vram)
+        class_photos = gather_class(self.base, config, accelerator)
+        self.data = DreamBoothData(config, photos, class_photos)
+        refuse_shared(photos, class_photos)
+        self.circumstances = circumstances(config, photos, class_photos, self.world)
+        self.notes = {"base": Path(self.base.name).name, "trigger_words": config.instance_prompt}
+        # before there is a denoiser, so that it and the encoders are not in memory together
+        self.encode_ahead(checkpoint.steps_done(resume) if resume else 0)
+        self.trained = start_training(self.base, inject(self.base, config), config, self.world)
+        self.predict = faster(self.base.predict, self.base.denoiser, config.compile)
+        if resume is not None:
+            self.load(resume)
+
+    def encode_ahead(self, start):
+        """Latents and embeddings of all that the steps from `start` on meet, once.
+
+        Then the encoders that are needed no more are let go.
+        """
+        c = self.config
+        if c.pre_compute_text_embeddings and not c.train_text_encoder:
+            prompts = [*self.data.prompts(), *c.validation_prompt, *report_prompts(c), ""]
+            self.base.remember(prompts)
+            self.base.release("text_encoders")
+        if c.cache_latents:
+            steps = range(start, c.max_train_steps)
+            for step in progress(steps, self.is_main, desc="encoding photos"):
+                for micro in range(c.gradient_accumulation_steps):
+                    self.data.encode(self.base, self.samples(step, micro))
+            if not c.validation_prompt:
+                self.base.release("autoencoder")
+
+    def load(self, resume):
+        c = self.config
+        checkpoint.load_checkpoint(resume, self.trained)
+        say_changes(checkpoint.circumstances_of(resume), self.circumstances, c, self.say)
+        self.say(f"Resuming from {resume.name}: step {self.trained.step} of {c.max_train_steps}.")
+
+    # --- the loop ---------------------------------------------------------------------------
+
+    def train(self, should_stop):
+        """All steps that are left. Raises Interrupted after a signal, or if `should_stop()`."""
+        self.notify("before_train")
+        with Signals() as signals:
+            self.loop(lambda: signals.caught or bool(should_stop()))
+        self.notify("after_train")
+        self.accelerator.wait_for_everyone()
+
+    def loop(self, should_stop):
+        start, end = self.trained.step, self.config.max_train_steps
+        bar = progress(range(start, end), self.is_main, initial=start, total=end, desc="steps")
+        for step in bar:
+            self.pending.append(self.step(step))
+            self.stopping = agree(should_stop(), self.base.device, self.world)
+            if self.base.device.type != "cuda" or (step + 1) % SYNC_EVERY == 0:
+                bar.set_postfix(loss=f"{self.flush_log():.4f}")
+            self.after_step()
+            if self.stopping and step + 1 < end:
+                raise Interrupted(
+                    f"Stopped after step {step + 1} of {end}; checkpoint-{step + 1} is saved in "
+                    f"{self.folder}. Go on with --resume_from_checkpoint latest.")
+        self.flush_log()
+
+    def step(self, step):
+        """One optimizer step over all its batches; returns its record, still on the device."""
+        c, rate = self.config, self.trained.set_rates(step)
+        records = [self.backward(step, micro) for micro in range(c.gradient_accumulation_steps)]
+        average_gradients(self.trained.parameters, self.world)
+        skipped = self.trained.update(self.trained.clip(c.max_grad_norm))
+        self.trained.average_weights(c.ema_decay)
+        loss, t, losses = (torch.stack(column) for column in zip(*records))
+        loss, t, losses = gather(loss, t, losses, c.train_batch_size, self.world)
+        return {"step": step + 1, "loss": loss.mean(), "lr": rate, "timesteps": t.flatten(),
+                "losses": losses.flatten(), "skipped": skipped}
+
+    def backward(self, step, micro):
+        """Add one batch's gradients; returns (its loss, timesteps, each sample's loss)."""
+        c, samples = self.config, self.samples(step, micro)
+        batch = self.data.batch(self.base, samples, step)
+        if c.lora_dropout:
+            set_dropout(self.trained.modules, [dropout_key(c.seed, step, s) for s in samples])
+        cond = self.encode(batch["prompts"], step)
+        loss, losses = batch_loss(self.base.process, batch, cond, self.predict, c)
+        self.trained.scaler.scale(loss / c.gradient_accumulation_steps).backward()
+        return loss.detach(), batch["t"], losses
+
+    def samples(self, step, micro):
+        """This process's samples of one batch."""
+        return self.data.samples(step, micro, self.rank, self.world)
+
+    def encode(self, prompts, step):
+        """Embeddings of a batch; with gradients while the text encoder is being trained."""
+        c = self.config
+        trains = c.train_text_encoder and step < c.train_text_encoder_frac * c.max_train_steps
+        with torch.set_grad_enabled(trains):
+            return self.base.encode_prompts(prompts)
+
+    # --- between steps ----------------------------------------------------------------------
+
+    def notify(self, moment, *what):
+        """Call each callback's method of that name."""
+        for callback in self.callbacks:
+            getattr(callback, moment)(self, *what)
+
+    def after_step(self):
+        try:
+            self.notify("after_step")
+        except Exception as error:
+            self.notify("on_error", error)
+            raise
+
+    def flush_log(self):
+        """Read the losses that are still on the device, and log them; returns the last one."""
+        pending, self.pending = self.pending, []
+        record = {}
+        for record in map(to_numbers, pending):
+            self.notify("on_log", record)
+        return record.get("loss")
+
+    def generate(self, prompts, seeds, **more):
+        """PIL images with the modules as they are, one for each (prompt, seed) pair."""
+        return self.base.draw(prompts, list(seeds), resolution=self.config.resolution, **more)
+
+    def count_seconds(self):
+        """Seconds that the run has taken, its earlier parts included."""
+        now = time.monotonic()
+        self.trained.seconds += now - self.began
+        self.began = now
+        return self.trained.seconds
+
+
+def faster(predict, denoiser, compile):
+    """`predict` compiled if that is asked for, else replayed without Python where that can be."""
+    if compile:
+        return torch.compile(predict)
+    return Replay(predict, denoiser) if can_replay(denoiser) else predict
+
+
+def dropout_key(seed, step, sample):
+    return key(seed, ("class " if sample.is_class else "") + "dropout", step, sample.number)
+
+
+def to_numbers(record):
+    """A step's record as JSON takes it; `skipped` is in it only where the step changed nothing."""
+    numbers = {name: value.tolist() if torch.is_tensor(value) else value
+               for name, value in record.items()}
+    if not numbers["skipped"]:
+        del numbers["skipped"]
+    return numbers
