@@ -6,7 +6,9 @@ import gc
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dbcore.utils.console import printable
 from dbcore.utils.errors import DBCoreError, Interrupted
@@ -16,21 +18,23 @@ TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "ex
          "toybench")
 
 
-def make_parser(wanted):
+def make_parser(wanted: str | None) -> argparse.ArgumentParser:
     """A parser of all tools; only the wanted one's options are read, so that --help is quick."""
     parser = argparse.ArgumentParser(prog="dbcore",
                                      description="Teach a text-to-image model a new subject.")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
     for name in TOOLS:
-        module = importlib.import_module(f"dbcore.tools.{name}") if wanted in (name, None) else None
-        tool = tools.add_parser(name, help=module and module.HELP, description=module
-                                and module.HELP, allow_abbrev=False)
-        if module and wanted == name:
+        if wanted not in (name, None):
+            tools.add_parser(name)
+            continue
+        module = importlib.import_module(f"dbcore.tools.{name}")
+        tool = tools.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
+        if wanted == name:
             module.add_arguments(tool)
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Run one tool.
 
     A `DBCoreError` ends the program with its one line; any other exception passes through.
@@ -53,7 +57,7 @@ def main(argv=None):
             sys.exit(f"dbcore {args.tool}: {error}")
 
 
-def with_home(args):
+def with_home(args: argparse.Namespace) -> argparse.Namespace:
     """`~/photos` in any option as a shell would read it, which leaves it alone in
     `--output_dir=~/photos`."""
     for name, value in vars(args).items():
@@ -64,14 +68,14 @@ def with_home(args):
     return args
 
 
-def home_of(value):
+def home_of(value: Any) -> Any:
     if isinstance(value, (str, Path)) and str(value).startswith(("~/", "~\\")):
         return type(value)(os.path.expanduser(value))
     return value
 
 
 @contextlib.contextmanager
-def fewer_collections():
+def fewer_collections() -> Iterator[None]:
     """Imports make objects by the million, to stay: looking for garbage among them takes a
     second."""
     before = gc.get_threshold()

@@ -17,6 +17,7 @@ import types
 import typing
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from dbcore.utils.errors import InputError
 from dbcore.utils.files import write_whole
@@ -35,7 +36,8 @@ class ConfigError(InputError):
     """An option that cannot be: names it, what was found, and what to do."""
 
 
-def knob(default, help, choices=None, low=None, high=None, above=None, secret=False):
+def knob(default: Any, help: str, choices: tuple[str, ...] | None = None, low: float | None = None,
+         high: float | None = None, above: float | None = None, secret: bool = False) -> Any:
     """A field with its help, and the values it may take; a secret one is never shown."""
     rules = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
     if isinstance(default, list):
@@ -192,7 +194,7 @@ class TrainConfig:
     def __post_init__(self):
         coerce_and_check(self)
 
-    def check(self):
+    def check(self) -> None:
         """Stop on contradictions, before any model is loaded. Raises ConfigError."""
         for name in ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"):
             need(str(getattr(self, name) or "").strip(),
@@ -280,7 +282,7 @@ class GenerateConfig:
     def __post_init__(self):
         coerce_and_check(self)
 
-    def check(self):
+    def check(self) -> None:
         """Raises ConfigError."""
         need(self.pretrained_model_name_or_path or self.checkpoint_dir,
              "give --pretrained_model_name_or_path, --checkpoint_dir or both")
@@ -310,21 +312,23 @@ ANSWERED = {TrainConfig: {
 ALIASES = {"use_8bit_adam": ("optimizer", "AdamW8bit"), "lora": ("checkpoint_dir", None)}
 
 
-def need(condition, message):
+def need(condition: object, message: str) -> None:
     if not condition:
         raise ConfigError(message)
 
 
-def is_within(folder, other):
-    """Whether `folder` is `other`, or somewhere in it."""
-    return folder is not None and Path(folder).resolve().is_relative_to(Path(other).resolve())
+def is_within(folder: str | Path | None, other: str | Path | None) -> bool:
+    """Whether `folder` is `other`, or somewhere in it; not where either is None."""
+    if folder is None or other is None:
+        return False
+    return Path(folder).resolve().is_relative_to(Path(other).resolve())
 
 
-def help_of(cls, name):
+def help_of(cls: type, name: str) -> str:
     return next(f.metadata["help"] for f in fields(cls) if f.name == name)
 
 
-def coerce_and_check(config):
+def coerce_and_check(config: Any) -> None:
     """Turn each field into its type (YAML and notebooks give text and numbers freely) and check its
     rule."""
     hints = typing.get_type_hints(type(config))
@@ -334,7 +338,7 @@ def coerce_and_check(config):
         setattr(config, field.name, value)
 
 
-def coerce(name, value, hint):
+def coerce(name: str, value: object, hint: Any) -> Any:
     """`value` as `hint`; raises ConfigError where it is not one."""
     if typing.get_origin(hint) is list:
         (inner,) = typing.get_args(hint)
@@ -370,7 +374,7 @@ def coerce(name, value, hint):
                       + (" or auto" if {int, float, str} & set(kinds) > {str} else ""))
 
 
-def as_number(value, kind):
+def as_number(value: Any, kind: type) -> float | None:
     if isinstance(value, bool):
         return None
     if kind is int:
@@ -386,14 +390,14 @@ def as_number(value, kind):
     return kind(number)
 
 
-def as_bool(value):
+def as_bool(value: object) -> bool | None:
     if isinstance(value, bool):
         return value
     return {"true": True, "yes": True, "1": True, "false": False, "no": False,
             "0": False}.get(str(value).lower())
 
 
-def check_rules(field, value):
+def check_rules(field: dataclasses.Field, value: Any) -> None:
     rules, name = field.metadata, field.name
     if rules["choices"] and value not in rules["choices"]:
         raise ConfigError(f"--{name} {value!r}: choose one of {', '.join(rules['choices'])}")
@@ -410,20 +414,20 @@ def check_rules(field, value):
 # --- command line and YAML ------------------------------------------------------------------------
 
 
-def add_options(parser, cls):
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     """One flag a field; nothing has a default, so that what was given can be told from what was
     not."""
     hints = typing.get_type_hints(cls)
     parser.add_argument("--config", metavar="YAML",
                         help="file of these options, as a run's config.yaml; flags win")
     for field in fields(cls):
-        extra = {}
+        extra: dict[str, Any] = {}
         if hints[field.name] is bool:
             extra["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hints[field.name]) is list:
             extra["nargs"] = "+"
-        default = (field.default if field.default is not dataclasses.MISSING
-                   else field.default_factory())
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
         shown = "" if default in (None, [], "") else f" (default: {default})"
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
                             metavar=None if "action" in extra else "X",
@@ -431,7 +435,7 @@ def add_options(parser, cls):
     names = {field.name for field in fields(cls)}
     for alias, (name, value) in ALIASES.items():
         if name in names:
-            how = {"action": "store_true"} if value else {"nargs": "+"}
+            how: dict[str, Any] = {"action": "store_true"} if value else {"nargs": "+"}
             parser.add_argument(f"--{alias}", default=argparse.SUPPRESS, help=argparse.SUPPRESS,
                                 **how)
     for name in ANSWERED[cls]:
@@ -439,7 +443,7 @@ def add_options(parser, cls):
                             help=argparse.SUPPRESS)
 
 
-def from_args(args, cls):
+def from_args(args: argparse.Namespace, cls: type) -> Any:
     """The config out of parsed arguments: the YAML file's values, then the flags.
 
     Raises ConfigError.
@@ -463,7 +467,7 @@ def from_args(args, cls):
     return cls(**given)
 
 
-def read_yaml(path, cls):
+def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
     """The options in a YAML file.
 
     Raises ConfigError for a file that is none, or an unknown name.
@@ -490,7 +494,7 @@ def read_yaml(path, cls):
     return found
 
 
-def read_run_config(folder):
+def read_run_config(folder: str | Path) -> dict[str, Any] | None:
     """The options of the run whose folder this is; None where its config.yaml is missing, empty or
     another tool's."""
     try:
@@ -500,7 +504,7 @@ def read_run_config(folder):
     return found if found.get("pretrained_model_name_or_path") else None
 
 
-def full_paths(config):
+def full_paths(config: Any) -> Any:
     """`config` with every path absolute, so that it means the same wherever it is read; a hub's
     names stay."""
     local = {name: getattr(config, name) for name in PATHS}
@@ -511,7 +515,7 @@ def full_paths(config):
                                           for name, path in local.items() if path})
 
 
-def write_yaml(config, path):
+def write_yaml(config: Any, path: str | Path) -> None:
     """Every option but the secret ones, so that `--config` repeats the run."""
     import yaml
 

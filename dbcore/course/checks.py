@@ -6,11 +6,13 @@ into a `Verdict`, which prints itself as the last value of a cell and counts as 
 """
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
-CHECKS = {}
+CHECKS: dict[str, Callable] = {}
 
 
 class NotYet(Exception):
@@ -20,7 +22,7 @@ class NotYet(Exception):
 class Verdict:
     """'Right: ...' or 'Not yet: ...'; true if right."""
 
-    def __init__(self, right, message):
+    def __init__(self, right: bool, message: str):
         self.right, self.message = right, message
 
     def __bool__(self):
@@ -30,7 +32,7 @@ class Verdict:
         return f"{'Right' if self.right else 'Not yet'}: {self.message}"
 
 
-def exercise(check):
+def exercise(check: Callable[..., str]) -> Callable[..., Verdict]:
     """Decorator: register a check and let it return a `Verdict`, whatever the learner's code
     does."""
 
@@ -50,13 +52,13 @@ def exercise(check):
     return verdict
 
 
-def expect(condition, message):
+def expect(condition: object, message: str) -> None:
     """Raise `NotYet(message)` unless `condition`."""
     if not condition:
         raise NotYet(message)
 
 
-def same(got, wanted, what, tolerance=1e-4):
+def same(got: Any, wanted: Any, what: str, tolerance: float = 1e-4) -> None:
     """Raise `NotYet` unless `got` is a number, array or tensor like `wanted`, to `tolerance` of its
     size."""
     expect(got is not None and got is not Ellipsis,
@@ -88,11 +90,14 @@ def _compared(got, wanted):
 
 
 @exercise
-def check_00_room(room):
-    def tokenizer(prompt):
-        return SimpleNamespace(input_ids=["start", *prompt.split(), "end"])
+def check_00_room(room: Callable) -> str:
+    class Tokenizer:
+        model_max_length = 24
 
-    tokenizer.model_max_length = 24
+        def __call__(self, prompt):
+            return SimpleNamespace(input_ids=["start", *prompt.split(), "end"])
+
+    tokenizer = Tokenizer()
     same(room(tokenizer, "a photo of a dog"), 17,
          "with room for 24 tokens, room(tokenizer, 'a photo of a dog')")
     tokenizer.model_max_length = 77
@@ -101,7 +106,7 @@ def check_00_room(room):
 
 
 @exercise
-def check_00_clean(clean):
+def check_00_clean(clean: Callable) -> str:
     import torch
 
     x0, noise = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -113,7 +118,7 @@ def check_00_clean(clean):
 
 
 @exercise
-def check_00_guided(guided):
+def check_00_guided(guided: Callable) -> str:
     import torch
 
     wanted, unwanted = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
@@ -129,7 +134,7 @@ def check_00_guided(guided):
 
 
 @exercise
-def check_01_corner(corner):
+def check_01_corner(corner: Callable) -> str:
     same(corner(60, 40, 120), 40, "a square of 40 around 60, on a side of 120: corner(60, 40, 120)")
     same(corner(10, 40, 120), 0, "near the left edge: corner(10, 40, 120)")
     same(corner(115, 40, 120), 80, "near the right edge, where the square must end at 120: "
@@ -139,7 +144,7 @@ def check_01_corner(corner):
 
 
 @exercise
-def check_01_twins(twins):
+def check_01_twins(twins: Callable) -> str:
     prints = [np.array(list(map(int, bits)))
               for bits in ("00000000", "11110000", "00000001", "11110111")]
     pairs = twins(prints, 2)
@@ -159,7 +164,7 @@ def check_01_twins(twins):
 
 
 @exercise
-def check_01_prompts(prompts):
+def check_01_prompts(prompts: Callable) -> str:
     answer = prompts("sks", "teapot")
     expect(isinstance(answer, tuple) and len(answer) == 2,
            "Return two sentences: with the word, and without it.")
@@ -185,7 +190,7 @@ def _factors(d, k, rank, seed):
 
 
 @exercise
-def check_02_layer(lora_layer):
+def check_02_layer(lora_layer: Callable) -> str:
     import torch
 
     W, A, B = _factors(5, 7, 2, 0)
@@ -199,7 +204,7 @@ def check_02_layer(lora_layer):
 
 
 @exercise
-def check_02_merge(merged):
+def check_02_merge(merged: Callable) -> str:
     W, A, B = _factors(5, 7, 2, 2)
     _, A2, B2 = _factors(5, 7, 4, 3)
     before = W.clone()
@@ -213,7 +218,7 @@ def check_02_merge(merged):
 
 
 @exercise
-def check_02_breakeven(largest_rank):
+def check_02_breakeven(largest_rank: Callable) -> str:
     for d, k in ((320, 320), (320, 768), (96, 64), (1280, 1280)):
         rank = largest_rank(d, k)
         expect(rank is not None, "largest_rank gives nothing yet; does it return a number?")
@@ -228,7 +233,7 @@ def check_02_breakeven(largest_rank):
 
 
 @exercise
-def check_02_rank(rank_for):
+def check_02_rank(rank_for: Callable) -> str:
     import torch
 
     left, right = (torch.linalg.qr(_factors(6, 6, 1, seed)[0])[0] for seed in (4, 5))
@@ -246,7 +251,7 @@ def check_02_rank(rank_for):
 
 
 @exercise
-def check_03_loss(two_part_loss):
+def check_03_loss(two_part_loss: Callable) -> str:
     import torch
 
     numbers = torch.Generator().manual_seed(3)
@@ -264,7 +269,7 @@ def check_03_loss(two_part_loss):
 
 
 @exercise
-def check_03_diversity(diversity_of):
+def check_03_diversity(diversity_of: Callable) -> str:
     right_angles = np.eye(4)
     same(diversity_of(np.ones((3, 4)) / 2), 0.0, "for three times the same picture it")
     got = diversity_of(right_angles)
@@ -278,7 +283,7 @@ def check_03_diversity(diversity_of):
 
 
 @exercise
-def check_03_name(folder_name):
+def check_03_name(folder_name: Callable) -> str:
     about = {"base": "4f1a", "prompt": "a photo of a dog", "resolution": 64, "seed": 0}
     name = folder_name(about)
     expect(isinstance(name, str) and name, f"folder_name gives {name!r}; expected some text.")
@@ -298,7 +303,7 @@ def check_03_name(folder_name):
 
 
 @exercise
-def check_04_combine(combined):
+def check_04_combine(combined: Callable) -> str:
     gradients = [np.array([1.0, -2.0]), np.array([3.0, 2.0]), np.array([5.0, 0.0])]
     got = combined(gradients, [2, 2, 2])
     if got is not None and np.shape(got) == (2,):
@@ -311,7 +316,7 @@ def check_04_combine(combined):
 
 
 @exercise
-def check_04_scale(smallest_scale):
+def check_04_scale(smallest_scale: Callable) -> str:
     for gradient in (1e-8, 3e-9, 2e-5, 6.5e-8):
         scale = smallest_scale(gradient)
         expect(scale is not None, "smallest_scale gives nothing yet; does it return a number?")
@@ -325,7 +330,7 @@ def check_04_scale(smallest_scale):
 
 
 @exercise
-def check_04_saved(saved):
+def check_04_saved(saved: Any) -> str:
     expect(isinstance(saved, (set, list, tuple)),
            "Give a set of names, such as {'weights', 'seed'}.")
     saved = set(saved)
@@ -349,7 +354,7 @@ def check_04_saved(saved):
 
 
 @exercise
-def check_05_calls(looks):
+def check_05_calls(looks: Callable) -> str:
     same(looks(1, 25, 1.0), 25, "one picture of 25 steps without guidance")
     same(looks(1, 25, 4.0), 50, "one picture of 25 steps with guidance 4, asked twice a step,")
     same(looks(6, 20, 7.5), 240, "six pictures of 20 steps with guidance")
@@ -357,7 +362,7 @@ def check_05_calls(looks):
 
 
 @exercise
-def check_05_right_scale(right_scale):
+def check_05_right_scale(right_scale: Callable) -> str:
     same(right_scale(16, 16), 1.0, "right_scale(alpha=16, rank=16)")
     same(right_scale(8, 16), 0.5, "right_scale(alpha=8, rank=16)")
     same(right_scale(1, 64), 1 / 64, "right_scale(alpha=1, rank=64)")
@@ -366,7 +371,7 @@ def check_05_right_scale(right_scale):
 
 
 @exercise
-def check_05_side_by_side(side_by_side):
+def check_05_side_by_side(side_by_side: Callable) -> str:
     _, A1, B1 = _factors(5, 7, 2, 6)
     _, A2, B2 = _factors(5, 7, 3, 7)
     answer = side_by_side(A1, B1, 0.6, A2, B2, 0.4)
@@ -381,7 +386,7 @@ def check_05_side_by_side(side_by_side):
 
 
 @exercise
-def check_05_kohya(kohya_name):
+def check_05_kohya(kohya_name: Callable) -> str:
     name = kohya_name("mid_block.attentions.0.proj_in")
     expect(isinstance(name, str), "Return a string.")
     expect(name.startswith("lora_unet_"), f"{name!r} should begin with lora_unet_")
@@ -396,7 +401,7 @@ def check_05_kohya(kohya_name):
 
 
 @exercise
-def check_06_moved(moved_by):
+def check_06_moved(moved_by: Callable) -> str:
     numbers = np.random.default_rng(6)
     before = numbers.normal(size=(3, 8)) + 2
     same(moved_by(before, before), np.zeros(3), "for words that have not moved it")
@@ -414,7 +419,7 @@ def check_06_moved(moved_by):
 
 
 @exercise
-def check_06_reach(places_that_differ):
+def check_06_reach(places_that_differ: Callable) -> str:
     def ask(tokens, others, wanted, why):
         got = places_that_differ(tokens.split(), others.split())
         expect(got is not None, "places_that_differ gives nothing yet; does it return a list?")
@@ -431,7 +436,7 @@ def check_06_reach(places_that_differ):
 
 
 @exercise
-def check_06_groups(groups):
+def check_06_groups(groups: Any) -> str:
     unet, text_encoder = ["U1", "U2"], ["T1"]
     got = groups(unet, text_encoder, 2e-4)
     expect(isinstance(got, list) and all(isinstance(group, dict) for group in got),
@@ -453,7 +458,7 @@ def check_06_groups(groups):
 
 
 @exercise
-def check_07_fidelity(fidelity):
+def check_07_fidelity(fidelity: Callable) -> str:
     drawn = np.array([[3.0, 4.0], [0.0, 2.0]])
     photos = np.array([[5.0, 0.0], [0.0, 0.5], [1.0, 1.0]])
     got = fidelity(drawn, photos)
@@ -470,7 +475,7 @@ def check_07_fidelity(fidelity):
 
 
 @exercise
-def check_07_reached(reached):
+def check_07_reached(reached: Callable) -> str:
     same(reached(0.4, 0.4, 0.8), 0.0, "what is no better than the base")
     same(reached(0.8, 0.4, 0.8), 1.0, "what is as like as the photos among themselves")
     same(reached(0.7, 0.4, 0.8), 0.75, "with floor 0.4 and ceiling 0.8, a cosine of 0.7")
@@ -481,7 +486,7 @@ def check_07_reached(reached):
 
 
 @exercise
-def check_07_agreement(agreement):
+def check_07_agreement(agreement: Callable) -> str:
     same(agreement([0.9, 0.2, 0.8, 0.1], [True, False, True, False]), 1.0,
          "when every right picture is above every wrong one it")
     same(agreement([0.1, 0.9], [True, False]), 0.0, "when the wrong one is above it")
@@ -493,7 +498,7 @@ def check_07_agreement(agreement):
 
 
 @exercise
-def check_07_better(better):
+def check_07_better(better: Callable) -> str:
     rng = np.random.default_rng(7)
     first = rng.uniform(0.2, 0.9, 12)  # subjects are easy and hard
     gain, noise = first + 0.03 + rng.normal(0, 0.02, 12), first + rng.normal(0, 0.05, 12)
@@ -511,7 +516,7 @@ def check_07_better(better):
 
 
 @exercise
-def check_07_diagnosis(diagnosis):
+def check_07_diagnosis(diagnosis: Any) -> str:
     wanted = {"A": "good", "B": "not learned", "C": "copies", "D": "class lost"}
     hints = {"A": "Compare A with the floor and the ceiling: subject near the ceiling, prompt near "
              "the floor's, PRES low.",
@@ -535,7 +540,7 @@ def check_07_diagnosis(diagnosis):
 
 
 @exercise
-def check_08_diagnose(patients):
+def check_08_diagnose(patients: Any) -> str:
     expect(isinstance(patients, dict) and set(patients) == set("ABCD"),
            "Give a dictionary with A, B, C and D.")
     known = ("underfit", "overfit", "rate", "noun", "background", "captions", "class images",
@@ -554,7 +559,7 @@ def check_08_diagnose(patients):
 
 
 @exercise
-def check_08_alarm(alarm):
+def check_08_alarm(alarm: Callable) -> str:
     def ask(losses, wanted, what, **more):
         got = alarm(losses, **more)
         expect(got == wanted, f"{what}: {got!r}; expected {wanted!r}.")
@@ -569,7 +574,7 @@ def check_08_alarm(alarm):
 
 
 @exercise
-def check_08_captions(put_back):
+def check_08_captions(put_back: Callable) -> str:
     mixed = {"dog0.png": "a photo of ohwx dog", "cat0.png": "a photo of sks cat",
              "both.png": "a photo of sks and ohwx",
              "none.png": "a photo of a dog"}
@@ -584,7 +589,7 @@ def check_08_captions(put_back):
 
 
 @exercise
-def check_08_survives(survives):
+def check_08_survives(survives: Callable) -> str:
     import torch
 
     for weight, update, dtype, lasts in (

@@ -36,7 +36,7 @@ class SetupError(InputError):
     """A package, base or subject is not there, or too old; says which and what to do."""
 
 
-def ready():
+def ready() -> None:
     """Install what is missing, leave torch and numpy as they are, and say what this machine is good
     for.
 
@@ -62,7 +62,7 @@ def _no_bar_for_weights():
     enable_progress_bars()
 
 
-def missing(needs):
+def missing(needs: dict[str, str]) -> list[str]:
     """The lines for pip, such as 'peft>=0.17', of what is absent or older than `needs` = {name:
     version}."""
     lines = []
@@ -89,7 +89,7 @@ def _numbers(version):
     return [int(part) for part in re.findall(r"\d+", version)[:3]]
 
 
-def install(lines):
+def install(lines: list[str]) -> None:
     """pip install `lines`, with every package of the course that is already good enough held where
     it is."""
     absent = {re.split("[>=]", line)[0]: line for line in lines}
@@ -114,7 +114,7 @@ def _pip(*arguments):
     return done.stderr.strip() or "no reason given" if done.returncode else None
 
 
-def hardware():
+def hardware() -> str:
     """One line: what torch will run on, and what that means for the course."""
     import torch
 
@@ -133,14 +133,14 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def find_base(name):
+def find_base(name: str) -> str:
     """What `load_base` takes, for a name in a form: 'toy_base' ships with dbcore, all else is a
     folder or the hub's."""
     shipped = dbcore.DATA / name
     return str(shipped) if (shipped / "model_index.json").is_file() else name
 
 
-def find_subject(name):
+def find_subject(name: str) -> tuple[Path, dict[str, str]]:
     """(folder of photos, the contents of its subject.json) of a subject that ships, or of your own
     folder.
 

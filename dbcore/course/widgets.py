@@ -9,6 +9,8 @@ Pictures go through `ipywidgets.Image`, not `Output`: that works from threads, i
 alike.
 """
 
+from __future__ import annotations
+
 import asyncio
 import html
 import inspect
@@ -17,11 +19,18 @@ import sys
 import threading
 import time
 from base64 import b64encode
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
 from dbcore.utils.grids import Picture, image_grid, line_plot, running_mean
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dbcore.datasets.photos import Photo, Problem
 
 try:
     import ipywidgets
@@ -32,7 +41,7 @@ SHOWN = 256  # pixels a small picture is enlarged to, so that a 64 x 64 one can 
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
-def explore(function, **controls):
+def explore(function: Callable, **controls: Any) -> Panel:
     """A panel of controls over `function`, called with them as keywords whenever one has moved.
 
     A control is given as
@@ -50,13 +59,14 @@ class Panel:
     """What `explore` returns: `.value` is {control: setting}, `.picture()` what it shows, `.show()`
     shows it."""
 
-    def __init__(self, function, controls, start=None):
+    def __init__(self, function: Callable, controls: Mapping[str, Any],
+                 start: dict[str, Any] | None = None):
         self.function = function
         defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()
                     if p.default is not inspect.Parameter.empty}  # fmt: skip
         given = defaults | (start or {})
         self.value = {name: given.get(name, _first(spec)) for name, spec in controls.items()}
-        self.controls = {}  # {name: widget}; empty without ipywidgets
+        self.controls: dict[str, Any] = {}  # {name: widget}; empty without ipywidgets
         self._made_with = controls
         if ipywidgets:
             self._build()
@@ -76,7 +86,7 @@ class Panel:
     def _call(self):
         return self.function(**self.value)
 
-    def set(self, **values):
+    def set(self, **values: Any) -> None:
         """Move controls from code, as if by hand."""
         for name, value in values.items():
             if name in self.controls:
@@ -84,11 +94,11 @@ class Panel:
             else:
                 self.value[name] = value
 
-    def picture(self):
+    def picture(self) -> Any:
         """What `function` gives for the settings of now, without any words."""
         return _parts(self._call())[0]
 
-    def show(self):
+    def show(self) -> None:
         """Show the panel in the middle of a cell."""
         from IPython.display import display
 
@@ -161,7 +171,7 @@ def _parts(result):
     return result, ""
 
 
-def as_png(picture):
+def as_png(picture: Any) -> bytes:
     """The bytes of a PNG file, for a PIL image or a figure; a small image is enlarged to be
     seen."""
     if isinstance(picture, Picture):
@@ -190,7 +200,8 @@ def _bundle(panel, picture):
 # --- panels of the course -------------------------------------------------------------------------
 
 
-def timestep_slider(frames, timesteps, label="timestep"):
+def timestep_slider(frames: Iterable[Any], timesteps: Iterable[float],
+                    label: str = "timestep") -> Panel:
     """Slide through `frames`, one for each of `timesteps`: PIL images, or rows of them to show side
     by side."""
     by_timestep = dict(zip(timesteps, frames, strict=True))
@@ -202,7 +213,8 @@ def timestep_slider(frames, timesteps, label="timestep"):
     return explore(frame, **{label: list(by_timestep)})
 
 
-def before_after(before, after, labels):
+def before_after(before: Iterable[Image.Image], after: Iterable[Image.Image],
+                 labels: Iterable[Any]) -> Panel:
     """Choose one of `labels` and see its picture before and after, side by side.
 
     All three are equally long.
@@ -216,9 +228,9 @@ def before_after(before, after, labels):
     return Panel(pair, {"picture": list(pairs)})
 
 
-def doctor_sheet(photos, problems, columns=4):
+def doctor_sheet(photos: Sequence[Photo], problems: Iterable[Problem], columns: int = 4) -> Picture:
     """All photos in one figure, each with 'good' or the kinds of its problems below its name."""
-    kinds = {}
+    kinds: dict[Path, list[str]] = {}
     for problem in problems:
         kinds.setdefault(problem.photo or problem.path, []).append(problem.kind)
     cells = [(photo.load(), f"{photo.path.name}: {', '.join(kinds.get(photo.path, ['good']))}")
@@ -233,14 +245,14 @@ def doctor_sheet(photos, problems, columns=4):
     return figure
 
 
-def photo_doctor(photos, problems):
+def photo_doctor(photos: Iterable[Photo], problems: Iterable[Problem]) -> Panel:
     """Go through a folder's files and read what `gather_photos` found about each."""
     loaders = {photo.path.name: photo.load for photo in photos}
-    notes = {name: [] for name in loaders}
+    notes: dict[str, list[str]] = {name: [] for name in loaders}
     for problem in problems:
         photo = (problem.photo or problem.path).name
-        notes.setdefault(photo,
-                         []).append(problem.message + (" [skipped]" if problem.skipped else ""))
+        message = problem.message + (" [skipped]" if problem.skipped else "")
+        notes.setdefault(photo, []).append(message)
 
     def look(photo):
         picture = loaders[photo]() if photo in loaders else None
@@ -251,7 +263,8 @@ def photo_doctor(photos, problems):
     return Panel(look, {"photo": list(notes)})
 
 
-def crop_square(size, across=0.5, down=0.5, side=1.0):
+def crop_square(size: tuple[int, int], across: float = 0.5, down: float = 0.5,
+                side: float = 1.0) -> tuple[int, int, int, int]:
     """A square in `size` = (width, height), in pixels: (left, top, right, bottom).
 
     `side` in (0, 1] is a fraction of the shorter side; `across` and `down` in [0, 1] place the
@@ -263,7 +276,7 @@ def crop_square(size, across=0.5, down=0.5, side=1.0):
     return left, top, left + pixels, top + pixels
 
 
-def draw_crop(photo, box):
+def draw_crop(photo: Image.Image, box: tuple[int, int, int, int]) -> Picture:
     """The photo with everything outside `box` darkened, and beside it what is kept."""
     dark = Image.blend(photo, Image.new("RGB", photo.size, "black"), 0.6)
     dark.paste(photo.crop(box), box[:2])
@@ -278,18 +291,19 @@ class CropBox(Panel):
     """Choose a square of a photo (a PIL image in RGB); `.box` is (left, top, right, bottom) in its
     pixels."""
 
-    def __init__(self, photo):
+    def __init__(self, photo: Image.Image):
         self.photo = photo
         super().__init__(lambda **place: draw_crop(photo, crop_square(photo.size, **place)),
                          {"across": (0.0, 1.0), "down": (0.0, 1.0), "side": (0.2, 1.0)},
                          {"across": 0.5, "down": 0.5, "side": 1.0})  # fmt: skip
 
     @property
-    def box(self):
+    def box(self) -> tuple[int, int, int, int]:
         return crop_square(self.photo.size, **self.value)
 
 
-def design_subject(render, menus, sliders, start=None):
+def design_subject(render: Callable, menus: Mapping[str, Iterable[Any]], sliders: Iterable[str],
+                   start: dict[str, Any] | None = None) -> Panel:
     """Design a character: `render(values) -> PIL image`, for values = {menu or slider: setting}.
 
     `menus`: {name: choices}; `sliders`: the names of proportions in [0, 1]. `.value` of the panel
@@ -319,9 +333,9 @@ class Dashboard:
     the run then ends in the same orderly way.
     """
 
-    def __init__(self, every=1.0):
+    def __init__(self, every: float = 1.0):
         self.every = every  # seconds between two drawings, at least
-        self._thread = None
+        self._thread: threading.Thread | None = None
         if ipywidgets:
             self._build()
         self._reset()
@@ -347,7 +361,7 @@ class Dashboard:
             self.button.disabled, self.button.description = False, "Stop"
             self.bar.value, self.words.value = 0, "waiting for the first step"
 
-    def run(self, function):
+    def run(self, function: Callable) -> Dashboard:
         """Call `function()` in a thread and return the dashboard, to be shown.
 
         Raises RuntimeError if one runs.
@@ -380,7 +394,7 @@ class Dashboard:
                 self._thread.join()
         return self.result()
 
-    def result(self):
+    def result(self) -> Any:
         """Wait for the run's end, without listening to the button; its function's value, or the
         error it raised."""
         if self._thread is None:
@@ -398,16 +412,16 @@ class Dashboard:
             raise error
         return value
 
-    def stop(self):
+    def stop(self) -> None:
         """What the Stop button does: the run ends after the step it is in."""
         self.stopped = True
         if ipywidgets:
             self.button.disabled, self.button.description = True, "Stopping"
 
-    def should_stop(self):
+    def should_stop(self) -> bool:
         return self.stopped
 
-    def update(self, record):
+    def update(self, record: Mapping[str, Any]) -> None:
         """The run's callback: {"step", "steps", "loss"} after a step, {"step", "pictures": {prompt:
         [PIL]}}."""
         now = time.monotonic()
@@ -420,14 +434,14 @@ class Dashboard:
         if "pictures" in record or now - self._drawn > max(self.every, min(5.0, 10 * self._cost)):
             self._draw()
 
-    def seconds_left(self):
+    def seconds_left(self) -> float | None:
         """From the pace since the first step that was seen; None before the second."""
         if not self._begun or not self.losses or max(self.losses) == self._begun[1]:
             return None
         step, (begun, first) = max(self.losses), self._begun
         return (self.steps - step) * (time.monotonic() - begun) / (step - first)
 
-    def picture(self):
+    def picture(self) -> Picture | None:
         """The loss so far as a figure, with its running mean; None before the second step."""
         if len(self.losses) < 2:
             return None
@@ -436,7 +450,7 @@ class Dashboard:
                           "mean of the last 20": (steps, running_mean(losses, 20))},
                          "step", "loss")  # fmt: skip
 
-    def validation(self):
+    def validation(self) -> Picture | None:
         """The last validation pictures in a grid, a row for a prompt; None before the first."""
         if not self.pictures:
             return None
@@ -475,7 +489,7 @@ class Dashboard:
         return _stacked([Image.open(io.BytesIO(as_png(figure))).convert("RGB")
                          for figure in figures]), words
 
-    def show(self):
+    def show(self) -> None:
         """Show the dashboard in the middle of a cell."""
         from IPython.display import display
 

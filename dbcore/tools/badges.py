@@ -17,7 +17,7 @@ BADGE = re.compile(r"\]\(https://colab\.research\.google\.com/(?!assets/)[^)]*\)
 ADDRESS = re.compile(r'DBCORE_REPO = \\"[^"\\]*\\"')
 
 
-def write_address(path, repository, branch="main"):
+def write_address(path: Path, repository: str, branch: str = "main") -> None:
     """Rewrite one notebook for `repository` = "owner/name" on GitHub.
 
     Raises InputError if there is no place for it.
@@ -35,7 +35,7 @@ def write_address(path, repository, branch="main"):
     path.write_text(text, encoding="utf-8")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="write where the project lives "
                                      "into every notebook")
     parser.add_argument("repository", help="owner/name on GitHub")

@@ -1,11 +1,19 @@
 """`dbcore doctor`: look at a run before it starts, and write nothing."""
 
+from __future__ import annotations
+
+import argparse
 import dataclasses
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from dbcore.config import AUTO, TrainConfig, add_options, from_args
+
+if TYPE_CHECKING:
+    from dbcore.models.base import Family
 
 HELP = ("look at photos, words, memory and machine before a run; takes train's options "
         "and writes nothing")
@@ -16,18 +24,18 @@ ORDINARY = ("red", "small", "old", "wet", "white")
 NEIGHBOURS = 3
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, TrainConfig)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     config = from_args(args, TrainConfig)
     for title, lines in examine(config):
         print(f"\n## {title}")
         print("\n".join(lines))
 
 
-def examine(config):
+def examine(config: TrainConfig) -> Iterator[tuple[str, list[str]]]:
     """[(title, lines)], one part of the report after another, as each is known.
 
     `config`: TrainConfig; what is missing in it leaves its part out, with a line that says which
@@ -46,7 +54,7 @@ def examine(config):
 # --- the machine ----------------------------------------------------------------------------------
 
 
-def machine():
+def machine() -> list[str]:
     import torch
 
     computer = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
@@ -64,14 +72,14 @@ def machine():
     return lines
 
 
-def installed(package):
+def installed(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def total_memory():
+def total_memory() -> int:
     """Bytes of the machine's memory, or of the container's share of it."""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -83,7 +91,7 @@ def total_memory():
 # --- the options ----------------------------------------------------------------------------------
 
 
-def chosen(config):
+def chosen(config: TrainConfig) -> list[str]:
     """Each `auto`, and what it becomes for this base and machine."""
     from dbcore.models.base import settle
 
@@ -92,7 +100,7 @@ def chosen(config):
     return [f"{name}: {getattr(settled, name)}" for name in names]
 
 
-def photos(config):
+def photos(config: TrainConfig) -> list[str]:
     """What is wrong with each photo, with its number of problems first."""
     from dbcore.datasets.photos import PhotoError, gather_photos
     from dbcore.models.base import settle
@@ -113,7 +121,7 @@ def photos(config):
 # --- the words ------------------------------------------------------------------------------------
 
 
-def identifier(config):
+def identifier(config: TrainConfig) -> list[str]:
     """Whether the word that will call the subject already means something to the base."""
     if not (config.instance_prompt and config.class_prompt
             and config.pretrained_model_name_or_path):
@@ -131,13 +139,13 @@ def identifier(config):
     return describe_word(base, word, config.instance_prompt)
 
 
-def new_word(instance_prompt, class_prompt):
+def new_word(instance_prompt: str, class_prompt: str) -> str:
     """The words of the instance prompt that the class prompt has not, in their order: 'sks'."""
     known = class_prompt.lower().split()
     return " ".join(word for word in instance_prompt.split() if word.lower() not in known)
 
 
-def describe_word(base, word, prompt):
+def describe_word(base: Family, word: str, prompt: str) -> list[str]:
     """The report on one identifier: its pieces, its weight in the prompt, and the words next to
     it."""
     # as within a prompt: to some, a space is part of it
@@ -159,7 +167,7 @@ def describe_word(base, word, prompt):
     return lines
 
 
-def weight_of(base, word, prompt, other=None):
+def weight_of(base: Family, word: str, prompt: str, other: str | None = None) -> float:
     """Distance of the pooled encodings of `prompt` with `word` (or `other` in its place) and
     without it, in [0, 2]."""
     import torch
@@ -171,7 +179,7 @@ def weight_of(base, word, prompt, other=None):
     return 1 - torch.cosine_similarity(pooled[0], pooled[1], dim=0).item()
 
 
-def neighbours(base, token):
+def neighbours(base: Family, token: str) -> list[tuple[str, float]]:
     """[(token, cosine)]: the nearest in the first text encoder's own table of word vectors."""
     import torch
 
@@ -188,7 +196,7 @@ def neighbours(base, token):
 # --- the memory -----------------------------------------------------------------------------------
 
 
-def memory(config):
+def memory(config: TrainConfig) -> list[str]:
     """The forecast for this machine, whether it fits, and a line for each well-known card."""
     import torch
 
@@ -206,7 +214,7 @@ def memory(config):
     return lines
 
 
-def verdict(needed, there, advice):
+def verdict(needed: float, there: float, advice: Callable[[], dict[str, Any] | None]) -> str:
     """One sentence; `advice()` is asked only if the run does not fit."""
     if needed <= there:
         return f"It fits: {needed / 1e9:.1f} of {there / 1e9:.1f} GB."

@@ -6,16 +6,28 @@ which no number says anything. Pictures that are there are not drawn again, so a
 was stopped goes on where it was.
 """
 
+from __future__ import annotations
+
+import argparse
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dbcore
 from dbcore.config import ConfigError, need, read_run_config
 from dbcore.datasets.prompts import check_fit
 from dbcore.utils.files import save_png, sweep, write_beside, write_whole
 from dbcore.utils.text import read_text
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from dbcore.engines.evaluate import Encoder
+    from dbcore.models.base import Family
 
 HELP = ("measure runs after the DreamBooth paper: subject and prompt fidelity, PRES, DIV (1 - "
         "cosine; the paper's LPIPS with --lpips), with floor and ceiling")
@@ -27,7 +39,7 @@ ARTICLES = ("a", "an", "the", "my")
 IDENTIFIERS = ("sks", "ohwx", "zwx")  # that can be nothing else
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint_dir", nargs="+", required=True, metavar="RUN",
                         help="runs to measure, one subject each: folders that train wrote")
     parser.add_argument("--class_prompt", nargs="+", default=[], metavar="TEXT",
@@ -54,7 +66,7 @@ def add_arguments(parser):
                         help="pictures, evaluation.json and evaluation.md go there (%(default)s)")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     runs, classes = args.checkpoint_dir, args.class_prompt
     need(len(classes) in (0, 1, len(runs)),
          f"{len(classes)} values of --class_prompt for {len(runs)} of "
@@ -78,7 +90,7 @@ class Subject:
     """A run, and what it was trained on."""
 
     name: str
-    lora: Path
+    lora: Path | None  # None for the base alone
     base: str
     photos: str
     instance_prompt: str
@@ -86,7 +98,7 @@ class Subject:
     revision: str | None = None
 
 
-def read_run(folder, class_prompt=None):
+def read_run(folder: str | Path, class_prompt: str | None = None) -> Subject:
     """The `Subject` of a run's folder.
 
     Raises ConfigError where it is not a finished run, or its class is in doubt.
@@ -100,16 +112,15 @@ def read_run(folder, class_prompt=None):
     need({"instance_data_dir", "instance_prompt"} <= run.keys(),
          f"--checkpoint_dir {folder}: its {path.name} is not a run's; "
          "give the folder of a finished run")
-    class_prompt = class_prompt or run.get("class_prompt") or bare_class(run["instance_prompt"])
-    need(class_prompt, f"--checkpoint_dir {folder} was trained without a class prompt, "
+    of_class = class_prompt or run.get("class_prompt") or bare_class(run["instance_prompt"]) or ""
+    need(of_class, f"--checkpoint_dir {folder} was trained without a class prompt, "
          f"and {run['instance_prompt']!r} does not tell its class for certain: "
          "give --class_prompt, such as 'a photo of a dog'")
     return Subject(folder.resolve().name, lora, run["pretrained_model_name_or_path"],
-                   run["instance_data_dir"],
-                   run["instance_prompt"], class_prompt, run.get("revision"))
+                   run["instance_data_dir"], run["instance_prompt"], of_class, run.get("revision"))
 
 
-def bare_class(instance_prompt):
+def bare_class(instance_prompt: str) -> str | None:
     """'a photo of sks dog' -> 'a photo of a dog'; None where it is in doubt which words are the
     class."""
     *start, identifier, noun = ["", "", *instance_prompt.split()]
@@ -120,7 +131,7 @@ def bare_class(instance_prompt):
     return " ".join([*start, "an" if noun[0].lower() in "aeiou" else "a", noun]).strip()
 
 
-def read_prompts(name, base):
+def read_prompts(name: str | None, base: str) -> dict[str, list[str]]:
     """{"scenes", "looks"}: the list of that name or file, by default the base's.
 
     Raises ConfigError.
@@ -138,7 +149,7 @@ def read_prompts(name, base):
     return check_prompts(found, f"--prompts {name}")
 
 
-def check_prompts(found, option):
+def check_prompts(found: Any, option: str) -> dict[str, list[str]]:
     """The two lists of a prompt file.
 
     Raises ConfigError for other names, and for what is no list of texts.
@@ -158,7 +169,8 @@ def check_prompts(found, option):
     return lists
 
 
-def compose(phrases, instance_prompt, class_prompt):
+def compose(phrases: dict[str, list[str]], instance_prompt: str,
+            class_prompt: str) -> list[tuple[str, str]]:
     """[(what is drawn, what CLIP is asked)]: scenes come after the subject, looks before it.
 
     The identifier is left out of what CLIP is asked, which has never heard it.
@@ -171,7 +183,7 @@ def compose(phrases, instance_prompt, class_prompt):
               for look in phrases["looks"])]
 
 
-def split_class(instance_prompt, class_prompt):
+def split_class(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
     """'a photo of a golden retriever' -> ('a photo of a', 'golden retriever'): the noun is what
     both prompts end with."""
     ours, words = instance_prompt.lower().split(), class_prompt.split()
@@ -184,7 +196,7 @@ def split_class(instance_prompt, class_prompt):
     return " ".join(words[:cut]), " ".join(words[cut:])
 
 
-def split_subject(instance_prompt, class_prompt):
+def split_subject(instance_prompt: str, class_prompt: str) -> tuple[str, str]:
     """'a photo of sks dog' -> ('a photo of', 'sks dog'): the subject begins with a new word, or
     with the class's noun."""
     words, known = instance_prompt.split(), {*class_prompt.lower().split(), *ARTICLES}
@@ -194,7 +206,7 @@ def split_subject(instance_prompt, class_prompt):
     return " ".join(words[:first]), " ".join(words[first:])
 
 
-def spread(prompts, count):
+def spread(prompts: Sequence[Any], count: int | None) -> Sequence[Any]:
     """`count` of them at even distances, the first among them."""
     if count is None or count >= len(prompts):
         return prompts
@@ -205,8 +217,9 @@ def spread(prompts, count):
 # --- the protocol ---------------------------------------------------------------------------------
 
 
-def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4, encoder=None,
-             seed=0, batch_size=8, lpips=False):
+def evaluate(subjects: list[Subject], output_dir: str | Path, prompts: str | None = None,
+             num_prompts: int | None = None, num_images: int = 4, encoder: list[str] | None = None,
+             seed: int = 0, batch_size: int = 8, lpips: bool = False) -> dict[str, Any]:
     """Draw what is missing, measure everything, write evaluation.json and .md; returns the result,
     a dict.
 
@@ -220,7 +233,8 @@ def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4,
     from dbcore.engines.evaluate import load_encoder, load_encoders, load_lpips
 
     need(num_images >= 2, f"--num_images {num_images}: diversity needs 2 or more")
-    output_dir, scores, encoders = Path(output_dir), {}, None
+    output_dir, scores = Path(output_dir), {}
+    encoders = [load_encoder(name) for name in encoder or ()]
     names = [subject.name for subject in subjects]
     need(len(set(names)) == len(names), f"two runs are named {max(names, key=names.count)}: "
          "rename one of the folders")
@@ -228,8 +242,7 @@ def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4,
     distance = load_lpips() if lpips else None
     for subject in subjects:
         asked = lists[subject.name]
-        encoders = encoders or ([load_encoder(name) for name in encoder] if encoder
-                                else load_encoders(subject.base))
+        encoders = encoders or load_encoders(subject.base)
         drawn = {which: draw_all(subject, which, asked, output_dir, num_images, seed, batch_size)
                  for which in ("floor", "adapter")}
         scores[subject.name] = measure(subject, drawn, asked, num_images, encoders, distance)
@@ -245,7 +258,8 @@ def evaluate(subjects, output_dir, prompts=None, num_prompts=None, num_images=4,
     return result
 
 
-def check_subject(subject, prompts, num_prompts):
+def check_subject(subject: Subject, prompts: str | None,
+                  num_prompts: int | None) -> Sequence[tuple[str, str]]:
     """What is drawn and asked of a subject, as `compose` gives it.
 
     Raises InputError for what hours would end with.
@@ -261,7 +275,8 @@ def check_subject(subject, prompts, num_prompts):
     return asked
 
 
-def draw_all(subject, which, asked, output_dir, num_images, seed, batch_size):
+def draw_all(subject: Subject, which: str, asked: Sequence[tuple[str, str]], output_dir: Path,
+             num_images: int, seed: int, batch_size: int) -> list[Image.Image]:
     """PIL images, `num_images` a prompt and then as many of the class, from the disk where they are
     there."""
     from PIL import Image
@@ -274,7 +289,8 @@ def draw_all(subject, which, asked, output_dir, num_images, seed, batch_size):
     paths = {(p, k): folder / f"{p:03d}-{k}.png" for p in range(len(texts))
              for k in range(num_images)}
     missing = [place for place, path in paths.items() if not path.is_file()]
-    base = load_subject(subject, which) if missing else None
+    if missing:
+        base = load_subject(subject, which)
     for first in range(0, len(missing), batch_size):
         places = missing[first:first + batch_size]
         pictures = base.draw([texts[p] for p, _ in places], [seed + k for _, k in places],
@@ -284,19 +300,20 @@ def draw_all(subject, which, asked, output_dir, num_images, seed, batch_size):
     return [Image.open(path).convert("RGB") for path in paths.values()]
 
 
-def about(subject, which, texts, seed):
+def about(subject: Subject, which: str, texts: list[str], seed: int) -> dict[str, Any]:
     """All that the pictures depend on, but their number."""
-    lora = hashlib.sha256(subject.lora.read_bytes()).hexdigest() if which == "adapter" else None
+    file = subject.lora if which == "adapter" else None
+    lora = hashlib.sha256(file.read_bytes()).hexdigest() if file else None
     return {"base": subject.base, "revision": subject.revision, "lora": lora, "prompts": texts,
             "seed": seed}
 
 
-def digest(what):
+def digest(what: dict[str, Any]) -> str:
     """A short name, so that runs of one subject share the base's pictures."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def refuse_others(folder, what):
+def refuse_others(folder: Path, what: dict[str, Any]) -> None:
     """Write down what a folder's pictures depend on, or compare.
 
     Raises ConfigError where it has changed.
@@ -311,7 +328,7 @@ def refuse_others(folder, what):
     write_whole(path, json.dumps(what, indent=1))
 
 
-def load_subject(subject, which):
+def load_subject(subject: Subject, which: str) -> Family:
     from dbcore.config import GenerateConfig
     from dbcore.engines.generate import base_with_loras
     from dbcore.models.base import settle
@@ -324,7 +341,7 @@ def load_subject(subject, which):
 # --- the measures ---------------------------------------------------------------------------------
 
 
-def read_photos(subject):
+def read_photos(subject: Subject) -> list[Image.Image]:
     """The photos of a subject as PIL images. Raises ConfigError where they are gone."""
     from dbcore.datasets.photos import PhotoError, gather_photos
 
@@ -336,13 +353,15 @@ def read_photos(subject):
                           "its config.yaml") from None
 
 
-def measure(subject, drawn, asked, num_images, encoders, distance=None):
+def measure(subject: Subject, drawn: dict[str, list[Image.Image]], asked: Sequence[tuple[str, str]],
+            num_images: int, encoders: list[Encoder],
+            distance: Callable | None = None) -> dict[str, dict[str, float | None]]:
     """{"floor": {measure: value}, "adapter": ..., "ceiling": ...} of one subject; None where there
     is no value."""
     from dbcore.engines.evaluate import lpips_diversity, real_against_real
 
     photos = read_photos(subject)
-    rows = {which: {} for which in (*drawn, "ceiling")}
+    rows: dict[str, dict[str, float | None]] = {which: {} for which in (*drawn, "ceiling")}
     for encoder in encoders:
         real = encoder.images(photos)
         for which, pictures in drawn.items():
@@ -358,7 +377,8 @@ def measure(subject, drawn, asked, num_images, encoders, distance=None):
     return {which: {name: rows[which].get(name) for name in rows["floor"]} for which in rows}
 
 
-def measure_pictures(encoder, vectors, real, asked, num_images):
+def measure_pictures(encoder: Encoder, vectors: torch.Tensor, real: torch.Tensor,
+                     asked: Sequence[tuple[str, str]], num_images: int) -> dict[str, float]:
     """{measure: value} of one subject's pictures under one encoder; the last `num_images` are of
     the class."""
     from dbcore.engines.evaluate import (
@@ -382,13 +402,14 @@ def measure_pictures(encoder, vectors, real, asked, num_images):
     return values
 
 
-def means(scores, seed):
+def means(scores: dict[str, dict[str, dict[str, Any]]],
+          seed: int) -> dict[str, dict[str, list[float] | None]]:
     """{row: {measure: [mean, low, high]}} over subjects, by bootstrap; None where a subject has no
     value."""
     from dbcore.engines.evaluate import bootstrap_interval
 
     subjects = list(scores.values())
-    rows = {}
+    rows: dict[str, dict[str, list[float] | None]] = {}
     for which in subjects[0]:
         rows[which] = {}
         for name in subjects[0][which]:
@@ -399,7 +420,7 @@ def means(scores, seed):
     return rows
 
 
-def result_table(result):
+def result_table(result: dict[str, Any]) -> str:
     """Markdown: the mean over subjects with its interval, then each subject."""
     names = list(result["mean"]["floor"])
     count = len(result["subjects"])
@@ -420,7 +441,7 @@ def result_table(result):
                       "prompt; the paper's is LPIPS.")])
 
 
-def cell(value):
+def cell(value: float | list[float] | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else "{:.3f} [{:.3f}, {:.3f}]".format(*value)

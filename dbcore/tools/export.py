@@ -1,5 +1,7 @@
 """`dbcore export`: a LoRA for other programs, or merged into a whole pipeline."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json
@@ -7,10 +9,17 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dbcore.utils.errors import InputError
 from dbcore.utils.files import whole_folder, writing
+
+if TYPE_CHECKING:
+    import torch
+
+    from dbcore.models.adapter import Adapter
 
 HELP = "write a LoRA in another tool's format, or merge it into its base"
 MANIFEST = "export.json"  # in a folder: the files that an export wrote there
@@ -23,7 +32,7 @@ FORMATS = {
 }
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora", required=True, help="run folder, .safetensors file (also kohya's) or peft folder"
     )
@@ -44,12 +53,12 @@ def add_arguments(parser):
     add_overwrite(parser)
 
 
-def add_overwrite(parser):
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true",
                         help="replace the output if it is there already")
 
 
-def finite(text):
+def finite(text: str) -> float:
     """A number from the command line that is neither infinite nor nan."""
     number = float(text)
     if not math.isfinite(number):
@@ -57,7 +66,7 @@ def finite(text):
     return number
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     from dbcore.models.adapter import Adapter
     from dbcore.models.kohya import kohya_leaves_out, save_kohya
     from dbcore.models.lora_files import read_adapter, save_diffusers, save_peft
@@ -84,7 +93,7 @@ def main(args):
               "give it one of --format diffusers")
 
 
-def free_path(text, overwrite=False, is_file=True):
+def free_path(text: str, overwrite: bool = False, is_file: bool = True) -> Path:
     """The path to write to. Raises InputError if it must not be replaced, or names no LoRA file."""
     path = Path(text)
     if is_file and path.suffix.lower() != ".safetensors":
@@ -98,7 +107,7 @@ def free_path(text, overwrite=False, is_file=True):
     return path
 
 
-def what_no_export_wrote(path):
+def what_no_export_wrote(path: Path) -> str | None:
     """Words for what would be lost if `path` were replaced; None where it is a LoRA file, or an
     export's folder alone."""
     if path.is_dir():
@@ -113,7 +122,7 @@ def what_no_export_wrote(path):
     return None if is_lora(path) else "it is no LoRA file"
 
 
-def is_lora(path):
+def is_lora(path: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -123,7 +132,7 @@ def is_lora(path):
         return False
 
 
-def written(folder):
+def written(folder: Path) -> list[str]:
     """The names of the files that an export wrote into a folder, as it noted them."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -131,7 +140,7 @@ def written(folder):
 
 
 @contextlib.contextmanager
-def export_folder(path):
+def export_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill, with a note of what was written, in the place of an earlier export."""
     with whole_folder(path) as partial:
         yield partial
@@ -140,7 +149,7 @@ def export_folder(path):
         (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
-def save_merged(adapter, base, folder, lora_scale=1.0):
+def save_merged(adapter: Adapter, base: str | None, folder: Path, lora_scale: float = 1.0) -> None:
     """Write `folder`: the pipeline `base` with `lora_scale` of `adapter` added to its weights.
 
     Added in float32, then rounded once to the precision the base is stored in. Raises InputError
@@ -166,7 +175,7 @@ def save_merged(adapter, base, folder, lora_scale=1.0):
             shutil.copy(Path(base) / "recommended.json", partial)
 
 
-def stored_precision(base, component):
+def stored_precision(base: str, component: str) -> torch.dtype:
     """The dtype of a network's file in a pipeline folder, float32 where there is none to look
     at."""
     import torch

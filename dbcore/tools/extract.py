@@ -1,14 +1,21 @@
 """`dbcore extract`: a fine-tuned pipeline minus its base -> a LoRA."""
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dbcore.tools.export import add_overwrite, free_path
 from dbcore.utils.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
 HELP = "take a LoRA out of a fine-tuned pipeline, by singular values"
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrained_model_name_or_path", required=True, help="the base the tuning began with"
     )
@@ -19,7 +26,7 @@ def add_arguments(parser):
     add_overwrite(parser)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     from dbcore.models.adapter import Adapter, extract_adapter
     from dbcore.models.lora_files import save_diffusers
 
@@ -39,7 +46,7 @@ def main(args):
     )
 
 
-def load_networks(option, folder):
+def load_networks(option: str, folder: str) -> dict[str, torch.nn.Module]:
     """{component: network} of a pipeline folder, all that a LoRA can be put on, in float32."""
     import torch
 

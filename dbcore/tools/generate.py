@@ -1,15 +1,17 @@
 """`dbcore generate`: pictures from a base, with or without LoRAs."""
 
+import argparse
+
 from dbcore.config import GenerateConfig, add_options, from_args
 
 HELP = "draw pictures with a base and any number of LoRAs"
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, GenerateConfig)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     config = from_args(args, GenerateConfig)
     config.check()
     from dbcore.engines.generate import generate_and_save

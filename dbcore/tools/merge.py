@@ -1,12 +1,14 @@
 """`dbcore merge`: several LoRAs of one base -> one LoRA that is their weighted sum."""
 
+import argparse
+
 from dbcore.tools.export import add_overwrite, finite, free_path
 from dbcore.utils.errors import InputError
 
 HELP = "add several LoRAs, each with a weight, into one"
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", required=True, nargs="+",
                         help="two or more run folders or LoRA files")
     parser.add_argument(
@@ -23,7 +25,7 @@ def add_arguments(parser):
     add_overwrite(parser)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     from dbcore.models.adapter import merge_adapters
     from dbcore.models.lora_files import read_adapter, save_diffusers
 

@@ -1,12 +1,17 @@
 """`dbcore prepare`: a folder of photos as they are -> a folder ready to train on, and a report."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dbcore.datasets.photos import (
     CONTACT_SHEET,
     INTERPOLATIONS,
+    Photo,
     PhotoError,
     check_box,
     crop_to_square,
@@ -18,12 +23,15 @@ from dbcore.utils.errors import InputError
 from dbcore.utils.files import whole_folder
 from dbcore.utils.text import read_text
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 HELP = "check photos, turn them upright, crop them square and write a folder ready to train on"
 # the contact sheet: at most 60 photos, 150 pixels each
 SHEET_PHOTOS, SHEET_COLUMNS, CELL = 60, 4, 150
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--instance_data_dir", required=True, help="folder of photos; nothing is written there"
     )
@@ -45,7 +53,7 @@ def add_arguments(parser):
     )
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     report = prepare(
         args.instance_data_dir,
         args.output_dir,
@@ -58,10 +66,9 @@ def main(args):
     print(describe(report))
 
 
-def prepare(
-    instance_data_dir, output_dir, resolution=512, crop="center", boxes=None,
-    interpolation="lanczos", seed=0
-):
+def prepare(instance_data_dir: str | Path, output_dir: str | Path, resolution: int = 512,
+            crop: str = "center", boxes: Any = None, interpolation: str = "lanczos",
+            seed: int = 0) -> dict[str, Any]:
     """Write `output_dir`: 0000.png, ... (with .txt captions and .mask.png masks), sheet and
     reports.
 
@@ -107,7 +114,7 @@ def prepare(
     return report
 
 
-def read_boxes(text):
+def read_boxes(text: str) -> tuple[str, ...] | dict[str, Any]:
     """The value of --crop_box: four numbers, or the dict in a JSON file. Raises `PhotoError`."""
     path = Path(text)
     if not path.is_file():
@@ -177,7 +184,7 @@ def _other_notes(problems, photos, source):
             for p in problems if not p.skipped and not of_photos & {p.path, p.photo}]
 
 
-def contact_sheet(photos, rows, folder):
+def contact_sheet(photos: list[Photo], rows: list[dict[str, Any]], folder: Path) -> Image.Image:
     """One picture of the whole folder: each photo with its square drawn on it, beside what was made
     of it."""
     from PIL import Image, ImageDraw
@@ -204,7 +211,7 @@ def contact_sheet(photos, rows, folder):
     return sheet
 
 
-def describe(report):
+def describe(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     side, made, skipped = report["resolution"], report["photos"], report["skipped"]
     lines = [f"# {len(made)} photos at {side} x {side}, {len(skipped)} skipped", ""]

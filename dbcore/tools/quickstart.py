@@ -5,14 +5,23 @@ preservation, at the base's recommended settings, and then draws the same prompt
 and with the LoRA.
 """
 
+from __future__ import annotations
+
+import argparse
 import dataclasses
 import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dbcore
 from dbcore.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dbcore.config import TrainConfig
 
 HELP = "teach the toy base a subject that ships with dbcore, and show it before and after"
 PLACES = ("in the snow", "on the beach", "swimming in water")  # none of them is in the photos
@@ -20,7 +29,7 @@ SEEDS = 3  # pictures of one prompt
 CLASS_IMAGES = 40
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subject", default="dog",
                         help="a subject that ships with dbcore (%(default)s), "
                         "or a folder made like one")
@@ -36,7 +45,7 @@ def add_arguments(parser):
                         help="of training and of the first picture (%(default)s)")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     folder, subject = read_subject(args.subject)
     prompts = prompts_for(subject)
     started = time.perf_counter()
@@ -55,13 +64,13 @@ def main(args):
           "train --help), or the course in notebooks/.")
 
 
-def shown(path):
+def shown(path: str | Path) -> Path:
     """Relative to the working folder where it lies in it: short, and easy to open."""
     path = Path(path).absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def read_subject(name):
+def read_subject(name: str) -> tuple[Path, dict[str, str]]:
     """(folder, the contents of its subject.json). Raises InputError with the names there are."""
     folder = Path(name) if (Path(name) / "subject.json").is_file() else dbcore.SUBJECTS / name
     path = folder / "subject.json"
@@ -72,7 +81,7 @@ def read_subject(name):
     return folder, json.loads(path.read_text(encoding="utf-8"))
 
 
-def learn(args, folder, subject):
+def learn(args: argparse.Namespace, folder: Path, subject: dict[str, str]) -> Path:
     """Train; returns the path of the LoRA file."""
     from dbcore.engines.trainer import train
 
@@ -81,7 +90,7 @@ def learn(args, folder, subject):
     return train(config)
 
 
-def options(args, folder, subject):
+def options(args: argparse.Namespace, folder: Path, subject: dict[str, str]) -> TrainConfig:
     from dbcore.config import TrainConfig
 
     return TrainConfig(
@@ -92,7 +101,7 @@ def options(args, folder, subject):
         max_train_steps=args.max_train_steps, output_dir=str(args.output_dir), seed=args.seed)
 
 
-def is_repeat(config):
+def is_repeat(config: TrainConfig) -> bool:
     """Whether the run in the folder is of these very options, so that nothing is lost when it is
     made again."""
     from dbcore.config import AUTO, TrainConfig, read_yaml
@@ -106,18 +115,19 @@ def is_repeat(config):
                if name not in ("output_dir", "overwrite_output_dir"))
 
 
-def spelled(value):
+def spelled(value: Any) -> str:
     """A value as text that is the same for one path, relative or absolute."""
     return os.path.abspath(str(value))
 
 
-def prompts_for(subject):
+def prompts_for(subject: dict[str, str]) -> list[str]:
     """The subject as in its photos, in places no photo shows, and the class that was to be kept."""
     prompt = subject["instance_prompt"]
     return [prompt, *(f"{prompt} {place}" for place in PLACES), subject["class_prompt"]]
 
 
-def draw(args, prompts, lora=None):
+def draw(args: argparse.Namespace, prompts: list[str],
+         lora: Path | None = None) -> list[list[Image.Image]]:
     """One list of pictures a prompt, a picture a seed."""
     from dbcore.config import GenerateConfig
     from dbcore.engines.generate import generate
@@ -127,7 +137,8 @@ def draw(args, prompts, lora=None):
         checkpoint_dir=[str(lora)] if lora else [], num_images=SEEDS, seed=args.seed))
 
 
-def save_before_after(path, folder, prompts, before, after):
+def save_before_after(path: Path, folder: Path, prompts: list[str], before: list[list[Image.Image]],
+                      after: list[list[Image.Image]]) -> Path:
     """The photos on top; under them a row a prompt, without the LoRA on the left and with it on the
     right."""
     from dbcore.datasets.photos import gather_photos

@@ -11,12 +11,16 @@ of the subject it gets, and --full_finetuning, which trains the denoiser's own w
 LoRA. Whatever a way was taught with, its pictures are measured against the same photos.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dbcore
 from dbcore.config import TrainConfig, add_options, need
@@ -32,6 +36,13 @@ from dbcore.tools.evaluate import (
     spread,
     write_whole,
 )
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dbcore.engines.evaluate import Encoder
+    from dbcore.toybox.reader import Reader
+    from dbcore.toybox.scene import Character
 
 HELP = "compare ways to train over thirty subjects of the toy world, of which the truth is known"
 BENCH = dbcore.DATA / "toybench.json"
@@ -49,7 +60,7 @@ SUBJECT, PROMPT, PRES = "truth: subject", "truth: prompt", "truth: PRES"
 LABELS = {"floor": "base alone", "ceiling": "photos"}  # beside the names of the ways to train
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vary", action="append", metavar="NAME=OPTIONS",
                         help="a way to train: a name, and "
                         "options of train, {class} standing for dog, cat, ..., --num_photos N and "
@@ -73,18 +84,18 @@ def add_arguments(parser):
                         help="runs, pictures, toybench.json and toybench.md go there (%(default)s)")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     ways = dict(map(read_way, args.vary or [DEFAULT]))
     need(len(ways) == len(args.vary or [DEFAULT]), "--vary: two ways to train have one name")
-    sizes = [given if given is not None else usual for given, usual in zip(
-        (args.num_subjects, args.num_prompts, args.num_images), QUICK if args.quick else FULL)]
-    result = toybench(args.pretrained_model_name_or_path, ways, args.output_dir, *sizes, args.seed,
-                      args.batch_size)
+    subjects, prompts, images = (given if given is not None else usual for given, usual in zip(
+        (args.num_subjects, args.num_prompts, args.num_images), QUICK if args.quick else FULL))
+    result = toybench(args.pretrained_model_name_or_path, ways, args.output_dir, subjects, prompts,
+                      images, args.seed, args.batch_size)
     print(result_table(result))
     print(f"\nRuns, pictures, toybench.json and toybench.md are in {args.output_dir}.")
 
 
-def read_way(text):
+def read_way(text: str) -> tuple[str, dict[str, Any]]:
     """'NAME=OPTIONS' to (name, {option: value}).
 
     Raises ConfigError; a missing value ends the program (argparse).
@@ -116,7 +127,9 @@ def read_way(text):
 # --- the bench ------------------------------------------------------------------------------------
 
 
-def toybench(base, ways, output_dir, num_subjects, num_prompts, num_images, seed=0, batch_size=8):
+def toybench(base: str | Path, ways: dict[str, dict[str, Any]], output_dir: str | Path,
+             num_subjects: int | None, num_prompts: int | None, num_images: int, seed: int = 0,
+             batch_size: int = 8) -> dict[str, Any]:
     """Train, draw and measure what is missing; write toybench.json and .md; returns the result, a
     dict.
 
@@ -156,7 +169,8 @@ def toybench(base, ways, output_dir, num_subjects, num_prompts, num_images, seed
 class Case:
     """One subject: its photos, its runs, its pictures."""
 
-    def __init__(self, base, name, bench, work, num_prompts, seed):
+    def __init__(self, base: str | Path, name: str, bench: dict[str, Any], work: Path,
+                 num_prompts: int | None, seed: int):
         from dbcore.toybox.scene import Character
 
         self.base, self.name, self.work, self.seed = str(base), name, work, seed
@@ -165,9 +179,9 @@ class Case:
         about = json.loads((photos / "subject.json").read_text(encoding="utf-8"))
         self.alone = Subject(name, None, self.base, str(photos), about["instance_prompt"],
                              about["class_prompt"])
-        self.phrases, self.num_prompts = read_prompts(bench["prompts"], base), num_prompts
+        self.phrases, self.num_prompts = read_prompts(bench["prompts"], self.base), num_prompts
 
-    def photos(self, count):
+    def photos(self, count: int) -> Path:
         """The folder of that many photos of it, rendered if they are not there; few are the first
         of many."""
         from dbcore.toybox.subjects import write_subject
@@ -178,13 +192,14 @@ class Case:
             write_subject(folder, self.character, seed=self.seed, count=count)
         return folder
 
-    def ask(self, subject):
+    def ask(self, subject: Subject) -> Sequence[tuple[str, str]]:
         """[(what is drawn, what CLIP is asked)] of the subject, in the words that it was taught
         with."""
         return spread(compose(self.phrases, subject.instance_prompt, subject.class_prompt),
                       self.num_prompts)
 
-    def draw(self, ways, num_images, batch_size):
+    def draw(self, ways: dict[str, dict[str, Any]], num_images: int,
+             batch_size: int) -> dict[str, list[Image.Image]]:
         """{"floor" or way: PIL images}, trained and drawn where they are not on the disk; see
         `draw_all`."""
         subjects = {"floor": self.alone,
@@ -194,7 +209,7 @@ class Case:
                                  num_images, self.seed, batch_size)
                 for column, subject in subjects.items()}
 
-    def run(self, options):
+    def run(self, options: dict[str, Any]) -> Subject:
         """`alone` after a run of these options, taken up where it was; named by all that it depends
         on."""
         from dbcore.engines.finetune import finetune
@@ -204,16 +219,17 @@ class Case:
         config, full = self.config(options), FULL_FINETUNING in options
         what = {name: value for name, value in dataclasses.asdict(settle(config)).items()
                 if name not in PATHS}
-        name = f"{Path(config.instance_data_dir).name}-{digest(what)}{'-full' * full}"
+        name = f"{Path(str(config.instance_data_dir)).name}-{digest(what)}{'-full' * full}"
         config.output_dir, config.resume_from_checkpoint = str(self.work / "runs" / name), "latest"
-        taught = {"base": str(finetune(config))} if full else {"lora": train(config)}
-        return dataclasses.replace(self.alone, name=name, instance_prompt=config.instance_prompt,
-                                   **taught)
+        taught: dict[str, Any] = ({"base": str(finetune(config))} if full
+                                  else {"lora": train(config)})
+        return dataclasses.replace(self.alone, name=name,
+                                   instance_prompt=str(config.instance_prompt), **taught)
 
-    def config(self, options):
+    def config(self, options: dict[str, Any]) -> TrainConfig:
         from dbcore.models.base import recommended
 
-        given = {"instance_prompt": self.alone.instance_prompt, "report_to": "none"}
+        given: dict[str, Any] = {"instance_prompt": self.alone.instance_prompt, "report_to": "none"}
         if options.get("with_prior_preservation"):
             given |= {"class_prompt": self.alone.class_prompt,
                       "num_class_images": recommended(self.base).get("num_class_images", 100)}
@@ -222,14 +238,13 @@ class Case:
                   for option, value in options.items() if option not in OWN}
         photos = self.photos(options.get(NUM_PHOTOS, self.usual))
         return TrainConfig(pretrained_model_name_or_path=self.base, instance_data_dir=str(photos),
-                           seed=self.seed,
-                           **given)
+                           seed=self.seed, **given)
 
 
 # --- the truth ------------------------------------------------------------------------------------
 
 
-def asked_for(plain, kind):
+def asked_for(plain: str, kind: str) -> dict[str, str]:
     """{question of the reader: answer}: 'a photo of a dog wearing a red hat' asks for {'hat':
     'red'}."""
     from dbcore.toybox.scene import COLORS, PLACES
@@ -242,7 +257,8 @@ def asked_for(plain, kind):
     return {question: answers[0] for question, answers in found.items() if answers}
 
 
-def tell(reader, pictures, asked, character, num_images):
+def tell(reader: Reader, pictures: list[Image.Image], asked: Sequence[tuple[str, str]],
+         character: Character, num_images: int) -> tuple[list[bool], list[bool]]:
     """(is it the subject?, does it show what was asked?), a boolean for each picture of the
     prompts."""
     from dbcore.toybox.gates import is_subject
@@ -253,7 +269,9 @@ def tell(reader, pictures, asked, character, num_images):
             [all(answers[q] == want[q] for q in want) for answers, want in zip(read, wanted)])
 
 
-def score(one, drawn, asked, num_images, encoders):
+def score(one: Case, drawn: dict[str, list[Image.Image]], asked: Sequence[tuple[str, str]],
+          num_images: int,
+          encoders: list[Encoder]) -> tuple[dict[str, Any], dict[str, float | None]]:
     """One subject's ({column: {measure: value}}, the truth's too, {measure: agreement with the
     truth})."""
     from dbcore.datasets.photos import gather_photos
@@ -275,11 +293,13 @@ def score(one, drawn, asked, num_images, encoders):
     return columns, agree(drawn, truths, photos, asked, num_images, encoders)
 
 
-def mean(values):
+def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def agree(drawn, truths, photos, asked, num_images, encoders):
+def agree(drawn: dict[str, list[Image.Image]], truths: dict[str, tuple[list[bool], list[bool]]],
+          photos: list[Image.Image], asked: Sequence[tuple[str, str]], num_images: int,
+          encoders: list[Encoder]) -> dict[str, float | None]:
     """{measure: agreement} over one subject's pictures, the base's and every way's; None where
     there is none."""
     from dbcore.engines.evaluate import agreement
@@ -302,7 +322,8 @@ def agree(drawn, truths, photos, asked, num_images, encoders):
 # --- over subjects --------------------------------------------------------------------------------
 
 
-def differences(scores, ways, seed):
+def differences(scores: dict[str, Any], ways: list[str],
+                seed: int) -> dict[str, dict[str, list[float] | None]]:
     """{way: {measure: [mean, low, high]}}: what a way adds to the first, subject by subject."""
     first = ways[0]
     apart = {name: {way: {measure: columns[way][measure] - columns[first][measure]
@@ -311,20 +332,21 @@ def differences(scores, ways, seed):
     return means(apart, seed)
 
 
-def pool(agreements, seed):
+def pool(agreements: dict[str, dict[str, float | None]],
+         seed: int) -> dict[str, list[float] | None]:
     """{measure: [mean, low, high, number of subjects]}, of those that had right and wrong
     pictures."""
     from dbcore.engines.evaluate import bootstrap_interval
 
     found = {}
     for name in next(iter(agreements.values())):
-        values = [each[name] for each in agreements.values() if each[name] is not None]
+        values = [value for each in agreements.values() if (value := each[name]) is not None]
         found[name] = ([mean(values), *bootstrap_interval(values, seed), len(values)] if values
                        else None)
     return found
 
 
-def result_table(result):
+def result_table(result: dict[str, Any]) -> str:
     """Markdown: the measures, the differences from the first way, and the metrics' agreement with
     the truth."""
     ways, count = list(result["ways"]), len(result["subjects"])
@@ -345,7 +367,7 @@ def result_table(result):
                                      if note])
 
 
-def measure_table(columns):
+def measure_table(columns: dict[str, dict[str, Any]]) -> list[str]:
     """Lines of Markdown, a measure a row."""
     rows = next(iter(columns.values()))
     head = "| | " + " | ".join(LABELS.get(name, name) for name in columns) + " |"
