@@ -13,11 +13,16 @@ from __future__ import annotations
 import argparse
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import dbcore
 from dbcore.toybox.corpus import render_corpus, sample_held_out, scenes
+
+if TYPE_CHECKING:
+    from dbcore.toybox.denoiser import Latents
+    from dbcore.toybox.fresh import FreshLatents
 
 SEED, HELD_OUT_SEED = 0, 1  # two worlds: what is learnt from, and what is only tested on
 COUNT, TEST_COUNT, READER_COUNT = 20_000, 1_000, 2_000
@@ -27,7 +32,7 @@ SHARES = {"autoencoder": 1.1 / 8, "decoder": 0.4 / 8, "clip": 1 / 8, "unet": 4.5
           "reader": 0.5 / 8, "subject": 0.5 / 8}  # of the minutes
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dbcore.toybox",
                                      description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -62,24 +67,24 @@ class Toybox:
         """What `fit` is to know of a stage's time and device."""
         return {"minutes": self.minutes and self.minutes * SHARES[stage], "device": self.device}
 
-    def render(self):
+    def render(self) -> None:
         self.pictures = render_corpus(self.work / "corpus", SEED, self.count, device=self.device)
         self.world = scenes(SEED, self.count)
 
-    def autoencoder(self):
+    def autoencoder(self) -> None:
         from dbcore.toybox.autoencoder import train_autoencoder
 
         batch = max(BATCH, self.unet_batch // 4)  # a GPU has room for more
         self.vae = train_autoencoder(self.pictures, self.work, SEED, batch=batch,
                                      **self.budget("autoencoder"))
 
-    def decoder(self):
+    def decoder(self) -> None:
         from dbcore.toybox.autoencoder import train_decoder
 
         self.vae = train_decoder(self.vae, self.pictures, self.work, SEED,
                                  batch=max(BATCH, self.unet_batch // 4), **self.budget("decoder"))
 
-    def clip(self):
+    def clip(self) -> None:
         from transformers import CLIPTokenizer
 
         from dbcore.toybox.clip import train_clip
@@ -91,14 +96,14 @@ class Toybox:
         self.pair = train_clip(self.tokenizer, self.pictures, self.world, self.work, SEED,
                                **self.budget("clip"))
 
-    def unet(self):
+    def unet(self) -> None:
         from dbcore.toybox.denoiser import train_unet
 
         with closing(self.latents()) as latents:
             self.denoiser = train_unet(self.pair.text, latents, self.work, SEED, self.unet_steps,
                                        **self.budget("unet"))
 
-    def latents(self):
+    def latents(self) -> Latents | FreshLatents:
         from dbcore.toybox.denoiser import Latents
         from dbcore.toybox.fit import steps_done
         from dbcore.toybox.fresh import FreshLatents
@@ -108,7 +113,7 @@ class Toybox:
         return FreshLatents(self.vae, self.work / "tokenizer", SEED, self.unet_batch, self.count,
                             25 * self.count, steps_done(self.work, "unet"))
 
-    def reader(self):
+    def reader(self) -> None:
         from dbcore.toybox.reader import train_reader
 
         # the reader must know what the base never saw: it also learns from the combinations held
@@ -120,20 +125,20 @@ class Toybox:
                                 + [sample_held_out(SEED, k) for k in range(READER_COUNT)],
                                 self.work, SEED, **self.budget("reader"))
 
-    def subject(self):
+    def subject(self) -> None:
         from dbcore.toybox.encoder import SUBJECTS, VIEWS, sample_view, train_subject_encoder
 
         views = render_corpus(self.work / "subjects", SEED, SUBJECTS * VIEWS, sample_view,
                               self.device)
         self.encoder = train_subject_encoder(views, self.work, SEED, **self.budget("subject"))
 
-    def save(self, folder: Path):
+    def save(self, folder: Path) -> None:
         from dbcore.toybox.ship import save_base
 
         save_base(folder, self.tokenizer, self.pair, self.vae, self.denoiser, self.eye,
                   self.encoder)
 
-    def gates(self, folder: Path):
+    def gates(self, folder: Path) -> None:
         from dbcore.toybox.encoder import TEST_SUBJECTS, VIEWS, sample_view
         from dbcore.toybox.gates import measure
         from dbcore.toybox.ship import write_card
@@ -146,7 +151,7 @@ class Toybox:
         write_card(folder, gates, self.work, self.count, self.unet_batch, self.device)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     import torch
 
     from dbcore.toybox.weights import read_weights, write_weights

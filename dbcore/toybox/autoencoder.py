@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,11 +14,14 @@ from dbcore.toybox.corpus import render_shard
 from dbcore.toybox.fit import fit, half_where_fast, step_rng
 from dbcore.utils.files import whole_file
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 DOWN, CHANNELS = 4, 8
 KL_WEIGHT = 5e-4
 
 
-def make_autoencoder():
+def make_autoencoder() -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -54,7 +58,7 @@ class PatchPCA(nn.Module):
         basis = basis * torch.sign(basis.sum(0))  # the sign of an eigenvector is anybody's
         self.register_buffer("project", basis / values[-CHANNELS:].flip(0).sqrt())
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(n, 3, h, w) to (n, 8, h/4, w/4) of unit variance."""
         n, _, h, w = x.shape
         patches = F.unfold(x, DOWN, stride=DOWN).permute(0, 2, 1) - self.mean
@@ -94,7 +98,7 @@ def reconstruction_error(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 9000,
                       minutes: float | None = None, batch: int = 32, lr: float = 2e-3,
-                      device: str = "cpu"):
+                      device: str = "cpu") -> AutoencoderKL:
     """Three phases: learn the PCA's codes, then free both halves, then whole pictures.
 
     The loss is `reconstruction_error` in [-1, 1],
@@ -142,9 +146,9 @@ def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int 
     return set_scale(net, pictures)
 
 
-def train_decoder(net, pictures: np.ndarray, folder: Path, seed: int, steps: int = 3000,
-                  minutes: float | None = None, batch: int = 32, lr: float = 5e-4,
-                  device: str = "cpu"):
+def train_decoder(net: AutoencoderKL, pictures: np.ndarray, folder: Path, seed: int,
+                  steps: int = 3000, minutes: float | None = None, batch: int = 32,
+                  lr: float = 5e-4, device: str = "cpu") -> AutoencoderKL:
     """The decoder alone, for edges as strong as the renders'; latents stay what they were.
 
     Where the latents leave a detail open, the mean of all that it may be is the least error, and
@@ -173,14 +177,14 @@ def train_decoder(net, pictures: np.ndarray, folder: Path, seed: int, steps: int
 
 
 @torch.no_grad()
-def set_scale(net, pictures: np.ndarray):
+def set_scale(net: AutoencoderKL, pictures: np.ndarray) -> AutoencoderKL:
     """Record the factor that gives latents unit variance, as Stable Diffusion's 0.18215 does."""
     latents = net.encode(to_tensor(pictures[:256]).to(net.device)).latent_dist.mean
     net.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     return net
 
 
-def latent_shard(net, folder: Path, seed: int, number: int) -> np.ndarray:
+def latent_shard(net: AutoencoderKL, folder: Path, seed: int, number: int) -> np.ndarray:
     """Scaled posterior means of a shard of renders and of their mirror images: float16 (2, SHARD,
     c, 16, 16).
 
@@ -194,13 +198,13 @@ def latent_shard(net, folder: Path, seed: int, number: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def scaled_latents(net, pixels: torch.Tensor) -> torch.Tensor:
+def scaled_latents(net: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Pixels (n, 3, h, w) in [-1, 1] to means of unit variance, float (n, c, h/4, w/4)."""
     with half_where_fast(net.device):
         return net.encode(pixels).latent_dist.mean.float() * net.config.scaling_factor
 
 
-def encode_both_ways(net, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
+def encode_both_ways(net: AutoencoderKL, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
     """Renders, uint8 (n, 64, 64, 3), to float16 latents (2, n, c, 16, 16), the second of the mirror
     images."""
     views = []
@@ -212,7 +216,7 @@ def encode_both_ways(net, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
 
 
 @torch.no_grad()
-def reconstruct(net, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
+def reconstruct(net: AutoencoderKL, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
     """Pictures, uint8 (n, h, w, 3), through the autoencoder and back, uint8 of the same shape."""
     parts = []
     for first in range(0, len(pictures), batch):
@@ -222,7 +226,7 @@ def reconstruct(net, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def psnr(net, pictures: np.ndarray) -> float:
+def psnr(net: AutoencoderKL, pictures: np.ndarray) -> float:
     """Decibels over whole pictures: 10 log10(255^2 / mean squared error), the mean over all of
     them."""
     error = reconstruct(net, pictures).astype(np.float32) - pictures

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from torch.nn import functional as F
 from dbcore.toybox.autoencoder import to_tensor
 from dbcore.toybox.fit import fit, half_where_fast, step_rng
 from dbcore.toybox.scene import caption
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 WIDTH = 128
 
@@ -34,11 +38,11 @@ class ImageTower(nn.Module):
             for layer in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU())))
         self.head = nn.Linear(256 * 16, width)
 
-    def forward(self, pixels):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(pixels).flatten(1))
 
 
-def make_text_encoder(tokenizer):
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     model = CLIPTextModel(CLIPTextConfig(
@@ -58,17 +62,17 @@ def make_text_encoder(tokenizer):
 
 
 class ToyCLIP(nn.Module):
-    def __init__(self, text, image=None):
+    def __init__(self, text: CLIPTextModel, image: ImageTower | None = None):
         super().__init__()
         self.text, self.image = text, image or ImageTower()
         self.project = nn.Linear(WIDTH, WIDTH, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.66))  # 1 / temperature 0.07
 
-    def text_features(self, ids):
+    def text_features(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids (n, length) to unit vectors (n, 128)."""
         return F.normalize(self.project(self.text(ids).pooler_output), dim=-1)
 
-    def image_features(self, pixels):
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pictures (n, 3, 64, 64) in [-1, 1] to unit vectors (n, 128)."""
         return F.normalize(self.image(pixels), dim=-1)
 
@@ -83,7 +87,7 @@ class ToyCLIP(nn.Module):
         """Unit vectors (n, 128) of PIL images, which are brought to 64 x 64 pixels."""
         return self.image_features(pixels_of(images))
 
-    def forward(self, ids, pixels):
+    def forward(self, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         """Logits (n texts, n images)."""
         scale = self.log_scale.clamp(max=4.6).exp()
         return scale * self.text_features(ids) @ self.image_features(pixels).T
@@ -95,14 +99,14 @@ def pixels_of(images: list) -> torch.Tensor:
         [np.asarray(i.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)) for i in images]))
 
 
-def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return tokenizer(texts, padding="max_length", truncation=True,
                      max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
 
 
-def train_clip(tokenizer, pictures: np.ndarray, scenes: list, folder: Path, seed: int,
-               steps: int = 1500, minutes: float | None = None, batch: int = 128, lr: float = 1e-3,
-               device: str = "cpu") -> ToyCLIP:
+def train_clip(tokenizer: CLIPTokenizer, pictures: np.ndarray, scenes: list, folder: Path,
+               seed: int, steps: int = 1500, minutes: float | None = None, batch: int = 128,
+               lr: float = 1e-3, device: str = "cpu") -> ToyCLIP:
     torch.manual_seed(seed + 1)
     clip = ToyCLIP(make_text_encoder(tokenizer))
 
@@ -121,7 +125,7 @@ def train_clip(tokenizer, pictures: np.ndarray, scenes: list, folder: Path, seed
 
 
 @torch.no_grad()
-def retrieval(clip: ToyCLIP, tokenizer, pictures: np.ndarray, texts: list[str],
+def retrieval(clip: ToyCLIP, tokenizer: CLIPTokenizer, pictures: np.ndarray, texts: list[str],
               among: int = 100) -> float:
     """Share of pictures whose own caption scores highest among `among` captions, all different."""
     right = total = 0
@@ -145,7 +149,7 @@ def save_clip(clip: ToyCLIP, folder: Path) -> None:
     save_file(rest, folder / "model.safetensors")
 
 
-def load_clip(folder) -> ToyCLIP:
+def load_clip(folder: str | Path) -> ToyCLIP:
     """The toy CLIP of a toy base's folder, with `.tokenizer`, in float32 and eval mode.
 
     `embed_texts` and `embed_images` give unit vectors whose products are its scores.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def scenes(seed: int, count: int) -> list[tuple[Character, View]]:
     return [sample(seed, k) for k in range(count)]
 
 
-def render_corpus(folder: Path, seed: int, count: int, draw=sample,
+def render_corpus(folder: Path, seed: int, count: int, draw: Callable = sample,
                   device: str = "cpu") -> np.ndarray:
     """Renders of the scenes `draw(seed, k)`, k = 0..count-1: uint8 (count, 64, 64, 3), kept in
     shards in `folder`."""
@@ -50,7 +51,7 @@ def render_corpus(folder: Path, seed: int, count: int, draw=sample,
     return np.concatenate([render_shard(folder, seed, k, draw, device) for k in numbers])[:count]
 
 
-def render_shard(folder: Path, seed: int, number: int, draw=sample,
+def render_shard(folder: Path, seed: int, number: int, draw: Callable = sample,
                  device: str = "cpu") -> np.ndarray:
     """Renders `number * SHARD` and the following of a world, uint8 (SHARD, 64, 64, 3), read if they
     are there.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,10 +18,22 @@ from dbcore.toybox.corpus import SHARD, sample
 from dbcore.toybox.fit import fit, half_where_fast, step_rng, trapezoid_rate
 from dbcore.toybox.scene import caption, mirror
 
+if TYPE_CHECKING:
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from dbcore.toybox.fresh import FreshLatents
+    from dbcore.toybox.scene import Character, View
+
 NO_CAPTION, WHOLE_CAPTION = 0.1, 0.4  # a number below means no caption, and the whole truth
 
 
-def make_unet():
+def make_unet() -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -31,7 +44,7 @@ def make_unet():
         cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16)
 
 
-def make_scheduler():
+def make_scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise schedule, predicting v (Salimans & Ho 2022, eq. 12)."""
     from diffusers import DDIMScheduler
 
@@ -50,10 +63,12 @@ class Latents:
 
     REUSE, FIRST = 8, 20_000
 
-    def __init__(self, autoencoder, tokenizer, folder: Path, seed: int, batch: int):
+    def __init__(self, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path,
+                 seed: int, batch: int):
         self.autoencoder, self.tokenizer, self.folder = autoencoder, tokenizer, folder
         self.seed, self.batch = seed, batch
-        self.shards, self.scenes = [], []
+        self.shards: list[np.ndarray] = []
+        self.scenes: list[tuple[Character, View]] = []
 
     def close(self) -> None:
         """Nothing is held open; `FreshLatents` has workers to send home."""
@@ -89,7 +104,7 @@ class Latents:
         return z, near_noise(z, torch_rng), torch.from_numpy(t.astype(np.int64)), ids
 
 
-def training_caption(scene, rng: np.random.Generator) -> str:
+def training_caption(scene: tuple[Character, View], rng: np.random.Generator) -> str:
     """None at all for one in ten (Ho & Salimans 2022), the whole truth for three in ten, else a
     part of it."""
     share = rng.random()
@@ -98,7 +113,7 @@ def training_caption(scene, rng: np.random.Generator) -> str:
     return caption(*scene) if share < WHOLE_CAPTION else partial_caption(scene, rng)
 
 
-def partial_caption(scene, rng: np.random.Generator) -> str:
+def partial_caption(scene: tuple[Character, View], rng: np.random.Generator) -> str:
     return caption(*scene, rng, drop=0.15, drop_details=0.6)
 
 
@@ -132,17 +147,18 @@ def greedy_noise(z: torch.Tensor, group: int = 32) -> torch.Tensor:
 class Velocity(nn.Module):
     """The UNet as the loss asks for it: noisy latents, timesteps and encoded captions to v."""
 
-    def __init__(self, net, device: str):
+    def __init__(self, net: UNet2DConditionModel, device: str):
         super().__init__()
         self.net, self.device = net, device
 
-    def forward(self, noisy, t, hidden):
+    def forward(self, noisy: torch.Tensor, t: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         with half_where_fast(self.device):
             return self.net(noisy, t, hidden).sample
 
 
-def train_unet(text_encoder, data, folder: Path, seed: int, steps: int = 47_000,
-               minutes: float | None = None, lr: float = 1e-3, device: str = "cpu"):
+def train_unet(text_encoder: CLIPTextModel, data: Latents | FreshLatents, folder: Path, seed: int,
+               steps: int = 47_000, minutes: float | None = None, lr: float = 1e-3,
+               device: str = "cpu") -> UNet2DConditionModel:
     """Minimise |v - v_theta(z_t, t, caption)|^2.
 
     `data` is a `Latents` or a `FreshLatents`. `lr` is for batches of 32; it grows with the square
@@ -175,7 +191,8 @@ def train_unet(text_encoder, data, folder: Path, seed: int, steps: int = 47_000,
                ema=1 - 0.0005 * faster, device=device, rate=trapezoid_rate)
 
 
-def make_pipeline(tokenizer, text_encoder, autoencoder, unet):
+def make_pipeline(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, autoencoder: AutoencoderKL,
+                  unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """A stock StableDiffusionPipeline of the four trained parts."""
     from diffusers import StableDiffusionPipeline
 
@@ -186,8 +203,8 @@ def make_pipeline(tokenizer, text_encoder, autoencoder, unet):
 
 
 @torch.no_grad()
-def draw(pipe, prompts: list[str], seed: int = 0, steps: int = 25, guidance: float = 4.0,
-         batch: int = 24) -> list:
+def draw(pipe: StableDiffusionPipeline, prompts: list[str], seed: int = 0, steps: int = 25,
+         guidance: float = 4.0, batch: int = 24) -> list:
     """One picture a prompt; picture k starts from noise of (seed, k)."""
     pipe.set_progress_bar_config(disable=True)
     pictures = []

@@ -39,7 +39,7 @@ class SubjectEncoder(ImageTower):
     """The toy CLIP's image tower with another lesson: (n, 3, 64, 64) in [-1, 1] to unit vectors (n,
     128)."""
 
-    def forward(self, pixels):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return F.normalize(super().forward(pixels).float(), dim=-1)
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ def first_among(vectors: torch.Tensor) -> float:
     return float((scores.argmax(dim=-1) == own).float().mean())
 
 
-def load_subject_encoder(folder) -> SubjectEncoder:
+def load_subject_encoder(folder: str | Path) -> SubjectEncoder:
     """The encoder of a toy base's folder (which has it in `subject/`), in float32 and eval mode."""
     from safetensors.torch import load_file
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def half_where_fast(device: str = "cpu"):
+def half_where_fast(device: str = "cpu") -> torch.autocast:
     """An autocast to bfloat16 where the processor multiplies it natively; nothing elsewhere."""
     kind = torch.device(device).type
     native = (torch.cuda.is_bf16_supported() if kind == "cuda"
@@ -95,11 +95,12 @@ class Muon(torch.optim.Optimizer):
     and multiplies in bfloat16, which most processors do slowly.
     """
 
-    def __init__(self, weights, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(self, weights: Iterable[torch.Tensor], lr: float, momentum: float = 0.95,
+                 weight_decay: float = 0.01):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             updates = orthogonalised([self._momentum(weight, group["momentum"]).flatten(1)
@@ -117,7 +118,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(module: nn.Module, lr: float, muon: bool = False) -> list:
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in module.named_parameters():
         if p.requires_grad:
             inner = (muon and p.dim() >= 2 and "embed" not in name and "conv_in" not in name

@@ -12,8 +12,10 @@ import itertools
 import multiprocessing
 import os
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,17 +27,23 @@ from dbcore.toybox.denoiser import NO_CAPTION, WHOLE_CAPTION, greedy_noise, part
 from dbcore.toybox.fit import to_device
 from dbcore.toybox.scene import caption, mirror
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTokenizer
+
+    from dbcore.toybox.scene import Character, View
+
 CHUNK, CAPTIONS = 256, 4  # scenes made at once; captions of each image, the first tells all
 
 
 @functools.cache
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def captions(scene, rng: np.random.Generator) -> list[str]:
+def captions(scene: tuple[Character, View], rng: np.random.Generator) -> list[str]:
     return [caption(*scene), *(partial_caption(scene, rng) for _ in range(CAPTIONS - 1))]
 
 
@@ -54,12 +62,13 @@ def prepare(folder: Path, seed: int, number: int) -> tuple[list[np.ndarray], tor
     return pack(scenes), ids.short().view(CHUNK, 2, CAPTIONS, -1)
 
 
-def start_workers(device: torch.device):
+def start_workers(device: torch.device) -> Executor:
     """All cores but two for a GPU's scenes; beside a CPU's training, one thread."""
     if device.type != "cuda":
         return ThreadPoolExecutor(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
-    return ProcessPoolExecutor(max(1, os.cpu_count() - 2), multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 2),
+                               multiprocessing.get_context("spawn"))
 
 
 class FreshLatents:
@@ -72,14 +81,15 @@ class FreshLatents:
 
     REUSE = 16
 
-    def __init__(self, autoencoder, tokenizer_folder: Path, seed: int, batch: int, first: int,
-                 capacity: int, steps_done: int = 0):
+    def __init__(self, autoencoder: AutoencoderKL, tokenizer_folder: Path, seed: int, batch: int,
+                 first: int, capacity: int, steps_done: int = 0):
         self.autoencoder, self.device = autoencoder, autoencoder.device
         self.batch, self.first, self.steps_done = batch, first, steps_done
         seen = first + steps_done * batch // self.REUSE if steps_done else 0
         self.numbers = itertools.count(-(-seen // CHUNK))
         self.workers = start_workers(self.device)
-        self.make = functools.partial(self.workers.submit, prepare, tokenizer_folder, seed)
+        submit: Callable = self.workers.submit
+        self.make = functools.partial(submit, prepare, tokenizer_folder, seed)
         ahead = 2 * getattr(self.workers, "_max_workers", 1)
         self.waiting = deque(self.make(next(self.numbers)) for _ in range(ahead))
         self.empty = tokenize(load_tokenizer(tokenizer_folder), [""]).to(self.device)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,6 +33,10 @@ from dbcore.toybox.scene import (
     caption,
 )
 from dbcore.toybox.subjects import SHIPPED, write_subject
+
+if TYPE_CHECKING:
+    from dbcore.models.base import Family
+    from dbcore.toybox.reader import Reader
 
 SAMPLES = 240  # pictures drawn for combinations never trained on
 # shipped subjects that DreamBooth is tried on
@@ -86,7 +92,7 @@ def table(gates: list[Gate]) -> str:
 # --- the parts ------------------------------------------------------------------------------------
 
 
-def autoencoder_gate(base, pictures: np.ndarray) -> list[Gate]:
+def autoencoder_gate(base: Family, pictures: np.ndarray) -> list[Gate]:
     return [Gate("autoencoder on renders never seen, dB", 28, psnr(base.vae, pictures))]
 
 
@@ -102,14 +108,14 @@ def encoder_gates(folder: Path, subjects: np.ndarray) -> list[Gate]:
             Gate(f"subject encoder: first among {AMONG} of its class", 0.8, alike)]
 
 
-def reader_gate(reader, pictures: np.ndarray, scenes: list) -> list[Gate]:
+def reader_gate(reader: Reader, pictures: np.ndarray, scenes: list) -> list[Gate]:
     return [Gate(f"reader on renders never seen: {question}",
                  0.97 if question in PLAIN_QUESTIONS else 0.95, share)
             for question, share in accuracy(reader, pictures, scenes).items()]
 
 
 @torch.no_grad()
-def moved(base, one: list[str], other: list[str], t: int = 950, count: int = 16) -> float:
+def moved(base: Family, one: list[str], other: list[str], t: int = 950, count: int = 16) -> float:
     """How far another prompt moves the prediction, relative to the prediction's size; the mean over
     the pairs."""
     noise = torch.randn((count, *base.latent_shape(base.resolution)),
@@ -124,7 +130,7 @@ def moved(base, one: list[str], other: list[str], t: int = 950, count: int = 16)
     return float(torch.stack(shares).mean())
 
 
-def word_gates(base) -> list[Gate]:
+def word_gates(base: Family) -> list[Gate]:
     classes = list(itertools.combinations(CLASSES, 2))
     by_class = moved(base, *([f"a photo of a {c}" for c in column] for column in zip(*classes)))
     colors = [f"a photo of a {color} {kind}" for kind in CLASSES for color in COLORS]
@@ -133,7 +139,8 @@ def word_gates(base) -> list[Gate]:
             Gate("prediction at t=950 moved by a colour word", 0.3, moved(base, plain, colors))]
 
 
-def sample_gates(base, reader, seed: int = 3, count: int = SAMPLES) -> tuple[list[Gate], list]:
+def sample_gates(base: Family, reader: Reader, seed: int = 3,
+                 count: int = SAMPLES) -> tuple[list[Gate], list]:
     """The base's samples of combinations never rendered in training, read; also the images, for the
     eye."""
     scenes = [sample_held_out(seed, k) for k in range(count)]
@@ -158,7 +165,7 @@ def sharpness(images: np.ndarray) -> float:
     return float(laplacian[:, h - 1:3 * h - 1, w - 1:3 * w - 1].var())
 
 
-def sharpness_gate(base) -> list[Gate]:
+def sharpness_gate(base: Family) -> list[Gate]:
     """24 prompts, six classes in four colours over four places, against renders of the same
     scenes."""
     from dbcore.toybox.tracer import render
@@ -166,14 +173,15 @@ def sharpness_gate(base) -> list[Gate]:
     scenes = [(Character(kind, color), View(place)) for k, kind in enumerate(CLASSES)
               for color, place in zip(("red", "blue", "yellow", "white"),
                                       np.roll(("studio", "grass", "snow", "floor"), k))]
-    samples = base.draw([caption(*scene) for scene in scenes], list(range(len(scenes))),
-                        batch_size=24)
-    ratio = sharpness(np.stack(samples)) / sharpness(np.stack([render(*scene) for scene in scenes]))
+    samples = np.stack([np.asarray(image) for image in base.draw(
+        [caption(*scene) for scene in scenes], list(range(len(scenes))), batch_size=24)])
+    renders = np.stack([np.asarray(render(*scene)) for scene in scenes])
+    ratio = sharpness(samples) / sharpness(renders)
     return [Gate("sharpness: variance of the Laplacian, samples over renders", 0.7, ratio,
                  note=f"{len(scenes)} prompts")]
 
 
-def rare_word_gates(base, reader, count: int = 24) -> list[Gate]:
+def rare_word_gates(base: Family, reader: Reader, count: int = 24) -> list[Gate]:
     """`sks` is one token, and says nothing yet: the pictures are dogs."""
     tokens = len(base.tokenizer("sks", add_special_tokens=False).input_ids)
     read = reader.read(base.draw(["a photo of sks dog"] * count, list(range(count)), batch_size=24))
@@ -183,7 +191,7 @@ def rare_word_gates(base, reader, count: int = 24) -> list[Gate]:
                  note="the word is in no caption")]
 
 
-def speed_gate(base) -> list[Gate]:
+def speed_gate(base: Family) -> list[Gate]:
     base.draw(["a photo of a dog"], [0], num_inference_steps=2)  # loads what is loaded late
     began = time.perf_counter()
     base.draw(["a photo of a dog"] * 4, [0, 1, 2, 3])
@@ -217,7 +225,7 @@ def teach(folder: Path, photos: Path, work: Path, kind: str, prior: bool) -> Pat
         overwrite_output_dir=True, **more))
 
 
-def is_subject(read: dict[str, str], character: Character, but=()) -> bool:
+def is_subject(read: dict[str, str], character: Character, but: Collection[str] = ()) -> bool:
     """Whether class, colours and pattern are the subject's; `but`: questions whose answer was to
     change."""
     wanted = truth(character, View())
@@ -233,7 +241,8 @@ def drawn_with(folder: Path, lora: Path, prompts: list[str], seeds: list[int]) -
     return base.draw(prompts, seeds, batch_size=24)
 
 
-def try_subject(folder: Path, name: str, work: Path, reader, prior: bool) -> tuple[dict, dict]:
+def try_subject(folder: Path, name: str, work: Path, reader: Reader,
+                prior: bool) -> tuple[dict, dict]:
     """Teach one subject; shares of right answers, and the pictures by prompt."""
     character = SHIPPED[name]
     photos, kind = work / f"photos-{name}", character.kind
@@ -261,7 +270,8 @@ def caption_of(identifier: str, kind: str, place: str) -> str:
     return f"a photo of {identifier} {kind} {PLACES[place]}".strip()
 
 
-def dreambooth_gates(folder: Path, work: Path, reader, subjects=TRIED) -> tuple[list[Gate], dict]:
+def dreambooth_gates(folder: Path, work: Path, reader: Reader,
+                     subjects: Sequence[str] = TRIED) -> tuple[list[Gate], dict]:
     """Every subject with and without prior preservation; also (subject, prior) -> (shares,
     pictures)."""
     runs = {(name, prior): try_subject(folder, name, work, reader, prior)

@@ -7,6 +7,7 @@ in which every combination may occur, and never from a sample of the base.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ UNASKED = -1
 class Reader(nn.Module):
     """Images (n, 3, 64, 64) in [-1, 1] to logits by question, a dict of (n, answers)."""
 
-    def __init__(self, questions=tuple(ANSWERS)):
+    def __init__(self, questions: Sequence[str] = tuple(ANSWERS)):
         super().__init__()
         plan = (3, 32, 64, 128, 192)
         layers = []
@@ -53,7 +54,7 @@ class Reader(nn.Module):
         self.neck = nn.Sequential(nn.Flatten(), nn.Linear(192 * 16, 256), nn.SiLU())
         self.heads = nn.ModuleDict({q: nn.Linear(256, len(ANSWERS[q])) for q in questions})
 
-    def forward(self, pixels):
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         features = self.neck(self.body(pixels))
         return {question: head(features) for question, head in self.heads.items()}
 
@@ -137,7 +138,7 @@ def shares_right(read: list[dict], truths: list[dict]) -> dict[str, float]:
     return {q: float(np.mean([a == b for a, b in pairs])) for q, pairs in asked.items() if pairs}
 
 
-def load_reader(folder) -> Reader:
+def load_reader(folder: str | Path) -> Reader:
     """The reader of a toy base's folder (which has it in `reader/`), in float32 and eval mode."""
     from safetensors.torch import load_file
 

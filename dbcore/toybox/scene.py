@@ -7,7 +7,9 @@ of DreamBooth is one character under several views; a *class* is every character
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -136,10 +138,10 @@ class View:
         return "close up" if self.distance < 0.88 else "far away" if self.distance > 1.2 else ""
 
 
-def random_character(rng: np.random.Generator, **fixed) -> Character:
+def random_character(rng: np.random.Generator, **fixed: Any) -> Character:
     """A character drawn at random; keyword arguments fix some of its attributes."""
     color, color2 = rng.choice(list(COLORS), 2, replace=False)
-    drawn = dict(
+    drawn: dict[str, Any] = dict(
         kind=str(rng.choice(CLASSES)),
         color=str(color),
         color2=str(color2),
@@ -157,7 +159,7 @@ def random_proportion(rng: np.random.Generator) -> float:
     return round(float(rng.uniform(low, high)), 3)
 
 
-def random_view(rng: np.random.Generator, **fixed) -> View:
+def random_view(rng: np.random.Generator, **fixed: Any) -> View:
     """A view drawn at random, most often three-quarter from the front; the studio comes most
     often."""
     names = list(PLACES)
@@ -193,10 +195,10 @@ def named_build(character: Character, view: View) -> dict[str, int]:
     return {name: large for name, large in extreme.items() if BUILD[character.kind][name][large]}
 
 
-def view_words(view: View, keep) -> list[str]:
+def view_words(view: View, keep: Callable[[], bool]) -> list[str]:
     """Phrases for the side, the angle, the distance and the light; `keep()` says which are used."""
-    side, angle = view.side and keep() and view.side, view.angle and keep() and view.angle
-    words = [f"from the {' '.join(filter(None, (side, angle)))}"] if side or angle else []
+    seen = [word for word in (view.side, view.angle) if word and keep()]
+    words = [f"from the {' '.join(seen)}"] if seen else []
     if view.size and keep():
         words.append(view.size)
     if view.sun < 30 and view.place != "night" and keep():

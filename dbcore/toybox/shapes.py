@@ -8,33 +8,44 @@ A primitive is a row of 12 floats: kind, material, blend, then its geometry
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import numpy as np
 
 from dbcore.toybox.scene import Character
 
 ELLIPSOID, CAPSULE, BOX, CYLINDER, TORUS = range(5)
 SKIN, ACCENT, DARK, WHITE, BEAK, GLASS, METAL, HAT, GLOW, PALE = range(10)
+Vector: TypeAlias = Sequence[float] | np.ndarray  # x, y, z
+Row: TypeAlias = list[float]
+Built: TypeAlias = tuple[list[Row], tuple[float, float]]  # a character's rows, x and y of its hat
 
 
-def ellipsoid(center, radii, material=SKIN, blend=0.0):
+def ellipsoid(center: Vector, radii: Vector, material: int = SKIN,
+              blend: float = 0.0) -> Row:
     return [ELLIPSOID, material, blend, *center, *radii, 0, 0, 0]
 
 
-def capsule(a, b, ra, rb=None, material=SKIN, blend=0.0):
+def capsule(a: Vector, b: Vector, ra: float, rb: float | None = None, material: int = SKIN,
+            blend: float = 0.0) -> Row:
     """A limb from a to b, of radius ra at a and rb at b."""
     return [CAPSULE, material, blend, *a, *b, ra, ra if rb is None else rb, 0]
 
 
-def box(center, half, rounding, material=SKIN, blend=0.0):
+def box(center: Vector, half: Vector, rounding: float, material: int = SKIN,
+        blend: float = 0.0) -> Row:
     return [BOX, material, blend, *center, *half, rounding, 0, 0]
 
 
-def cylinder(center, half_height, radius, axis, material=SKIN, blend=0.0):
+def cylinder(center: Vector, half_height: float, radius: float, axis: int, material: int = SKIN,
+             blend: float = 0.0) -> Row:
     """`axis` is 0, 1 or 2: the cylinder lies along x, y or z."""
     return [CYLINDER, material, blend, *center, half_height, radius, axis, 0, 0, 0]
 
 
-def torus(center, radius, thickness, axis, material=SKIN, blend=0.0):
+def torus(center: Vector, radius: float, thickness: float, axis: int, material: int = SKIN,
+          blend: float = 0.0) -> Row:
     return [TORUS, material, blend, *center, radius, thickness, axis, 0, 0, 0]
 
 
@@ -59,7 +70,7 @@ def _four_legs(reach, hip, radius):
     return rows
 
 
-def dog(c: Character):
+def dog(c: Character) -> Built:
     reach = 0.30 + 0.26 * c.length
     hip = 0.34 + 0.26 * c.legs
     head = np.array([reach + 0.20 + 0.08 * c.neck, hip + 0.30 + 0.26 * c.neck, 0])
@@ -88,7 +99,7 @@ def _eyes(head, forward, up, aside, radius, material=DARK):
     return rows + glint
 
 
-def cat(c: Character):
+def cat(c: Character) -> Built:
     reach = 0.26 + 0.18 * c.length
     hip = 0.32 + 0.26 * c.legs
     head = np.array([reach + 0.18, hip + 0.36 + 0.20 * c.neck, 0])
@@ -112,7 +123,7 @@ def cat(c: Character):
     return rows, (head[0] - 0.03, head[1] + 0.19)
 
 
-def duck(c: Character):
+def duck(c: Character) -> Built:
     lift = 0.12 + 0.30 * c.legs
     long = 0.36 + 0.18 * c.length
     chest = np.array([0.22, lift + 0.36, 0])
@@ -135,7 +146,7 @@ def duck(c: Character):
     return rows, (head[0], head[1] + 0.19)
 
 
-def car(c: Character):
+def car(c: Character) -> Built:
     long = 0.66 + 0.22 * c.length
     wheel = 0.20 + 0.09 * c.legs
     floor = wheel + 0.20
@@ -162,7 +173,7 @@ def car(c: Character):
     return rows, (-0.12 - hood, top + 0.04 + 0.10 * c.neck)
 
 
-def teapot(c: Character):
+def teapot(c: Character) -> Built:
     tall = 0.40 + 0.16 * c.legs
     wide = 0.44 + 0.12 * c.length
     middle = tall + 0.06
@@ -180,7 +191,7 @@ def teapot(c: Character):
     return rows, (0.0, middle + tall * 0.92 + 0.06)
 
 
-def robot(c: Character):
+def robot(c: Character) -> Built:
     leg = 0.24 + 0.26 * c.legs
     half = 0.24 + 0.10 * c.length
     chest = leg + 0.32

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,14 @@ from dbcore.toybox.denoiser import make_pipeline
 from dbcore.toybox.encoder import SUBJECTS, VIEWS
 from dbcore.toybox.fit import save_half
 from dbcore.utils.files import whole_folder
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+
+    from dbcore.toybox.clip import ToyCLIP
+    from dbcore.toybox.encoder import SubjectEncoder
+    from dbcore.toybox.reader import Reader
 
 RECOMMENDED = {  # a config's `auto` takes them up; `prompts`, evaluate does
     "resolution": 64,
@@ -30,7 +39,9 @@ RECOMMENDED = {  # a config's `auto` takes them up; `prompts`, evaluate does
 LIMIT_MIB = 30
 
 
-def save_base(folder: Path, tokenizer, clip, autoencoder, unet, reader=None, encoder=None) -> Path:
+def save_base(folder: Path, tokenizer: CLIPTokenizer, clip: ToyCLIP, autoencoder: AutoencoderKL,
+              unet: UNet2DConditionModel, reader: Reader | None = None,
+              encoder: SubjectEncoder | None = None) -> Path:
     """Write the whole base beside `folder`, then put it in its place. Weights are rounded to half
     precision.
 

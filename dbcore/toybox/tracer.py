@@ -9,6 +9,7 @@ float32 (size, size, 3), sRGB in [0, 1], with 2 x 2 samples a pixel.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import njit, prange
@@ -16,6 +17,9 @@ from PIL import Image
 
 from dbcore.toybox.scene import COLORS, PATTERNS, PLACES, Character, View
 from dbcore.toybox.shapes import build
+
+if TYPE_CHECKING:
+    import torch
 
 STUDIO, BEACH, SNOW, WATER, NIGHT, GRASS, FLOOR, STREET, DESERT, CARPET, FOREST = range(11)
 CAMERA_DISTANCE, FOCAL, TARGET_Y = 5.0, 3.55, 0.70
@@ -418,7 +422,7 @@ def pack(scenes: list[tuple[Character, View]]) -> list[np.ndarray]:
     return [starts, np.concatenate(prims), *map(np.array, columns), np.array(flip)]
 
 
-def render_packed(packed: list[np.ndarray], size: int, device: str = "cpu"):
+def render_packed(packed: list[np.ndarray], size: int, device: str = "cpu") -> torch.Tensor:
     """Scenes, as `pack` gives them, to a tensor on `device`: uint8 (n, size, size, 3)."""
     import torch
 

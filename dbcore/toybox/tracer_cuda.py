@@ -6,10 +6,15 @@ pixels is another one.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 from numba import cuda
 
 from dbcore.toybox.tracer import _pixel
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK = (8, 8, 1)  # pixels that are traced together: neighbours, which take about the same path
 
@@ -25,14 +30,15 @@ def _render_pixels(starts, prims, turn, eye, tilt, sun, materials, pattern, plac
         out[k, row, seen, 0], out[k, row, seen, 1], out[k, row, seen, 2] = r, g, b
 
 
-def launch(packed: list, out, stream=0) -> None:
+def launch(packed: list, out: Any, stream: Any = 0) -> None:
     """Trace scenes, as `tracer.pack` gives them, into `out`, float32 (n, size, size, 3)."""
     count, size = out.shape[:2]
     blocks = -(-size // BLOCK[0])
     _render_pixels[(blocks, blocks, count), BLOCK, stream](*packed, out)
 
 
-def render_packed_cuda(packed: list[np.ndarray], size: int, device):
+def render_packed_cuda(packed: list[np.ndarray], size: int,
+                       device: torch.device | str) -> torch.Tensor:
     """Scenes, as `tracer.pack` gives them, to a tensor on the GPU, float32 (n, size, size, 3).
 
     Queued on torch's current stream; the host waits for nothing.

@@ -65,7 +65,8 @@ def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """Pieces after all the merges that apply, the earliest in the list first."""
     rank = {pair: k for k, pair in enumerate(merges)}
     while pairs := [pair for pair in itertools.pairwise(pieces) if pair in rank]:
-        pair, joined = min(pairs, key=rank.get), []
+        pair = min(pairs, key=lambda pair: rank[pair])
+        joined: list[str] = []
         for piece in pieces:
             if joined and (joined[-1], piece) == pair:
                 joined[-1] += piece
