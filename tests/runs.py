@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 from pipelines import make_tiny_pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbcore.engines.callbacks import Result
 
@@ -99,3 +100,17 @@ def files_of(folder):
     """{path: (bytes, time of change)} of every file in a folder."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns)
             for path in sorted(Path(folder).rglob("*")) if path.is_file()}  # fmt: skip
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies from one device to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::_to_copy", "aten::copy_"):
+            self.count += result.device != args[-1 if "copy_" in str(func) else 0].device
+        return result

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dbcore.datasets.cache import TensorStore
 from dbcore.datasets.photos import Photo, PhotoError, crop_to_square, shown, square_box
+from dbcore.utils.devices import to_device
 from dbcore.utils.seeding import integer, normal, permutation, uniform
 
 # places along the longer side that a random crop chooses from, so that each is encoded once
@@ -105,21 +106,21 @@ class DreamBoothData:
         geometry: (n, 6) pixels, as `Family.predict` takes it. x0 is drawn from the posterior: mean
         + std * epsilon.
         """
-        if self.config.cache_latents:
-            rows = [self.latents.get(s.view, base.device) for s in samples]
-        else:
-            rows = encode_views(base, samples, self.config)
-        mean, std, mask = (torch.stack([row[name] for row in rows])
-                           for name in ("mean", "std", "mask"))
-        epsilons, noises, us = zip(*(self.draws(s, step, mean.shape[1:]) for s in samples))
-        eps, noise = (torch.stack(column).to(base.device) for column in (epsilons, noises))
-        t = base.process.timestep(torch.tensor(us, dtype=torch.float64),
-                                  mean[0, 0].numel()).to(base.device)
-        geometry = torch.tensor([s.geometry(self.config.resolution) for s in samples],
-                                dtype=torch.float32)
-        return {"x0": mean + std * eps, "noise": noise, "t": t, "mask": mask,
-                "prompts": [s.prompt for s in samples],
-                "geometry": geometry.to(base.device)}
+        cached = self.config.cache_latents
+        rows = ([self.latents.get(sample.view) for sample in samples] if cached
+                else encode_views(base, samples, self.config))
+        views = {name: torch.stack([row[name] for row in rows]) for name in ("mean", "std", "mask")}
+        shape = views["mean"].shape[1:]
+        epsilons, noises, us = zip(*(self.draws(sample, step, shape) for sample in samples))
+        drawn = {"eps": torch.stack(epsilons), "noise": torch.stack(noises),
+                 "t": base.process.timestep(torch.tensor(us, dtype=torch.float64),
+                                            shape[1:].numel()),
+                 "geometry": torch.tensor([s.geometry(self.config.resolution) for s in samples],
+                                          dtype=torch.float32)}
+        batch = (to_device({**views, **drawn}, base.device) if cached
+                 else {**views, **to_device(drawn, base.device)})
+        x0 = batch.pop("mean") + batch.pop("std") * batch.pop("eps")
+        return {"x0": x0, "prompts": [sample.prompt for sample in samples], **batch}
 
     def draws(self, sample, step, shape):
         """(posterior's epsilon, noise, u of the timestep) of one sample, functions of (seed,

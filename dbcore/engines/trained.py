@@ -9,7 +9,7 @@ import torch
 
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.models.base import Family, checkpoint_gradients
-from dbcore.models.lora import PRESETS, add_lora, lora_parameters
+from dbcore.models.lora import PRESETS, add_lora, lora_parameters, multiply_in_half
 
 PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt"}  # optimizers that PyTorch has not
 
@@ -120,6 +120,7 @@ def inject(base: Family, config: TrainConfig) -> Modules:
             alpha = rank * (c.lora_alpha / c.rank)
         add_lora(module, rank, alpha, layers, c.lora_dropout, c.use_dora, c.use_rslora, c.seed,
                  presets=base.lora_targets[name])
+        multiply_in_half(module)
     return in_training(modules, c)
 
 

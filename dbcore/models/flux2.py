@@ -115,11 +115,11 @@ class Flux2Klein(Family):
 
     def predict(self, x_t, t, cond, geometry=None):
         height, width = x_t.shape[2:]
-        words = cond["prompt_embeds"].to(self.dtype)
+        words, device = cond["prompt_embeds"].to(self.dtype), x_t.device
         prediction = self.transformer(
             hidden_states=x_t.flatten(2).transpose(1, 2).to(self.dtype), timestep=t,
-            encoder_hidden_states=words, img_ids=places(1, height, width, 1).to(t.device),
-            txt_ids=places(1, 1, 1, words.shape[1]).to(t.device), return_dict=False)[0]
+            encoder_hidden_states=words, img_ids=places(device, 1, height, width, 1),
+            txt_ids=places(device, 1, 1, 1, words.shape[1]), return_dict=False)[0]
         return prediction.transpose(1, 2).unflatten(2, (height, width)).float()
 
     def pipeline_inputs(self, cond, negative):
@@ -132,6 +132,6 @@ class Flux2Klein(Family):
         return self.patches(found.float())
 
 
-def places(time: int, rows: int, columns: int, tokens: int) -> torch.Tensor:
+def places(device, *sizes: int) -> torch.Tensor:
     """Coordinates (time x rows x columns x tokens, 4), from which the transformer tells places."""
-    return torch.cartesian_prod(*(torch.arange(n) for n in (time, rows, columns, tokens)))
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))

@@ -68,6 +68,37 @@ def add_lora(module, rank, alpha, layers="attention", dropout=0.0, use_dora=Fals
     return lora_parameters(module)
 
 
+class MixedLinear(torch.nn.Linear):
+    """A linear layer whose weights are float32, and whose products are in its input's precision."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class MixedConv2d(torch.nn.Conv2d):
+    """The same of a convolution."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight.to(x.dtype), self.bias)
+
+
+MIXED = {torch.nn.Linear: MixedLinear, torch.nn.Conv2d: MixedConv2d}
+
+
+def multiply_in_half(module, name="default"):
+    """Let a LoRA on a network in half precision multiply in it; weights and gradients stay float32.
+
+    peft would make a float32 copy of each input, keep it for the gradient, and multiply without a
+    GPU's tensor cores. torch.autocast would not, but has norms in float32, which a frozen base does
+    without. DoRA is left as it is: the norms that it divides by need float32.
+    """
+    for _, layer in lora_layers(module):
+        if name in layer.lora_A and not layer.lora_variant:
+            layer.cast_input_dtype_enabled = False
+            for part in (layer.lora_A[name], layer.lora_B[name]):
+                part.__class__ = MIXED.get(type(part), type(part))
+
+
 class SampleDropout(torch.nn.Module):
     """Dropout in which a sample loses the same inputs whoever else is in its batch, and on
     whichever process.

@@ -1,12 +1,13 @@
 """A network's operations, recorded once and replayed without the Python between them.
 
-The numbers are the same. A small network on a CPU loses much of its time in that Python.
-torch.compile would take it away too, after minutes of compiling; recording takes a second at most
-for the toy base.
+The numbers are the same. A small network on a CPU loses much of its time in that Python, and so
+does any network on a GPU that is faster than Python can give it work. torch.compile would take it
+away too, after minutes of compiling; recording takes a second or two.
 """
 
 import warnings
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -14,27 +15,45 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dbcore.models.lora import SampleDropout
 
 
+def faster(predict, module, compile=False, batches=1):
+    """`predict`, a function that calls a network and is trained through it, with less Python in it.
+
+    `compile`: torch.compile the blocks that the network repeats, so that one is compiled for many.
+    `batches`: how many are added up in one step's gradients.
+    """
+    if compile:
+        if not getattr(module, "_repeated_blocks", None):
+            return torch.compile(predict)
+        module.compile_repeated_blocks()
+    # a CUDA graph leaves its gradients in the same place each time: a second batch's would be added
+    # to themselves
+    replays = can_replay(module) and (module.device.type == "cpu" or batches == 1)
+    return Replay(predict, module) if replays else predict
+
+
 def can_replay(module):
     """Whether a replay of a network is worth it and right.
 
-    On a CPU, with nothing random in it, and no Python on the way back.
+    With nothing random in it, and no Python on the way back.
     """
     random = any(part.p for part in module.modules()
                  if isinstance(part, (torch.nn.Dropout, SampleDropout)))
-    return module.device.type == "cpu" and not random and not module.is_gradient_checkpointing
+    there = module.device.type in ("cpu", "cuda")
+    return there and not random and not module.is_gradient_checkpointing
 
 
 class Replay:
     """A function that calls a network, recorded anew for each shape of its inputs.
 
-    The inputs are tensors, alone or in tuples and dicts, and constants beside them; the output is a
-    tensor, or a tuple of tensors. What may change from call to call is the inputs' numbers, and the
-    trainable parameters of `module`, the network. All else stays as it was recorded, and may (see
-    `can_replay`).
+    On a CPU torch.jit records it, on a GPU a CUDA graph. The inputs are tensors, alone or in tuples
+    and dicts, and constants beside them; the output is a tensor, or a tuple of tensors. What may
+    change from call to call is the inputs' numbers, and the trainable parameters of `module`, the
+    network. All else stays as it was recorded, and may (see `can_replay`).
     """
 
     def __init__(self, function, module):
         self.function, self.graphs = function, {}
+        self.on_gpu = module.device.type == "cuda"
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         self.places = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
@@ -43,33 +62,68 @@ class Replay:
     def __call__(self, *args, **kwargs):
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if torch.is_tensor(leaf)]
-        shapes = tuple(leaf.shape if torch.is_tensor(leaf) else leaf for leaf in leaves)
-        key, inputs = (structure, shapes), (*tensors, *self.parameters)
+        key = structure, tuple((leaf.shape, leaf.dtype, leaf.requires_grad) if torch.is_tensor(leaf)
+                               else leaf for leaf in leaves)
         if key not in self.graphs:
-            self.graphs[key] = self.record(inputs, leaves, structure)
+            record = self.capture if self.on_gpu else self.record
+            self.graphs[key] = record(tensors, leaves, structure)
+        if self.on_gpu:
+            return self.graphs[key](*tensors)
         with torch.jit.optimized_execution(False):  # it would change the third replay's last bits
-            return self.graphs[key](*inputs)
+            return self.graphs[key](*tensors, *self.parameters)
 
     @torch.no_grad()
-    def record(self, inputs, leaves, structure):
+    def record(self, tensors, leaves, structure):
         """The graph of the function for inputs of these shapes, and these constants."""
+        count = len(tensors)
+
         def run(*inputs):
-            given = iter(inputs)
-            filled = [next(given) if torch.is_tensor(leaf) else leaf for leaf in leaves]
-            self.put(given)  # as inputs: the recorder takes everything else for constants
-            args, kwargs = tree_unflatten(filled, structure)
-            return self.function(*args, **kwargs)
+            self.put(inputs[count:])  # as inputs: the recorder takes all else for constants
+            return call(self.function, *inputs[:count], leaves=leaves, structure=structure)
 
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # shapes become constants, as is meant
-                return torch.jit.trace(run, inputs, check_trace=False)
+                return torch.jit.trace(run, (*tensors, *self.parameters), check_trace=False)
         finally:
             self.put(self.parameters)
+
+    def capture(self, tensors, leaves, structure):
+        """A CUDA graph of the function, and one of the way back; the function where that fails."""
+        samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
+        eager = partial(call, self.function, leaves=leaves, structure=structure)
+        trained = Trained(eager, self.parameters)
+        try:
+            torch.cuda.make_graphed_callables(trained, samples, allow_unused_input=True)
+        except RuntimeError as error:
+            print("The steps cannot be recorded as a CUDA graph, and are slower: "
+                  f"{str(error).splitlines()[0]}")
+            return trained
+        # it refers to the module: without the way back, the graph's memory goes when it is let go
+        return vars(trained).pop("forward")
 
     def put(self, tensors):
         for (module, name), tensor in zip(self.places, tensors):
             module._parameters[name] = tensor
+
+
+def call(function, *inputs, leaves, structure):
+    """The function of tensors, with the constants in their places."""
+    given = iter(inputs)
+    filled = [next(given) if torch.is_tensor(leaf) else leaf for leaf in leaves]
+    args, kwargs = tree_unflatten(filled, structure)
+    return function(*args, **kwargs)
+
+
+class Trained(torch.nn.Module):
+    """A function and the parameters through which it is trained, which a CUDA graph must know."""
+
+    def __init__(self, function, parameters):
+        super().__init__()
+        self.function, self.parameters_of = function, torch.nn.ParameterList(parameters)
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
 
 
 @contextmanager
@@ -79,7 +133,7 @@ def replayed(module):
     The network must not change meanwhile. For many images: recording takes as long as some ten
     calls, and is lost at the end.
     """
-    if not can_replay(module):
+    if not can_replay(module) or module.device.type != "cpu":
         yield
         return
     module.forward = Replay(module.forward, module)

@@ -58,7 +58,7 @@ class StableDiffusionXL(StableDiffusion):
             height, width = (side * self.downsampling for side in x_t.shape[2:])
             geometry = torch.tensor([[height, width, 0, 0, height, width]], device=x_t.device)
             geometry = geometry.expand(len(x_t), 6)
-        x_t = x_t.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        x_t = x_t.to(self.dtype).contiguous(memory_format=self.layout)
         added = {"text_embeds": cond["text_embeds"].to(self.dtype), "time_ids": geometry}
         return self.unet(x_t, t, cond["encoder_hidden_states"].to(self.dtype),
                          added_cond_kwargs=added).sample.float()

@@ -101,7 +101,7 @@ class StableDiffusion(Family):
 
     def predict(self, x_t, t, cond, geometry=None):
         """The UNet's output for noisy latents x_t (n, c, h, w) at timesteps t (n,), float32."""
-        x_t = x_t.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        x_t = x_t.to(self.dtype).contiguous(memory_format=self.layout)
         cond = {name: tensor.to(self.dtype) for name, tensor in cond.items()}
         return self.unet(x_t, t, **cond).sample.float()
 

@@ -29,7 +29,7 @@ VARIANTS = {
     "checkpointing": ({"gradient_checkpointing": True}, {}),
     "low_vram": ({"low_vram": True}, {}),
     "prior preservation": (PRIOR, {}),
-    "the other memory layout": ({}, {"dbcore.models.base.layout": lambda device: other_layout()}),
+    "the other memory layout": ({}, {"dbcore.models.base.Family.layout": "contiguous_format"}),
     "fp16": ({"mixed_precision": "fp16"}, {}),
     "batch 4": ({"train_batch_size": 4}, {}),
     "float32": ({"mixed_precision": "no"}, {}),
@@ -234,6 +234,7 @@ def speed(base, args, resolution, options, places):
         stack.enter_context(random_weights())
         stack.enter_context(contextlib.suppress(Interrupted))
         for place, value in places.items():
+            value = getattr(torch, value) if isinstance(value, str) else value
             stack.enter_context(mock.patch(place, value))
         train(config, watch, watch.stop)
     found = {
@@ -339,12 +340,6 @@ def wait_for(path, name):
     """Until the other process has written the row."""
     while not (path.is_file() and f'"name": "{name}"' in path.read_text(encoding="utf-8")):
         time.sleep(0.2)
-
-
-def other_layout():
-    import torch
-
-    return torch.contiguous_format
 
 
 PARTS = {

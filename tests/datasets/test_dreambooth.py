@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import make_tiny_pipeline
+from runs import Copies, make_photos
 
 from dbcore.config import TrainConfig
 from dbcore.datasets.dreambooth import CROPS, DreamBoothData, Sample, refuse_shared, steps_per_epoch
@@ -282,3 +283,17 @@ def test_a_batch_carries_each_samples_geometry_and_time(base, photos):
                                           for sample in samples]
     assert batch["t"].tolist() == [integer(1000, 0, "timestep", 0, sample.number)
                                    for sample in samples]
+
+
+def test_all_that_a_step_needs_goes_to_the_device_in_one_copy(base, tmp_path, monkeypatch):
+    data = DreamBoothData(config(train_batch_size=2), gather_photos(make_photos(tmp_path), 32)[0])
+    samples = data.samples(0)
+    data.encode(base, samples)
+    here = data.batch(base, samples, 0)
+    monkeypatch.setattr(base, "device", torch.device("meta"))
+    with Copies() as copies:
+        there = data.batch(base, samples, 0)
+    assert copies.count == 1
+    assert there.pop("prompts") == here.pop("prompts")
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in there.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in here.items()}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from pipelines import make_tiny_pipeline
+from pipelines import MAX_TOKENS, make_tiny_pipeline
 
 from dbcore.config import ConfigError
 from dbcore.models.adapter import Adapter, Layer, LoraFileError, merge_adapters
@@ -16,6 +16,7 @@ from dbcore.models.lora import (
     lora_layers,
     lora_parameters,
     merge_lora,
+    multiply_in_half,
     read_lora,
     remove_lora,
     save_lora,
@@ -39,6 +40,10 @@ def base(folder):
 
 @torch.no_grad()
 def said(base):
+    return predict(base)
+
+
+def predict(base):
     """What the UNet predicts of fixed latents, under what the text encoder says of a fixed
     prompt."""
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -142,6 +147,45 @@ def test_a_half_precision_base_gets_a_lora_in_full_precision(folder):
     base = load_base(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in add_lora(base.unet, 4, 4.0)} == {torch.float32}
     assert base.unet.conv_in.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_a_lora_on_a_half_precision_base_multiplies_in_half(folder, layers):
+    base = load_base(folder, dtype=torch.bfloat16)
+    add_lora(base.unet, 4, 4, layers)
+    multiply_in_half(base.unet)
+    products = set()
+    for _, layer in lora_layers(base.unet):
+        for part in (layer.lora_A["default"], layer.lora_B["default"]):
+            part.register_forward_hook(lambda part, x, y: products.add((x[0].dtype, y.dtype)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.append((x.dtype, x.numel())) or x, lambda x: x):
+        loss = predict(base).sum()
+    loss.backward()
+    assert products == {(torch.bfloat16, torch.bfloat16)}
+    gradients = [p.grad for p in lora_parameters(base.unet)]
+    assert {g.dtype for g in gradients} == {torch.float32}
+    assert any(g.abs().max() > 0 for g in gradients)
+    # float32 copies of inputs, the smallest of them the prompts', would be kept for the gradient
+    assert not [n for dtype, n in kept if dtype == torch.float32 and n >= 2 * MAX_TOKENS * 16]
+
+
+def test_in_float32_a_lora_multiplies_as_before_to_the_last_bit(base):
+    add_lora(base.unet, 4, 4, "all")
+    for parameter in lora_parameters(base.unet):
+        parameter.data = torch.randn_like(parameter)
+    before = said(base)
+    multiply_in_half(base.unet)
+    assert torch.equal(said(base), before)
+
+
+def test_dora_divides_by_norms_in_float32(folder):
+    base = load_base(folder, dtype=torch.bfloat16)
+    before = said(base)
+    add_lora(base.unet, 4, 4, use_dora=True)
+    multiply_in_half(base.unet)
+    assert (said(base) - before).abs().max() < 0.02 * before.abs().max()
 
 
 @pytest.mark.parametrize(("layers", "endings"), [

@@ -1,5 +1,9 @@
 """A replay of the UNet gives the network's own numbers, to the last bit, as its LoRA learns."""
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from pipelines import make_tiny_pipeline
 
 from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora, lora_parameters, set_dropout
-from dbcore.models.replay import Replay, can_replay, replayed
+from dbcore.models.replay import Replay, can_replay, faster, replayed
 
 
 @pytest.fixture
@@ -89,3 +93,61 @@ def test_a_network_that_cannot_be_replayed_draws_as_ever(base):
     base.unet.enable_gradient_checkpointing()
     with replayed(base.unet):
         assert "forward" not in vars(base.unet)
+
+
+def test_faster_is_the_same_function(base):
+    add_lora(base.unet, 4, 4)
+    x_t, t, cond = batch(base, 1, seed=0)
+    found = faster(base.predict, base.unet)
+    assert isinstance(found, Replay)
+    assert torch.equal(found(x_t, t, cond), base.predict(x_t, t, cond))
+
+
+def test_batches_that_add_up_are_not_replayed_by_a_gpu_whose_gradients_lie_in_one_place(base):
+    gpu = SimpleNamespace(device=torch.device("cuda"), modules=list, named_parameters=list,
+                          is_gradient_checkpointing=False)
+    assert isinstance(faster(base.predict, gpu), Replay)
+    assert faster(base.predict, gpu, batches=2) == base.predict
+
+
+def test_a_cuda_graph_is_asked_for_with_what_is_trained_and_where_it_fails_python_goes_on(
+        base, monkeypatch, capsys):
+    add_lora(base.unet, 4, 4)
+    x_t, t, cond = batch(base, 1, seed=0)
+    replay = Replay(base.predict, base.unet)
+    replay.on_gpu = True
+
+    def graphed(function, samples, allow_unused_input):
+        asked.append((list(function.parameters()), [x.requires_grad for x in samples]))
+        forward = function.forward
+        function.forward = lambda *inputs: forward(*inputs) + 1
+        return function
+
+    def refused(function, samples, allow_unused_input):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    asked, wanted = [], base.predict(x_t, t, cond)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    assert torch.equal(replay(x_t, t, cond), wanted + 1)
+    (parameters, gradients), = asked
+    assert list(map(id, parameters)) == list(map(id, lora_parameters(base.unet)))
+    assert gradients == [False, False, True]
+    replay.graphs.clear()
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", refused)
+    assert torch.equal(replay(x_t, t, cond), wanted)
+    assert "not permitted when stream is capturing" in capsys.readouterr().out
+
+
+def test_a_replay_goes_when_it_is_let_go(base, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables",
+                        lambda function, *_, **__: setattr(function, "forward", function.forward))
+    replay = Replay(base.predict, base.unet)
+    replay.on_gpu = True
+    replay(*batch(base, 1, seed=0))
+    gone = weakref.ref(replay)
+    gc.disable()
+    try:
+        del replay
+        assert gone() is None
+    finally:
+        gc.enable()
