@@ -17,7 +17,7 @@ import types
 import typing
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dbcore.utils.errors import InputError
 from dbcore.utils.files import write_whole
@@ -28,6 +28,13 @@ PRECISIONS = (AUTO, "no", "fp32", "fp16", "bf16")  # no and fp32 are one
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts",
              "polynomial")
 SECRETS = {"hub_token"}
+# For the reader of types an option is what it is once `check` and `settle` have been through.
+if TYPE_CHECKING:
+    AutoInt: TypeAlias = int
+    AutoFloat: TypeAlias = float
+    Asked: TypeAlias = str
+else:
+    AutoInt, AutoFloat, Asked = int | str, float | str, str | None
 PATHS = ("pretrained_model_name_or_path", "tokenizer_name", "instance_data_dir", "class_data_dir",
          "output_dir")
 
@@ -50,22 +57,22 @@ class TrainConfig:
     """One training run. Lists of one may be given as the one value."""
 
     # The model
-    pretrained_model_name_or_path: str | None = knob(None,
+    pretrained_model_name_or_path: Asked = knob(None,
                                                      "the base: a folder or a name on the hub")
     revision: str | None = knob(None, "branch, tag or commit of the base on the hub; "
                                 "a commit keeps a run repeatable")
     variant: str | None = knob(None, "which files of the base, such as fp16, to save download")
     tokenizer_name: str | None = knob(None, "another tokenizer than the base's own; rarely needed")
     # The data
-    instance_data_dir: str | None = knob(None, "folder of photos of the subject, 3 to 10 of them")
-    instance_prompt: str | None = knob(
+    instance_data_dir: Asked = knob(None, "folder of photos of the subject, 3 to 10 of them")
+    instance_prompt: Asked = knob(
         None, "the words that will call the subject, such as 'a photo of sks dog'; "
         "a photo's own caption wins")
     class_data_dir: str | None = knob(
         None, "folder of class pictures: your own are used as they are, an empty one is filled; "
         "without it they are made once and kept in a cache")
     class_prompt: str | None = knob(None, "the class in words, such as 'a photo of a dog'")
-    resolution: int | str = knob(
+    resolution: AutoInt = knob(
         AUTO, "side of the training pictures in pixels; auto is the base's own, lower it when "
         "memory runs out", low=8)
     center_crop: bool = knob(
@@ -88,9 +95,9 @@ class TrainConfig:
     prior_generation_precision: str = knob(AUTO, "precision in which they are made; "
                                            "no where they come out black", PRECISIONS)
     # The LoRA
-    rank: int | str = knob(AUTO, "rank r of the update B A; more learns more detail and forgets "
+    rank: AutoInt = knob(AUTO, "rank r of the update B A; more learns more detail and forgets "
                            "more", low=1)
-    lora_alpha: float | str = knob(
+    lora_alpha: AutoFloat = knob(
         AUTO, "the update is scaled by alpha / rank; auto is alpha = rank, less learns more gently",
         above=0)
     lora_dropout: float = knob(0.0, "share of the LoRA's inputs dropped in training, against "
@@ -103,9 +110,9 @@ class TrainConfig:
     # The text encoder
     train_text_encoder: bool = knob(False,
                                     "also put a LoRA on the text encoder; see text_encoder_lr")
-    text_encoder_lr: float | str = knob(AUTO, "its learning rate; auto is a tenth of learning_rate",
+    text_encoder_lr: AutoFloat = knob(AUTO, "its learning rate; auto is a tenth of learning_rate",
                                         above=0)
-    text_encoder_rank: int | str = knob(AUTO, "its rank; auto is rank, lower it where words lose "
+    text_encoder_rank: AutoInt = knob(AUTO, "its rank; auto is rank, lower it where words lose "
                                         "their meaning", low=1)
     train_text_encoder_frac: float = knob(
         1.0, "stop training it after this fraction of the steps, as it overfits first", above=0,
@@ -113,7 +120,7 @@ class TrainConfig:
     tokenizer_max_length: int | None = knob(
         None, "cut prompts to this many tokens instead of the tokenizer's; rarely needed", low=3)
     # Optimisation
-    learning_rate: float | str = knob(
+    learning_rate: AutoFloat = knob(
         AUTO, "step size; auto is the base's recommendation, else 2e-4; higher where nothing is "
         "learnt, lower where pictures break up", above=0)
     scale_lr: bool = knob(False, "multiply it by processes, batch and accumulation: "
@@ -125,7 +132,7 @@ class TrainConfig:
                                 "do harm", low=0)
     lr_num_cycles: int = knob(1, "restarts of cosine_with_restarts", low=1)
     lr_power: float = knob(1.0, "exponent of polynomial", above=0)
-    train_batch_size: int | str = knob(
+    train_batch_size: AutoInt = knob(
         AUTO, "photos a step and process; auto is the base's recommendation, else 1; "
         "more is steadier and slower", low=1)
     gradient_accumulation_steps: int = knob(1, "batches a step: a larger batch in the memory of a "
@@ -252,7 +259,7 @@ class TrainConfig:
 class GenerateConfig:
     """Pictures from a base, with or without LoRAs."""
 
-    pretrained_model_name_or_path: str | None = knob(
+    pretrained_model_name_or_path: Asked = knob(
         None, "the base; without it, the one the first LoRA's run was trained on")
     revision: str | None = knob(None, "branch, tag or commit of the base on the hub")
     variant: str | None = knob(None, "which files of the base, such as fp16")
@@ -263,15 +270,15 @@ class GenerateConfig:
     negative_prompt: str = knob("", "what to keep away from")
     num_images: int = knob(4, "pictures a prompt", low=1)
     seed: int = knob(0, "of the first picture; the next has seed + 1, and so on")
-    num_inference_steps: int | str = knob(AUTO, "denoising steps; "
+    num_inference_steps: AutoInt = knob(AUTO, "denoising steps; "
                                           "auto is the base's recommendation, else 25", low=1)
-    guidance_scale: float | str = knob(AUTO, "pull towards the prompt; "
+    guidance_scale: AutoFloat = knob(AUTO, "pull towards the prompt; "
                                        "auto is the base's recommendation, else 7.5",
                                        low=0)
     scheduler: str = knob(AUTO, "sampler: ddim, dpm++, euler, euler_a, unipc or ddpm; "
                           "auto is the base's recommendation, else its own",
                           (AUTO, "ddim", "dpm++", "euler", "euler_a", "unipc", "ddpm"))
-    resolution: int | str = knob(AUTO, "side of the pictures in pixels", low=8)
+    resolution: AutoInt = knob(AUTO, "side of the pictures in pixels", low=8)
     batch_size: int = knob(8, "pictures drawn at a time", low=1)
     mixed_precision: str = knob(AUTO, "precision; auto is bf16 or fp16 on a GPU, no elsewhere",
                                 PRECISIONS)

@@ -2,6 +2,7 @@
 memory."""
 
 import tempfile
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ import torch
 from dbcore.utils.files import writing
 
 
-def scratch():
+def scratch() -> str:
     """The words for the folder of temporary files, which few people know the place of."""
     return (f"the folder for temporary files ({tempfile.tempdir or 'none found'}; "
             "TMPDIR names another)")
@@ -31,7 +32,7 @@ class TensorStore:
     def __contains__(self, key):
         return key in self.where
 
-    def put(self, key, tensors):
+    def put(self, key: Hashable, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep {name: tensor} under `key`, as float32."""
         entry = []
         self.file.seek(0, 2)
@@ -42,7 +43,7 @@ class TensorStore:
             self.file.flush()
         self.where[key] = entry
 
-    def get(self, key, device="cpu"):
+    def get(self, key: Hashable, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         """{name: tensor}, as it was put."""
         tensors = {}
         for name, offset, shape in self.where[key]:

@@ -5,9 +5,14 @@ order drawn anew for each pass, so a batch is a function of (seed, step): there 
 rewind, no partial batch, and processes share the samples of one sequence.
 """
 
+from __future__ import annotations
+
 import filecmp
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +22,10 @@ from dbcore.datasets.cache import TensorStore
 from dbcore.datasets.photos import Photo, PhotoError, crop_to_square, shown, square_box
 from dbcore.utils.devices import to_device
 from dbcore.utils.seeding import integer, normal, permutation, uniform
+
+if TYPE_CHECKING:
+    from dbcore.config import TrainConfig
+    from dbcore.models.base import Family
 
 # places along the longer side that a random crop chooses from, so that each is encoded once
 CROPS = 4
@@ -36,11 +45,11 @@ class Sample:
     is_class: bool = False
 
     @property
-    def view(self):
+    def view(self) -> tuple[Path, float, bool]:
         """What its latents depend on."""
         return self.photo.path, self.place, self.mirrored
 
-    def geometry(self, resolution):
+    def geometry(self, resolution: int) -> list[int]:
         """Height and width of the photo, top and left of the crop once resized, height and width of
         the crop."""
         width, height = self.photo.size
@@ -54,11 +63,12 @@ class Sample:
 class DreamBoothData:
     """Photos of the subject, and, with prior preservation, of its class."""
 
-    def __init__(self, config, photos, class_photos=()):
+    def __init__(self, config: TrainConfig, photos: Iterable[Photo],
+                 class_photos: Iterable[Photo] = ()):
         self.config, self.photos, self.class_photos = config, list(photos), list(class_photos)
         self.latents = TensorStore()
 
-    def samples(self, step, micro=0, rank=0, world=1):
+    def samples(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> list[Sample]:
         """The batch of one process: instance samples first, then as many of the class.
 
         `micro` counts the batches of one optimizer step, `rank` of `world` the processes.
@@ -84,12 +94,13 @@ class DreamBoothData:
                   or self.config.instance_prompt)
         return Sample(photo, prompt, crop, mirrored, number, is_class)
 
-    def prompts(self):
+    def prompts(self) -> list[str]:
         """Every text that a run can meet."""
         own = [photo.caption or self.config.instance_prompt for photo in self.photos]
-        return list(dict.fromkeys(own + ([self.config.class_prompt] if self.class_photos else [])))
+        of_class = [str(self.config.class_prompt)] if self.class_photos else []
+        return list(dict.fromkeys(own + of_class))
 
-    def encode(self, base, samples):
+    def encode(self, base: Family, samples: Iterable[Sample]) -> None:
         """Latents of each new view among `samples`, into the store.
 
         One at a time: in a batch the last bits hang on the neighbours, and a resumed run has
@@ -99,7 +110,7 @@ class DreamBoothData:
             if sample.view not in self.latents:
                 self.latents.put(sample.view, encode_views(base, [sample], self.config)[0])
 
-    def batch(self, base, samples, step):
+    def batch(self, base: Family, samples: Sequence[Sample], step: int) -> dict[str, Any]:
         """Tensors of a batch on the base's device.
 
         x0, noise: (n, c, h, w); t: (n,); mask: (n, 1, h, w) in [0, 1]; prompts: n strings;
@@ -122,7 +133,8 @@ class DreamBoothData:
         x0 = batch.pop("mean") + batch.pop("std") * batch.pop("eps")
         return {"x0": x0, "prompts": [sample.prompt for sample in samples], **batch}
 
-    def draws(self, sample, step, shape):
+    def draws(self, sample: Sample, step: int,
+              shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, float]:
         """(posterior's epsilon, noise, u of the timestep) of one sample, functions of (seed,
         stream, step, sample)."""
         kind, seed = ("class " if sample.is_class else ""), self.config.seed
@@ -134,14 +146,14 @@ class DreamBoothData:
         return epsilon, noise, uniform(seed, kind + "timestep", step, sample.number)
 
 
-def steps_per_epoch(config, photos, processes=1):
+def steps_per_epoch(config: TrainConfig, photos: int, processes: int = 1) -> int:
     """Optimizer steps that see each of `photos` (how many) once."""
     return -(-photos // (config.train_batch_size * config.gradient_accumulation_steps * processes))
 
 
-def refuse_shared(photos, class_photos):
+def refuse_shared(photos: Iterable[Photo], class_photos: Iterable[Photo]) -> None:
     """Raises PhotoError for a photo that is an image of the class too: by a link, or as a copy."""
-    by_size = {}
+    by_size: dict[int, list[Path]] = {}
     for photo in photos:
         by_size.setdefault(photo.path.stat().st_size, []).append(photo.path)
     shared = next(((photo.path, own) for photo in class_photos
@@ -153,7 +165,8 @@ def refuse_shared(photos, class_photos):
                          "class; choose a folder of class images alone")
 
 
-def encode_views(base, samples, config):
+def encode_views(base: Family, samples: Sequence[Sample],
+                 config: TrainConfig) -> list[dict[str, torch.Tensor]]:
     """[{"mean", "std", "mask"}] of samples, one autoencoder pass."""
     looks = [look(sample, config) for sample in samples]
     mean, std = base.encode_images(torch.stack([pixels for pixels, _ in looks]))
@@ -163,25 +176,27 @@ def encode_views(base, samples, config):
             for m, s, mask in zip(mean, std, masks)]
 
 
-def look(sample, config):
+def look(sample: Sample, config: TrainConfig) -> tuple[torch.Tensor, Image.Image | None]:
     """(pixels (3, r, r) in [-1, 1], mask image or None) of a photo as a sample sees it."""
-    how = {"resolution": config.resolution, "center_crop": False, "at": sample.place}
+    how: dict[str, Any] = {"resolution": config.resolution, "center_crop": False,
+                           "at": sample.place}
     image = crop_to_square(sample.photo.load(), interpolation=config.image_interpolation_mode,
                            **how)
     mask = sample.photo.load_mask() if config.use_masks else None
     if mask is not None:
         mask = crop_to_square(mask, interpolation="nearest", **how)
     if sample.mirrored:
-        image, mask = (x and x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, mask))
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        mask = mask and mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return to_pixels(image), mask
 
 
-def to_pixels(image):
+def to_pixels(image: Image.Image) -> torch.Tensor:
     """An RGB image as a float tensor (3, h, w) in [-1, 1]."""
     return torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1)
 
 
-def shrink(mask, size):
+def shrink(mask: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     """A mask image as (1, h, w) in [0, 1] at the latents' size: the white share of each latent's
     patch."""
     return torch.from_numpy(np.asarray(mask.resize(size[::-1], Image.Resampling.BOX),

@@ -3,10 +3,12 @@
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import cast
 
 from PIL import Image, ImageCms
 
@@ -76,13 +78,13 @@ class Problem:
         return f"{shown(self.path.name)}: {self.message}" + (" [skipped]" if self.skipped else "")
 
 
-def shown(name):
+def shown(name: str | Path | Exception) -> str:
     """A file name safe to print: control characters and stray bytes are written as escapes."""
     text = str(name).encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def is_regular(path):
+def is_regular(path: str | Path) -> bool:
     """Not a folder, a dangling or circular link, nor a pipe, whose opening would wait for ever."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
@@ -93,7 +95,7 @@ def is_regular(path):
 # --- what a file is -------------------------------------------------------------------------------
 
 
-def looks_like_image(path):
+def looks_like_image(path: str | Path) -> bool:
     """Whether a file's ending or first bytes are those of an image, read here or not."""
     if Path(path).suffix.lower() in UNREAD_SUFFIXES | HEIC_SUFFIXES | VIDEO_SUFFIXES:
         return True
@@ -117,7 +119,7 @@ def _unread_start(path):
     )
 
 
-def known_formats():
+def known_formats() -> list[str]:
     """Those of FORMATS that this Pillow reads, with HEIF where its package is installed."""
     Image.init()
     if "HEIF" not in Image.OPEN:
@@ -128,7 +130,7 @@ def known_formats():
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def reason(path, error):
+def reason(path: str | Path, error: Exception) -> tuple[str, str]:
     """(kind, message) for an exception raised while an image was read."""
     suffix = Path(path).suffix.lower()
     if isinstance(error, PhotoError):
@@ -162,7 +164,8 @@ def reason(path, error):
 
 
 @contextmanager
-def decoded(path, draft=None):
+def decoded(path: str | Path,
+            draft: int | None = None) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
     """(image, size): the first frame, not yet upright, and its (width, height) in the file.
 
     `draft` (pixels): a JPEG is read, to its last byte, at the smallest scale that leaves this side.
@@ -175,7 +178,7 @@ def decoded(path, draft=None):
         yield image, size
 
 
-def load_rgb(path):
+def load_rgb(path: str | Path) -> Image.Image:
     """The image upright, as a `PIL.Image` in RGB."""
     with decoded(path) as (image, _):
         return to_rgb(upright(image))
@@ -247,7 +250,7 @@ def _png_without(path, kinds):
 # --- upright RGB ----------------------------------------------------------------------------------
 
 
-def orientation(image):
+def orientation(image: Image.Image) -> int:
     """EXIF's tag 0x0112: 1 is upright, 5 to 8 swap the sides; 1 where it cannot be read."""
     try:
         with warnings.catch_warnings():
@@ -258,25 +261,25 @@ def orientation(image):
         return 1
 
 
-def upright(image):
+def upright(image: Image.Image) -> Image.Image:
     turn = TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def grey_depth(image):
+def grey_depth(image: Image.Image) -> int | None:
     """Bits of a grey image's values as its brightest one tells, None for another image.
 
     Many cameras put 12 into 16. Raises PhotoError for values that no depth holds.
     """
     if not image.mode.startswith("I"):
         return None
-    low, high = image.getextrema()
+    low, high = cast(tuple[int, int], image.getextrema())
     if low < 0 or high >= 2 ** DEPTHS[-1]:
         raise PhotoError(f"holds grey values from {low} to {high}: save it with 8 or 16 bits")
     return next(depth for depth in DEPTHS if high < 2**depth)
 
 
-def to_rgb(image):
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode as 8-bit sRGB: deep grey scaled, transparency on white.
 
     CMYK and profiles are converted. Raises PhotoError for values whose range is not known.

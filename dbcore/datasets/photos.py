@@ -8,8 +8,10 @@ it. `images.py` reads one file; `sidecars.py` finds the caption and the mask tha
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -77,11 +79,11 @@ class Photo:
     caption: str | None = None
     mask_path: Path | None = None
 
-    def load(self):
+    def load(self) -> Image.Image:
         """The photo as an upright `PIL.Image` in RGB, its size `self.size`."""
         return load_rgb(self.path)
 
-    def load_mask(self):
+    def load_mask(self) -> Image.Image | None:
         """The mask as an upright `PIL.Image` in mode L at the photo's size, or None if there is
         none."""
         if self.mask_path is None:
@@ -92,7 +94,7 @@ class Photo:
 # --- find -----------------------------------------------------------------------------------------
 
 
-def find_photos(folder):
+def find_photos(folder: str | Path) -> list[Path]:
     """The picture files in `folder` and the folders within it, sorted by path; junk and masks left
     out.
 
@@ -134,7 +136,8 @@ def _may_be_photo(path):
 # --- check ----------------------------------------------------------------------------------------
 
 
-def gather_photos(folder, resolution=None, use_masks=True):
+def gather_photos(folder: str | Path, resolution: int | None = None,
+                  use_masks: bool = True) -> tuple[list[Photo], list[Problem]]:
     """`find_photos` and `check_photos` at once: (photos, problems), with at least one photo.
 
     Raises `PhotoError`, which names the folder and each file's reason, if none can be used; also
@@ -176,7 +179,9 @@ def _refuse_layout(folder, paths):
         )
 
 
-def check_photos(paths, resolution=None, folder=None, use_masks=True):
+def check_photos(paths: Iterable[Path], resolution: int | None = None,
+                 folder: str | Path | None = None,
+                 use_masks: bool = True) -> tuple[list[Photo], list[Problem]]:
     """Open every file once, one after another, and say what is wrong: (photos, problems).
 
     `resolution` (pixels) adds the warning for photos smaller than that. `folder` is how far up a
@@ -184,7 +189,9 @@ def check_photos(paths, resolution=None, folder=None, use_masks=True):
     picture becomes a `Problem`. Raises PhotoError where a table of captions names no photo, or
     every mask is black.
     """
-    paths, photos, problems, prints, digests = list(map(Path, paths)), [], [], [], {}
+    paths, photos, prints = list(map(Path, paths)), [], []
+    problems: list[Problem] = []
+    digests: dict[bytes, Path] = {}
     captions = Captions(paths, Path(folder) if folder is not None else None, problems)
     masks = Masks(paths if use_masks else [], problems)
     for path in paths:
@@ -331,7 +338,10 @@ def _differences(thumbnails):
 # --- square ---------------------------------------------------------------------------------------
 
 
-def square_box(size, at=0.5):
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
+def square_box(size: tuple[int, int], at: float = 0.5) -> Box:
     """The largest square in `size` = (width, height): (left, top, right, bottom) in whole pixels.
 
     `at` in [0, 1] is its place along the longer side: 0 left or top, 0.5 centred, 1 right or
@@ -343,7 +353,7 @@ def square_box(size, at=0.5):
     return left, top, left + side, top + side
 
 
-def check_box(box, size):
+def check_box(box: Iterable[Any], size: tuple[int, int]) -> Box:
     """`box` as four whole numbers; `PhotoError` unless it is a square inside `size` = (width,
     height)."""
     try:
@@ -365,7 +375,9 @@ def check_box(box, size):
     return left, top, right, bottom
 
 
-def crop_to_square(image, resolution, center_crop=True, box=None, interpolation="lanczos", at=0.5):
+def crop_to_square(image: Image.Image, resolution: int, center_crop: bool = True,
+                   box: Box | None = None, interpolation: str = "lanczos",
+                   at: float = 0.5) -> Image.Image:
     """A `resolution` x `resolution` copy of the largest square of an image, or of the square `box`.
 
     The square is centred, or, with `center_crop=False`, lies at `at` in [0, 1] along the longer

@@ -1,7 +1,17 @@
 """Prompts and captions against what a base reads of them: a limited number of tokens."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
 from dbcore.datasets.images import shown
 from dbcore.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from dbcore.config import TrainConfig
+    from dbcore.datasets.photos import Photo
+    from dbcore.models.base import Family
 
 COMMON = {  # words that never call a subject
     "a", "an", "and", "at", "by", "image", "in", "my", "of", "on", "photo", "photograph",
@@ -14,7 +24,8 @@ class PromptError(InputError):
     """A text whose words for the subject no text encoder sees."""
 
 
-def check_fit(base, texts, instance_prompt, class_prompt=None, say=print):
+def check_fit(base: Family, texts: Iterable[tuple[str, str]], instance_prompt: str,
+              class_prompt: str | None = None, say: Callable[[str], Any] = print) -> None:
     """Say of each text what lies beyond the base's token limit.
 
     `texts`: [(where it comes from, text)]; `base`: a Family. Raises PromptError where a word that
@@ -35,7 +46,7 @@ def check_fit(base, texts, instance_prompt, class_prompt=None, say=print):
         say(f"  {end}")
 
 
-def texts_of(config, photos):
+def texts_of(config: TrainConfig, photos: Iterable[Photo]) -> list[tuple[str, str]]:
     """[(where it comes from, text)] of all that a run with these photos says to its base."""
     texts = [
         ("--instance_prompt", config.instance_prompt),
@@ -47,14 +58,14 @@ def texts_of(config, photos):
     ]
 
 
-def calling_words(instance_prompt, class_prompt=None):
+def calling_words(instance_prompt: str, class_prompt: str | None = None) -> set[str]:
     """The words of the instance prompt that are neither common nor the class's."""
     return words(instance_prompt) - COMMON - words(class_prompt or "")
 
 
-def words(text):
+def words(text: str) -> set[str]:
     return {word.strip(".,;:!?\"'()").lower() for word in text.split()}
 
 
-def shortened(text):
+def shortened(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"

@@ -6,13 +6,17 @@ For a photo `dog.jpg`
 Nothing is passed over: a file that looks like one of these and is not used becomes a `Problem`.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
 import re
 import unicodedata
+from collections.abc import Iterable, Iterator
 from os.path import lexists
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import ImageStat
 
@@ -28,6 +32,13 @@ from dbcore.datasets.images import (
 )
 from dbcore.utils.errors import InputError
 from dbcore.utils.text import plain, read_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from PIL import Image
+
+    from dbcore.datasets.photos import Photo
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first wins
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -60,12 +71,12 @@ class Captions:
     where a table names none of the photos.
     """
 
-    def __init__(self, paths, root, problems):
+    def __init__(self, paths: Iterable[Path], root: Path | None, problems: list[Problem]):
         self.root, self.problems = root, problems
         folders = {path.parent: None for path in paths}  # in the order of the photos
         self.beside = {folder: caption_files(folder) for folder in folders}
         above = dict.fromkeys(up for folder in folders for up in self._upwards(folder))
-        self.tables = {
+        self.tables: dict[Path, dict[str, str]] = {
             folder / name: {} for folder in above for name in TABLES if lexists(folder / name)
         }
         for table, rows in self.tables.items():
@@ -74,7 +85,7 @@ class Captions:
         for folder in folders:
             self._unused_files(folder, paths)
 
-    def of(self, path):
+    def of(self, path: Path) -> str | None:
         """One line of text, or None."""
         for file in self._files_of(path):
             try:
@@ -91,7 +102,7 @@ class Captions:
                     return " ".join(text.split()) or None
         return None
 
-    def gaps(self, photos):
+    def gaps(self, photos: list[Photo]) -> list[Problem]:
         """A note if only some photos have captions; one on each that a table leaves out."""
         without = [photo for photo in photos if photo.caption is None]
         if not without or len(without) == len(photos):
@@ -177,7 +188,7 @@ class Captions:
                 )
 
 
-def caption_files(folder):
+def caption_files(folder: Path) -> list[Path]:
     """What may be a caption of this folder's photos, read here or not; tables left out."""
     return [
         file
@@ -191,13 +202,13 @@ def caption_files(folder):
     ]
 
 
-def check_regular(path):
+def check_regular(path: Path) -> None:
     """Raises InputError for a folder, a broken link or a pipe."""
     if not is_regular(path):
         raise InputError("is not an ordinary file (a broken link, a folder or a device)")
 
 
-def table_rows(path):
+def table_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, row) of a table; None for a line of no JSON. Raises InputError."""
     check_regular(path)
     # with their ends, as a caption in quotes may have several; and no others, such as U+2028
@@ -215,14 +226,14 @@ def table_rows(path):
             yield number, parse(line)
 
 
-def parse(line):
+def parse(line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
 
 
-def row_caption(row):
+def row_caption(row: Any) -> tuple[str, str] | None:
     """(file name, caption) of a row, or None: only strings are captions."""
     name = row.get("file_name") if isinstance(row, dict) else None
     text = next((row[column] for column in TEXT_COLUMNS if column in row), None) if name else None
@@ -234,7 +245,7 @@ def row_caption(row):
         return None
 
 
-def row_key(name):
+def row_key(name: str | Path) -> str:
     """A file name, two spellings of which are one: / for \\, no leading ./, composed letters."""
     return unicodedata.normalize("NFC", PurePosixPath(str(name).replace("\\", "/")).as_posix())
 
@@ -242,7 +253,7 @@ def row_key(name):
 # --- masks ----------------------------------------------------------------------------------------
 
 
-def mask_owners(names, known):
+def mask_owners(names: Iterable[str], known: set[str]) -> dict[str, str]:
     """{file name of a mask: name or stem of its photo} among the image names of one folder.
 
     `known`: names and stems of the photos there. `dog-mask.png` is a mask where there is a `dog`,
@@ -255,17 +266,18 @@ def mask_owners(names, known):
     }
 
 
-def stems_and_names(names):
+def stems_and_names(names: Iterable[str]) -> set[str]:
     return {word for name in names for word in (name, PurePosixPath(name).stem)}
 
 
 class Masks:
     """The masks of a set of photos; what is black, misshapen or nobody's becomes a `Problem`."""
 
-    def __init__(self, paths, problems):
-        self.problems, self.black, self.good = problems, [], 0
-        self.of_photo = {}
-        names = {}
+    def __init__(self, paths: Iterable[Path], problems: list[Problem]):
+        self.problems, self.good = problems, 0
+        self.black: list[Path] = []
+        self.of_photo: dict[tuple[Path, str], list[Path]] = {}
+        names: dict[Path, list[str]] = {}
         for path in paths:
             names.setdefault(path.parent, []).append(path.name)
         for folder, photos in names.items():
@@ -278,7 +290,7 @@ class Masks:
                         Problem(mask, "mask", f"no photo is called {shown(owner)}: not used")
                     )
 
-    def of(self, path, size):
+    def of(self, path: Path, size: tuple[int, int]) -> Path | None:
         """The path of the mask of a photo of `size`, or None; one of no use is reported."""
         for mask in [
             mask
@@ -293,7 +305,7 @@ class Masks:
             self.problems.append(Problem(mask, "mask", f"{fault}; trained without it", photo=path))
         return None
 
-    def check_black(self):
+    def check_black(self) -> None:
         """Raises PhotoError where every mask is black."""
         if self.black and not self.good:
             raise PhotoError(
@@ -303,7 +315,7 @@ class Masks:
             )
 
 
-def masks_of(folder, known):
+def masks_of(folder: Path, known: set[str]) -> list[tuple[Path, str]]:
     """[(mask, name or stem of its photo)] beside the photos of a folder and in its mask folders."""
     entries = sorted(folder.iterdir())
     images = [
@@ -323,13 +335,13 @@ def masks_of(folder, known):
     return [(mask, owner) for mask, owner in found if is_regular(mask)]
 
 
-def folder_owner(mask):
+def folder_owner(mask: Path) -> str:
     """`masks/dog.png` or `masks/dog_mask.png` -> dog."""
     match = MASK_NAME.fullmatch(mask.stem)
     return (match["before"] or match["after"]) if match else mask.stem
 
 
-def mask_fault(path, size):
+def mask_fault(path: Path, size: tuple[int, int]) -> str | None:
     """Why a mask is of no use for a photo of `size`, or None."""
     if "condlabel" in path.stem.lower():
         return "is a conditioning image, which is not read here"
@@ -340,7 +352,7 @@ def mask_fault(path, size):
     wide, high = mask.size
     if abs(wide / high - size[0] / size[1]) >= 0.02 * size[0] / size[1]:
         return f"{wide} x {high} has not the shape of its photo, {size[0]} x {size[1]}"
-    brightest = mask.getextrema()[1]
+    brightest = cast(int, mask.getextrema()[1])
     if brightest < BLACK:
         return f"black (its brightest value is {brightest} of 255): its photo would teach nothing"
     white = ImageStat.Stat(mask).mean[0] / 255
@@ -349,12 +361,13 @@ def mask_fault(path, size):
     return None
 
 
-def load_mask(path):
+def load_mask(path: Path) -> Image.Image:
     """A mask, upright, in mode L; of a cut-out subject, what is not transparent."""
     with decoded(path) as (image, _):
         image = upright(image)
         if image.has_transparency_data:
             alpha = image.convert("RGBA").getchannel("A")
-            if alpha.getextrema()[0] < alpha.getextrema()[1]:
+            clearest, densest = cast(tuple[int, int], alpha.getextrema())
+            if clearest < densest:
                 return alpha
         return to_rgb(image).convert("L")

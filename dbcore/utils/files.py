@@ -5,6 +5,8 @@ What is written has a name of its own (`.NAME.<8 hex digits>.partial`), so that 
 one. The dot hides what a kill leaves from those who look for photos; `sweep` takes it away.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import os
@@ -12,9 +14,14 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dbcore.utils.errors import DBCoreError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LEFT = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 
@@ -23,13 +30,13 @@ class FileError(DBCoreError, OSError):
     """A file or folder that cannot be written; `reason`: the system's own words, `fault`: those and
     the place."""
 
-    def __init__(self, place, reason):
+    def __init__(self, place: str | Path, reason: str):
         self.reason, self.fault = reason, f"{place} cannot be written to: {reason}"
         super().__init__(f"{self.fault}. Free some space, check the permissions, "
                          "or choose another folder")
 
 
-def is_of_files(error):
+def is_of_files(error: OSError) -> bool:
     """Whether an OSError is the file system's (disk full, no permission), and not a network's or a
     library's."""
     from_system = type(error).__module__ == "builtins" and error.errno is not None
@@ -38,18 +45,18 @@ def is_of_files(error):
 
 
 @contextlib.contextmanager
-def writing(place):
+def writing(place: str | Path) -> Iterator[None]:
     """Within it, what the file system refuses becomes a FileError that names `place`."""
     try:
         yield
     except OSError as error:
         if isinstance(error, FileError) or not is_of_files(error):
             raise
-        raise FileError(place, error.strerror) from error
+        raise FileError(place, str(error.strerror)) from error
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def whole_file(path: str | Path) -> Iterator[Path]:
     """The name to write a file under, which is flushed and renamed to `path` at the end of the
     block.
 
@@ -69,7 +76,7 @@ def whole_file(path):
             raise
 
 
-def write_whole(path, data):
+def write_whole(path: str | Path, data: bytes | str) -> None:
     """`data` (bytes, or text, written as UTF-8) as a file that is whole or absent.
 
     Raises FileError.
@@ -78,7 +85,7 @@ def write_whole(path, data):
         partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
-def write_beside(folder, files):
+def write_beside(folder: str | Path, files: dict[str, bytes]) -> str:
     """Write `files` ({name: bytes}) whole, and no other file over; returns what their names end in.
 
     That is "" or, where a file that is not the same has one of the names, "-2", "-3", ... for all.
@@ -96,14 +103,14 @@ def write_beside(folder, files):
     return mark
 
 
-def save_png(image, path):
+def save_png(image: Image.Image, path: str | Path) -> None:
     """A PIL image as a PNG file that is whole or absent. Raises FileError."""
     with whole_file(path) as partial:
         image.save(partial, format="PNG")
 
 
 @contextlib.contextmanager
-def whole_folder(path, old=None):
+def whole_folder(path: str | Path, old: Path | None = None) -> Iterator[Path]:
     """A new folder to fill, which is flushed and takes the place of `path` at the end of the block.
 
     A folder that is there already goes, by way of the name `old`, where a kill between two renames
@@ -124,7 +131,7 @@ def whole_folder(path, old=None):
             raise
 
 
-def put_in_place(partial, final, old):
+def put_in_place(partial: Path, final: Path, old: Path) -> None:
     """Rename a folder; one that has the name already gives way in one more rename."""
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -134,12 +141,12 @@ def put_in_place(partial, final, old):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def name_beside(path):
+def name_beside(path: Path) -> Path:
     """A name that no other job has, in the same folder."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
-def sync(path):
+def sync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to the disk."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
@@ -149,14 +156,14 @@ def sync(path):
             os.close(handle)
 
 
-def home_folder():
+def home_folder() -> Path | None:
     """The user's home, or None where there is none, as for a container's nameless user."""
     with contextlib.suppress(RuntimeError):
         return Path.home()
     return None
 
 
-def sweep(folder, age=0.0):
+def sweep(folder: str | Path, age: float = 0.0) -> None:
     """Remove what kills have left half-written in `folder` and the folders within, if it is `age`
     seconds old.
 

@@ -7,7 +7,9 @@ value of a notebook cell shows itself.
 
 import io
 import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -27,11 +29,11 @@ DPI = 120
 class Picture(Figure):
     """A matplotlib figure that needs no pyplot to be shown in a notebook or saved."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, dpi=DPI, facecolor=PAPER, layout="compressed", **kwargs)
         FigureCanvasAgg(self)
 
-    def draw(self, renderer):
+    def draw(self, renderer: Any) -> None:
         """Labels are prompts and file names: a $ in them begins no formula."""
         for axis in self.axes:
             axis.get_xticklabels(), axis.get_yticklabels()  # which are made when first asked for
@@ -50,7 +52,9 @@ class Picture(Figure):
         return small.getvalue()
 
 
-def image_grid(rows, row_labels=None, column_labels=None, title=None, cell=1.25, header=0):
+def image_grid(rows: Iterable[Sequence[Any]], row_labels: Sequence[str] | None = None,
+               column_labels: Sequence[str] | None = None, title: str | None = None,
+               cell: float = 1.25, header: int = 0) -> Picture:
     """Images in rows, with labels.
 
     `rows`: a list of lists of PIL images of any size; None leaves a cell empty, and a short row is
@@ -90,12 +94,14 @@ def image_grid(rows, row_labels=None, column_labels=None, title=None, cell=1.25,
     return figure
 
 
-def save_grid(path, rows, row_labels=None, column_labels=None, title=None, cell=1.25, header=0):
+def save_grid(path: str | Path, rows: Iterable[Sequence[Any]],
+              row_labels: Sequence[str] | None = None, column_labels: Sequence[str] | None = None,
+              title: str | None = None, cell: float = 1.25, header: int = 0) -> Path:
     """`image_grid`, written as a PNG to `path` (its folder is made). Returns the path."""
     return save_figure(path, image_grid(rows, row_labels, column_labels, title, cell, header))
 
 
-def save_figure(path, figure):
+def save_figure(path: str | Path, figure: Figure) -> Path:
     """Write a figure as PNG, without the date and version stamps that make equal pictures
     differ."""
     path = Path(path)
@@ -103,14 +109,15 @@ def save_figure(path, figure):
     return path
 
 
-def figure_png(figure):
+def figure_png(figure: Figure) -> bytes:
     """The bytes of a figure's PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", bbox_inches="tight", metadata={"Software": None})
     return file.getvalue()
 
 
-def line_plot(series, xlabel, ylabel, title=None, size=(5.5, 3.0)):
+def line_plot(series: Mapping[str, tuple[Sequence, Sequence]], xlabel: str, ylabel: str,
+              title: str | None = None, size: tuple[float, float] = (5.5, 3.0)) -> Picture:
     """Lines over a common x.
 
     `series`: {name: (xs, ys)}. Colour and marker both tell lines apart.
@@ -126,14 +133,15 @@ def line_plot(series, xlabel, ylabel, title=None, size=(5.5, 3.0)):
     return figure
 
 
-def running_mean(values, width):
+def running_mean(values: Sequence[float], width: int) -> list[float]:
     """The mean of each value and those before it, `width` of them at most; a list as long as
     `values`."""
     windows = (values[max(0, k - width):k] for k in range(1, len(values) + 1))
     return [sum(window) / len(window) for window in windows]
 
 
-def bar_plot(values, xlabel, title=None, width=6.0):
+def bar_plot(values: Mapping[str, float], xlabel: str, title: str | None = None,
+             width: float = 6.0) -> Picture:
     """Horizontal bars, first on top. `values`: {name: number}."""
     size = (width, 0.6 + 0.19 * max(len(values), 3))
     figure, axis = _framed(xlabel, None, title, size)

@@ -6,12 +6,13 @@ resumed run, a run with other validation pictures and a run on more processes dr
 """
 
 import hashlib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 
-def key(seed, stream, step=0, sample=0):
+def key(seed: int, stream: str, step: int = 0, sample: int = 0) -> int:
     """A 63-bit integer that looks random: the hash of its arguments.
 
     `stream` says what is drawn.
@@ -20,29 +21,30 @@ def key(seed, stream, step=0, sample=0):
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def generator(seed, stream, step=0, sample=0):
+def generator(seed: int, stream: str, step: int = 0, sample: int = 0) -> torch.Generator:
     """A CPU `torch.Generator`: the same numbers whatever device they are used on."""
     return torch.Generator().manual_seed(key(seed, stream, step, sample))
 
 
-def normal(shape, seed, stream, step=0, samples=(0,)):
+def normal(shape: Sequence[int], seed: int, stream: str, step: int = 0,
+           samples: Iterable[int] = (0,)) -> torch.Tensor:
     """Standard normal float32 of shape (len(samples), *shape), one generator a sample."""
     return torch.stack([torch.randn(shape, generator=generator(seed, stream, step, s))
                         for s in samples])
 
 
-def integer(high, seed, stream, step=0, sample=0):
+def integer(high: int, seed: int, stream: str, step: int = 0, sample: int = 0) -> int:
     """One integer in [0, high), evenly enough: `high` is far below 2**63."""
     return key(seed, stream, step, sample) % high
 
 
-def uniform(seed, stream, step=0, sample=0):
+def uniform(seed: int, stream: str, step: int = 0, sample: int = 0) -> float:
     """One number strictly between 0 and 1, float64, whose first three decimals are `integer(1000,
     ...)`."""
     rest, first = divmod(key(seed, stream, step, sample), 1000)
     return (first + (rest % 2**32 + 0.5) / 2**32) / 1000
 
 
-def permutation(count, seed, stream, epoch=0):
+def permutation(count: int, seed: int, stream: str, epoch: int = 0) -> list[int]:
     """A list: 0 .. count - 1 in random order."""
     return np.random.default_rng(key(seed, stream, epoch)).permutation(count).tolist()

@@ -12,7 +12,7 @@ MARKS = (  # the byte order marks, UTF-32's before UTF-16's, which it begins wit
 )  # fmt: skip
 
 
-def read_text(path, limit=None):
+def read_text(path: str | Path, limit: int | None = None) -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 where its first bytes (BOM) say so.
 
     Raises InputError, without the file's name, for another encoding, for what is no text,
@@ -32,7 +32,7 @@ def read_text(path, limit=None):
     return plain(text)
 
 
-def plain(text):
+def plain(text: str) -> str:
     """`text` itself. Raises InputError for control characters and halves of characters."""
     odd = next(
         (c for c in text if not c.isspace() and (ord(c) < 32 or 0xD800 <= ord(c) < 0xE000)), None
