@@ -16,7 +16,7 @@ from dbcore.utils.errors import DBCoreError, Interrupted
 SOURCES = sorted(Path(dbcore.__file__).parent.rglob("*.py"))
 # Misuse of a widget in a cell, where its traceback is what helps; Ctrl-C; an attribute that is not
 # there.
-THEIR_OWN = {("widgets.py", "RuntimeError"), ("train.py", "KeyboardInterrupt"),
+THEIR_OWN = {("widgets.py", "RuntimeError"), ("signals.py", "KeyboardInterrupt"),
              ("base.py", "AttributeError")}
 
 
