@@ -79,7 +79,8 @@ def merge_adapters(
     if any(adapter.has_dora for adapter in adapters):
         raise LoraFileError("a DoRA does not add up with others: "
                             "export it with --format merged, then extract")
-    layers, lost, kept = {}, 0.0, 0.0
+    layers: dict[str, dict[str, Layer]] = {}
+    lost, kept = 0.0, 0.0
     for component, module in sorted({(c, m) for a in adapters for c, m, _ in a.every()}):
         there = [adapter.layers.get(component, {}).get(module) for adapter in adapters]
         layer = _side_by_side([pair for pair in zip(there, weights) if pair[0] is not None], module)
@@ -151,7 +152,8 @@ def extract_adapter(base: dict, tuned: dict, rank: int) -> tuple[Adapter, dict[s
     of the change (by squared norm) in biases, norms and embeddings, which it cannot. Raises
     `LoraFileError` if the shapes differ or nothing changed.
     """
-    layers, change, lost, outside = {}, 0.0, 0.0, 0.0
+    layers: dict[str, dict[str, Layer]] = {}
+    change, lost, outside = 0.0, 0.0, 0.0
     for component, module, difference in _differences(base, tuned):
         norm = float(difference.square().sum())
         if module is None:

@@ -6,6 +6,8 @@ network is loaded when it is first used and can be let go again, so that they ne
 together. What `auto` becomes for a base and a machine is settled here too.
 """
 
+from __future__ import annotations
+
 import bisect
 import ctypes
 import dataclasses
@@ -14,10 +16,11 @@ import json
 import pkgutil
 import sys
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -29,6 +32,9 @@ from dbcore.models.quantize import quantize
 from dbcore.models.reading import first_line, hub_answer, not_finite, other_variant, reading
 from dbcore.utils.devices import to_device
 from dbcore.utils.seeding import generator, normal
+
+if TYPE_CHECKING:
+    from dbcore.models.process import Process
 
 FAMILIES = {  # class in model_index.json: the family, as a class or as "module:class"
     "StableDiffusionPipeline": "dbcore.models.stable_diffusion:StableDiffusion",
@@ -48,8 +54,10 @@ INPAINTING = (
 )
 
 
-def load_base(name_or_path, revision=None, variant=None, tokenizer_name=None, device="cpu",
-              dtype=torch.float32, tokenizer_max_length=None, low_vram=False):
+def load_base(name_or_path: str | Path, revision: str | None = None, variant: str | None = None,
+              tokenizer_name: str | None = None, device: str = "cpu",
+              dtype: torch.dtype = torch.float32, tokenizer_max_length: int | None = None,
+              low_vram: bool = False) -> Family:
     """The base in a folder or on the hub, a `Family`; its networks are loaded when first used.
 
     `device`: "meta" builds them from their configs, with shapes and no numbers. `low_vram`: the
@@ -61,13 +69,13 @@ def load_base(name_or_path, revision=None, variant=None, tokenizer_name=None, de
                   tokenizer_max_length, low_vram)
 
 
-def family_of(index):
+def family_of(index: dict[str, Any]) -> type[Family]:
     """The subclass of `Family` that a model_index.json belongs to."""
     family = FAMILIES[index["_class_name"]]
     return family if isinstance(family, type) else pkgutil.resolve_name(family)
 
 
-def read_index(name_or_path, revision=None):
+def read_index(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
     """The pipeline's model_index.json. Raises ConfigError, naming the new home of a moved base."""
     name, option = str(name_or_path), f"--pretrained_model_name_or_path {name_or_path}"
     try:
@@ -76,7 +84,7 @@ def read_index(name_or_path, revision=None):
         hint = f"it has moved to {MOVED[name]}" if name in MOVED else hub_answer(error) or (
             "give the folder of a diffusers pipeline (with a model_index.json), "
             "or a name on the hub and a network")
-        reason = first_line(error.__cause__)
+        reason = first_line(error.__cause__ or error)
         raise ConfigError(f"{option}: no base found there; {hint} ({reason})") from error
     kind = index.get("_class_name", "")
     need("Inpaint" not in kind, f"{option} {INPAINTING}")
@@ -84,7 +92,7 @@ def read_index(name_or_path, revision=None):
     return index
 
 
-def read_json(name_or_path, file, **where):
+def read_json(name_or_path: str | Path, file: str, **where: Any) -> dict[str, Any]:
     """A config file of a pipeline as a dict, without importing the network that it describes."""
     from diffusers.configuration_utils import ConfigMixin
 
@@ -96,7 +104,7 @@ def read_json(name_or_path, file, **where):
         return Config.load_config(str(name_or_path), **where)
 
 
-def recommended(name_or_path):
+def recommended(name_or_path: str | Path) -> dict[str, Any]:
     """The settings that travel in a base's folder, {} where there are none."""
     path = Path(name_or_path) / SETTINGS_FILE
     if not path.is_file():
@@ -105,15 +113,16 @@ def recommended(name_or_path):
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         settings = None
-    need(isinstance(settings, dict),
-         f"{path} is damaged: it should be one JSON object; remove it, or copy it again")
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} is damaged: it should be one JSON object; "
+                          "remove it, or copy it again")
     return settings
 
 
 # --- what `auto` becomes --------------------------------------------------------------------------
 
 
-def settle(config, device=None):
+def settle(config: Any, device: str | None = None) -> Any:
     """`config` (TrainConfig or GenerateConfig) without any `auto`, by the base and the hardware."""
     base = load_base(config.pretrained_model_name_or_path, config.revision)  # loads no network
     names = {field.name for field in dataclasses.fields(config)}
@@ -143,7 +152,7 @@ def settle(config, device=None):
     return config
 
 
-def settle_precision(config, device=None):
+def settle_precision(config: Any, device: str | None = None) -> dict[str, Any]:
     """{option: precision} of those that are `auto`, or cannot be on this device."""
     asked = {name: getattr(config, name)
              for name in ("mixed_precision", "prior_generation_precision")
@@ -157,7 +166,7 @@ def settle_precision(config, device=None):
     return chosen
 
 
-def check_resolution(resolution, multiple):
+def check_resolution(resolution: int, multiple: int) -> None:
     """Raises ConfigError for a side that the networks cannot halve often enough."""
     below = resolution // multiple * multiple
     near = " or ".join(str(side) for side in (below, below + multiple) if side)
@@ -169,26 +178,26 @@ def check_resolution(resolution, multiple):
 # --- precision and memory -------------------------------------------------------------------------
 
 
-def best_precision(device=None):
+def best_precision(device: str | None = None) -> str:
     """bf16 where a GPU has it, fp16 on older ones; no elsewhere, where half is slower or wrong."""
     if torch.device(device or best_device()).type != "cuda":
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def best_device():
+def best_device() -> str:
     """The fastest that is there: "cuda", "mps" or "cpu"."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def torch_dtype(precision):
+def torch_dtype(precision: str) -> torch.dtype:
     return {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16,
             "bf16": torch.bfloat16}[precision]
 
 
-def leave_file(module, layout):
+def leave_file(module: torch.nn.Module, layout: Any) -> torch.nn.Module:
     """Copy the weights, one by one, those of convolutions into a memory layout; returns the module.
 
     Weights as they were read are views of the mapped file; a few of them left would keep all of it
@@ -200,13 +209,13 @@ def leave_file(module, layout):
     return module
 
 
-def checkpoint_gradients(module):
+def checkpoint_gradients(module: torch.nn.Module) -> None:
     """Have activations computed again in the backward pass instead of kept (Chen et al. 2016)."""
     switch = getattr(module, "enable_gradient_checkpointing", None)  # diffusers' name for it
     (switch or module.gradient_checkpointing_enable)()
 
 
-def give_back():
+def give_back() -> None:
     """Hand freed memory back to the system, or to the GPU: PyTorch and the C library keep it."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -252,36 +261,38 @@ class Family(ABC):
     # Arguments of the pipeline's constructor beside networks, tokenizers and scheduler.
     pipeline_extras: ClassVar[dict] = {}
 
-    def __init__(self, name, revision=None, variant=None, tokenizer_name=None, device="cpu",
-                 dtype=torch.float32, tokenizer_max_length=None, low_vram=False):
+    def __init__(self, name: str | Path, revision: str | None = None, variant: str | None = None,
+                 tokenizer_name: str | None = None, device: str = "cpu",
+                 dtype: torch.dtype = torch.float32, tokenizer_max_length: int | None = None,
+                 low_vram: bool = False):
         self.index = read_index(name, revision)
         self.name, self.revision, self.variant = str(name), revision, variant
         self.tokenizer_name, self.tokenizer_max_length = tokenizer_name, tokenizer_max_length
         self.device, self.dtype, self.low_vram = torch.device(device), dtype, low_vram
         self.settings = {**self.defaults, **recommended(name)}
         self.known = TensorStore()
-        self.recalled = {}
+        self.recalled: dict[str, dict[str, torch.Tensor]] = {}
         self.check()
 
     # --- what a family does
 
     @property
     @abstractmethod
-    def process(self):
+    def process(self) -> Process:
         """The `Process` (models/process.py) that the denoiser was trained on, the same each
         time."""
 
     @abstractmethod
-    def native_resolution(self):
+    def native_resolution(self) -> int:
         """Side in pixels of the images that it was made for, from configs alone."""
 
     @property
     @abstractmethod
-    def side_multiple(self):
+    def side_multiple(self) -> int:
         """Sides in pixels are multiples of it, from configs alone."""
 
     @abstractmethod
-    def latent_shape(self, resolution):
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(channels, height, width) of what is corrupted and predicted, from configs alone.
 
         For images of `resolution` x `resolution` pixels. Latents that a network takes as a packed
@@ -289,7 +300,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def encode_text(self, prompts):
+    def encode_text(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """{name: (n, ...)} of n strings, on the device, with gradients where they are switched on.
 
         Row k depends on prompt k alone, and its shape on no prompt, so that rows can be kept and
@@ -298,7 +309,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def encode_images(self, pixels):
+    def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (n, 3, h, w) in [-1, 1] to (mean, std), each (n, *latent_shape), float32.
 
         In the scale that the denoiser sees: x0 is mean + std * epsilon. A family without an
@@ -306,11 +317,12 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def decode(self, latents):
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """x0 (n, *latent_shape) to images (n, 3, h, w) in [-1, 1], float32. No gradients."""
 
     @abstractmethod
-    def predict(self, x_t, t, cond, geometry=None):
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor],
+                geometry: torch.Tensor | None = None) -> torch.Tensor:
         """The denoiser's prediction of the process's target, float32, in the shape of x_t.
 
         x_t: (n, *latent_shape). t: (n,), as `process.timestep` gives it. cond: from `encode_text`.
@@ -320,27 +332,30 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def pipeline_inputs(self, cond, negative):
+    def pipeline_inputs(self, cond: dict[str, torch.Tensor],
+                        negative: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Arguments that hand the pipeline n encoded prompts and n negative ones
         (`encode_text`)."""
 
     # --- what a family may do otherwise
 
-    def check(self):  # noqa: B027 - most families have nothing to refuse
+    def check(self) -> None:  # noqa: B027 - most families have nothing to refuse
         """Raise ConfigError where the folder's configs are not of a base that can be trained."""
 
-    def precision(self, component):
+    def precision(self, component: str) -> torch.dtype:
         """The dtype that a network is kept in."""
         return self.dtype
 
-    def component_class(self, component):
+    def component_class(self, component: str) -> Any:
         """The class in diffusers or transformers that model_index.json names."""
         library, kind = self.index[component]
         need(library in ("diffusers", "transformers"), f"{self.name}: its {component} is a "
              f"{library}.{kind}, and only classes of diffusers and transformers are loaded")
         return getattr(importlib.import_module(library), kind)
 
-    def run_pipeline(self, pipeline, cond, negative, latents, **options):
+    def run_pipeline(self, pipeline: Any, cond: dict[str, torch.Tensor],
+                     negative: dict[str, torch.Tensor], latents: torch.Tensor,
+                     **options: Any) -> torch.Tensor:
         """x0 as `decode` takes it, that a pipeline makes of noise (n, *latent_shape).
 
         For pipelines that hand their last latents back in another scale or shape to override.
@@ -348,7 +363,7 @@ class Family(ABC):
         inputs = self.pipeline_inputs(cond, negative)
         return pipeline(**inputs, latents=latents, output_type="latent", **options).images
 
-    def pooled_text(self, prompts):
+    def pooled_text(self, prompts: list[str]) -> torch.Tensor:
         """(n, width): one vector a prompt, to say how far prompts are apart."""
         return next(iter(self.encode_text(prompts).values())).float().mean(dim=1)
 
@@ -365,45 +380,45 @@ class Family(ABC):
         return self.__dict__[name]
 
     @property
-    def denoiser(self):
+    def denoiser(self) -> torch.nn.Module:
         """The network that is trained."""
         return getattr(self, self.roles["denoiser"][0])
 
     @property
-    def text_encoders(self):
+    def text_encoders(self) -> dict[str, torch.nn.Module]:
         """{name: network}, in the pipeline's order."""
         return {name: getattr(self, name) for name in self.roles["text_encoders"]}
 
     @property
-    def modules(self):
+    def modules(self) -> dict[str, torch.nn.Module]:
         """What a LoRA can be put on: {name: network}, the denoiser first."""
         return {name: getattr(self, name) for name in self.lora_targets}
 
     @property
-    def tokenizers(self):
+    def tokenizers(self) -> list[str]:
         """Names of the tokenizers."""
         return [name for name in self.__dict__.get("index", {}) if name.startswith("tokenizer")]
 
-    def networks(self, *roles):
+    def networks(self, *roles: str) -> list[str]:
         """Names of the networks of these roles, or of all."""
         return [name for role in roles or self.roles for name in self.roles[role]]
 
-    def loaded(self, *roles):
+    def loaded(self, *roles: str) -> dict[str, torch.nn.Module]:
         """{name: network} of those that are in memory."""
         return {name: vars(self)[name] for name in self.networks(*roles) if name in vars(self)}
 
-    def release(self, *names):
+    def release(self, *names: str) -> None:
         """Let networks, or all of a role, go; used again, one is loaded anew, without any LoRA."""
         for name in names:
             for component in self.roles.get(name, (name,)):
                 self.__dict__.pop(component, None)
         give_back()
 
-    def config_of(self, component):
+    def config_of(self, component: str) -> dict[str, Any]:
         """A network's config, a dict, without loading the network."""
         return read_json(self.name, "config.json", subfolder=component, revision=self.revision)
 
-    def load_tokenizer(self, name):
+    def load_tokenizer(self, name: str) -> Any:
         """The tokenizer, or in place of the first one that of `tokenizer_name`."""
         from transformers import AutoTokenizer
 
@@ -414,7 +429,7 @@ class Family(ABC):
             return self.component_class(name).from_pretrained(
                 self.name, subfolder=name, revision=self.revision)
 
-    def load_network(self, component):
+    def load_network(self, component: str) -> torch.nn.Module:
         """One network: frozen, in eval mode, on the device, in its memory layout."""
         make = self.shapes_of if self.device.type == "meta" else self.read_network
         module = self.lighten(component, make(component).requires_grad_(False).eval())
@@ -423,7 +438,7 @@ class Family(ABC):
             give_back()
         return module
 
-    def read_network(self, component):
+    def read_network(self, component: str) -> torch.nn.Module:
         """A network with its weights, from safetensors files alone. Raises ConfigError."""
         kind = self.component_class(component)
         dtype = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
@@ -438,13 +453,13 @@ class Family(ABC):
              "or try --mixed_precision no")
         return module
 
-    def reading(self, part, how=""):
+    def reading(self, part: str, how: str = "") -> AbstractContextManager[None]:
         """Within it, what cannot be read of the base is a ConfigError."""
         return reading(f"--pretrained_model_name_or_path {self.name}: "
                        f"its {part} cannot be loaded{how}",
                        lambda: other_variant(self.name, part, self.revision, self.variant))
 
-    def shapes_of(self, component):
+    def shapes_of(self, component: str) -> torch.nn.Module:
         """A network with shapes and no numbers, on PyTorch's `meta` device, from its config."""
         from accelerate import init_empty_weights
 
@@ -459,7 +474,7 @@ class Family(ABC):
         return torch.nn.Module.to(module, dtype=self.precision(component),
                                   memory_format=torch.channels_last)
 
-    def lighten(self, component, module):
+    def lighten(self, component: str, module: torch.nn.Module) -> torch.nn.Module:
         """One network of the base as `low_vram` asks for it, before it goes to the device."""
         if self.low_vram and component in self.roles["denoiser"]:
             quantize(module)
@@ -470,17 +485,17 @@ class Family(ABC):
         return module
 
     @cached_property
-    def resolution(self):
+    def resolution(self) -> int:
         """Side in pixels that the base's folder recommends, else its native one."""
         return self.settings.get("resolution") or self.native_resolution()
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """Hex digest of the weights in the base's files: a copy elsewhere has the same."""
         return fingerprint(self.name, self.revision, self.variant)
 
     # --- words
 
-    def token_limit(self, tokenizer):
+    def token_limit(self, tokenizer: Any) -> int:
         """How many tokens of a prompt, its start and end marks among them, are read."""
         most = getattr(self, tokenizer).model_max_length
         need((self.tokenizer_max_length or 0) <= most,
@@ -488,7 +503,7 @@ class Family(ABC):
              f"this base reads {most} tokens at most; give fewer, or leave it out")
         return self.tokenizer_max_length or most
 
-    def cut_off(self, prompt):
+    def cut_off(self, prompt: str) -> str:
         """The end of a prompt, in whole words, that is beyond the token limit; "" where all is
         read."""
         kept = len(prompt.split())
@@ -498,7 +513,7 @@ class Family(ABC):
         return prompt.split(maxsplit=kept)[-1] if kept < len(prompt.split()) else ""
 
     @staticmethod
-    def words_read(words, tokenizer, limit):
+    def words_read(words: list[str], tokenizer: Any, limit: int) -> int:
         """How many of the first words fit into `limit` tokens; more words never make fewer
         tokens."""
         def too_long(count):
@@ -508,7 +523,7 @@ class Family(ABC):
             return len(words)
         return bisect.bisect_left(range(1, len(words) + 1), True, key=too_long)
 
-    def encode_prompts(self, prompts):
+    def encode_prompts(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
         """`encode_text` of prompts, from memory for those it was told to `remember`.
 
         What is remembered is the frozen text encoders'; while one has a LoRA, all is encoded anew.
@@ -518,7 +533,7 @@ class Family(ABC):
             return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         return self.encode_text(list(prompts))
 
-    def recall(self, prompt):
+    def recall(self, prompt: str) -> dict[str, torch.Tensor]:
         """The encoding of a known prompt; the few that come at each step stay on the device."""
         if prompt not in self.recalled:
             if len(self.recalled) == RECALLED:
@@ -527,17 +542,17 @@ class Family(ABC):
         return self.recalled[prompt]
 
     @property
-    def rewords(self):
+    def rewords(self) -> bool:
         """Whether a text encoder has a LoRA, by which any prompt's encoding may change any time."""
         encoders = self.loaded("text_encoders").values()
         return any(getattr(encoder, "peft_config", None) for encoder in encoders)
 
-    def knows(self, prompts):
+    def knows(self, prompts: Iterable[str]) -> bool:
         """Whether no text encoder need be asked for any of these prompts."""
         return not self.rewords and all(prompt in self.known for prompt in prompts)
 
     @torch.no_grad()
-    def remember(self, prompts):
+    def remember(self, prompts: Iterable[str]) -> None:
         """Encode prompts once, each alone; from then on no text encoder is needed for them.
 
         Raises ConfigError while one has a LoRA, which may change at any time.
@@ -553,7 +568,7 @@ class Family(ABC):
     # --- generating
 
     @property
-    def pipeline_class(self):
+    def pipeline_class(self) -> Any:
         """The stock diffusers pipeline, whose `load_lora_weights` reads the family's LoRAs."""
         import diffusers
         from transformers.utils import logging
@@ -564,7 +579,7 @@ class Family(ABC):
         logging.set_verbosity(loud)
         return pipeline_class
 
-    def sampler(self, scheduler=AUTO):
+    def sampler(self, scheduler: str = AUTO) -> str:
         """A sampler's diffusers class; auto is the one that the base recommends, else its own."""
         name = self.settings.get("scheduler", AUTO) if scheduler == AUTO else scheduler
         need(name in (AUTO, *self.samplers),
@@ -572,7 +587,7 @@ class Family(ABC):
              f"one of {', '.join([AUTO, *self.samplers])}")
         return self.index["scheduler"][1] if name == AUTO else self.samplers[name]
 
-    def pipeline(self, scheduler=AUTO):
+    def pipeline(self, scheduler: str = AUTO) -> Any:
         """A stock pipeline around the very same modules; a text encoder that was let go is None."""
         import diffusers
 
@@ -588,14 +603,16 @@ class Family(ABC):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def at_once(self, count):
+    def at_once(self, count: int) -> int:
         """How many of `count` images are generated at a time: one where memory is short."""
         return 1 if self.low_vram else count
 
     @torch.no_grad()
-    def draw(self, prompts, seeds, num_inference_steps=None, guidance_scale=None,
-             negative_prompt="",
-             resolution=None, scheduler=AUTO, stream="picture", batch_size=8, callback=None):
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int],
+             num_inference_steps: int | None = None, guidance_scale: float | None = None,
+             negative_prompt: str = "", resolution: int | None = None, scheduler: str = AUTO,
+             stream: str = "picture", batch_size: int = 8,
+             callback: Callable | None = None) -> list[Image.Image]:
         """PIL images, one for each (prompt, seed) pair; image k depends on its own pair alone.
 
         `num_inference_steps`, `guidance_scale`, `resolution`: None is the base's recommendation.
@@ -622,7 +639,8 @@ class Family(ABC):
                     callback_on_step_end=callback)
         return images
 
-    def draw_batch(self, pipeline, prompts, seeds, negative_prompt, stream, **options):
+    def draw_batch(self, pipeline: Any, prompts: Sequence[str], seeds: Sequence[int],
+                   negative_prompt: str, stream: str, **options: Any) -> list[Image.Image]:
         """PIL images of one batch of pairs; `options`: the pipeline's own."""
         shape = self.latent_shape(options["height"])
         noise = torch.cat([normal(shape, seed, stream) for seed in seeds])
@@ -639,7 +657,7 @@ class Family(ABC):
 
 
 @contextmanager
-def evaluating(modules):
+def evaluating(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Modules in eval mode; those that were in training mode are set back to it."""
     training = [module for module in modules if module.training]
     for module in training:
@@ -651,7 +669,7 @@ def evaluating(modules):
             module.train()
 
 
-def to_images(pixels):
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
     """Images (n, 3, h, w) in [-1, 1] as PIL images."""
     levels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(level) for level in levels]

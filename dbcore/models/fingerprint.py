@@ -3,13 +3,15 @@ used."""
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 HEAD = 1024  # bytes of each tensor: training changes every one of them
 NO_WEIGHTS = ("safety_checker/", "feature_extractor/")  # parts that neither train nor draw
 
 
-def fingerprint(name_or_path, revision=None, variant=None):
+def fingerprint(name_or_path: str | Path, revision: str | None = None,
+                variant: str | None = None) -> str:
     """Hex digest of a pipeline's weights (the first bytes of every tensor): other weights have
     another one.
 
@@ -25,7 +27,7 @@ def fingerprint(name_or_path, revision=None, variant=None):
     return digest.hexdigest()
 
 
-def weight_files(name_or_path, revision, variant):
+def weight_files(name_or_path: str | Path, revision: str | None, variant: str | None) -> list[Path]:
     """The safetensors files that `from_pretrained` reads: those of `variant`, or those of none."""
     wanted = f"*/*.{variant}*.safetensors" if variant else "*/*.safetensors"
     folder = Path(name_or_path)
@@ -39,7 +41,7 @@ def weight_files(name_or_path, revision, variant):
     return found if variant else [path for path in found if "." not in path.stem]
 
 
-def tensor_heads(path):
+def tensor_heads(path: Path) -> Iterator[bytes]:
     """Digests of the floating-point tensors of a safetensors file, by their type, size and first
     numbers."""
     with open(path, "rb") as file:

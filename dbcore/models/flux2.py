@@ -1,7 +1,7 @@
 """FLUX.2 [klein] (Black Forest Labs 2026), and any pipeline folder of its shape."""
 
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -35,7 +35,7 @@ class Flux2Klein(Family):
         **Family.defaults, "learning_rate": 1e-4, "num_inference_steps": 50, "guidance_scale": 4.0}
 
     @property
-    def pipeline_extras(self):
+    def pipeline_extras(self) -> dict[str, Any]:  # type: ignore[override]
         return {"is_distilled": self.index.get("is_distilled", False)}
 
     @cached_property
@@ -88,14 +88,14 @@ class Flux2Klein(Family):
         return {"prompt_embeds": pipeline.encode_prompt(prompts, max_sequence_length=length)[0]}
 
     @torch.no_grad()
-    def encode_images(self, pixels):
+    def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The posterior's mode, as the base was trained; its std is 0."""
         mode = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode()
         latents = self.patches(mode.float())
         return latents, torch.zeros_like(latents)
 
     @torch.no_grad()
-    def decode(self, latents):
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         mean, std = self.patch_scale
         latents = pixel_shuffle(latents * std + mean, 2)
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
@@ -113,7 +113,8 @@ class Flux2Klein(Family):
                           for statistic in (norm.running_mean, norm.running_var))
         return mean, (variance + eps).sqrt()
 
-    def predict(self, x_t, t, cond, geometry=None):
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor],
+                geometry: torch.Tensor | None = None) -> torch.Tensor:
         height, width = x_t.shape[2:]
         words, device = cond["prompt_embeds"].to(self.dtype), x_t.device
         prediction = self.transformer(
@@ -122,16 +123,19 @@ class Flux2Klein(Family):
             txt_ids=places(device, 1, 1, 1, words.shape[1]), return_dict=False)[0]
         return prediction.transpose(1, 2).unflatten(2, (height, width)).float()
 
-    def pipeline_inputs(self, cond, negative):
+    def pipeline_inputs(self, cond: dict[str, torch.Tensor],
+                        negative: dict[str, torch.Tensor]) -> dict[str, Any]:
         return {"prompt_embeds": cond["prompt_embeds"],
                 "negative_prompt_embeds": negative["prompt_embeds"]}
 
-    def run_pipeline(self, pipeline, cond, negative, latents, **options):
+    def run_pipeline(self, pipeline: Any, cond: dict[str, torch.Tensor],
+                     negative: dict[str, torch.Tensor], latents: torch.Tensor,
+                     **options: Any) -> torch.Tensor:
         """The pipeline hands back the autoencoder's own latents."""
         found = super().run_pipeline(pipeline, cond, negative, latents, **options)
         return self.patches(found.float())
 
 
-def places(device, *sizes: int) -> torch.Tensor:
+def places(device: torch.device | str, *sizes: int) -> torch.Tensor:
     """Coordinates (time x rows x columns x tokens, 4), from which the transformer tells places."""
     return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))

@@ -4,8 +4,13 @@
                                        nothing changes
 """
 
+from __future__ import annotations
+
 import math
 import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -23,6 +28,9 @@ from dbcore.models.lora_files import (
 )
 from dbcore.utils.seeding import key
 
+if TYPE_CHECKING:
+    from dbcore.models.base import Family
+
 # How diffusers' denoisers and transformers' text encoders call their projections: no network has
 # both.
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
@@ -30,7 +38,8 @@ FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "fc1", "fc2"]
 PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD, "all": [""]}
 
 
-def target_modules(module, layers, presets=PRESETS):
+def target_modules(module: torch.nn.Module, layers: str,
+                   presets: Mapping[str, Sequence[str]] = PRESETS) -> list[str]:
     """Names of the linear layers and convolutions of a network that a choice of `lora_layers`
     means.
 
@@ -71,21 +80,21 @@ def add_lora(module, rank, alpha, layers="attention", dropout=0.0, use_dora=Fals
 class MixedLinear(torch.nn.Linear):
     """A linear layer whose weights are float32, and whose products are in its input's precision."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
 
 class MixedConv2d(torch.nn.Conv2d):
     """The same of a convolution."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias)
 
 
 MIXED = {torch.nn.Linear: MixedLinear, torch.nn.Conv2d: MixedConv2d}
 
 
-def multiply_in_half(module, name="default"):
+def multiply_in_half(module: torch.nn.Module, name: str = "default") -> None:
     """Let a LoRA on a network in half precision multiply in it; weights and gradients stay float32.
 
     peft would make a float32 copy of each input, keep it for the gradient, and multiply without a
@@ -108,12 +117,13 @@ class SampleDropout(torch.nn.Module):
     twice.
     """
 
-    def __init__(self, p, name):
+    def __init__(self, p: float, name: str):
         super().__init__()
-        self.p, self.name, self.keys = p, name, None
+        self.p, self.name = p, name
+        self.keys: Sequence[int] | None = None
 
     @torch.compiler.disable
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (n, ...), for n keys from `set_dropout`; without keys PyTorch's own dropout."""
         if not self.training or self.keys is None:
             return torch.nn.functional.dropout(x, self.p, self.training)
@@ -124,7 +134,7 @@ class SampleDropout(torch.nn.Module):
         return x * (drawn >= self.p) / (1 - self.p)
 
 
-def set_dropout(modules, keys):
+def set_dropout(modules: Mapping[str, torch.nn.Module], keys: Sequence[int]) -> None:
     """Give the dropout of {component: network} the keys of the next batch, one integer a sample."""
     for module in modules.values():
         for part in module.modules():
@@ -132,25 +142,25 @@ def set_dropout(modules, keys):
                 part.keys = keys
 
 
-def lora_layers(module):
+def lora_layers(module: torch.nn.Module) -> list[tuple[str, LoraLayer]]:
     """[(name, peft layer)] of a network, in its own order."""
     return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
 
 
-def lora_parameters(module):
+def lora_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The trainable parameters of a network's LoRA."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def count_parameters(module):
+def count_parameters(module: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters of a network."""
     return sum(p.numel() for p in lora_parameters(module)), sum(p.numel()
                                                                 for p in module.parameters())
 
 
-def read_lora(modules, name="default"):
+def read_lora(modules: Mapping[str, torch.nn.Module], name: str = "default") -> Adapter:
     """The LoRA on {component: network} as a plain `Adapter`, float32 copies on the CPU."""
-    layers = {}
+    layers: dict[str, dict[str, Layer]] = {}
     for component, module in modules.items():
         for path, layer in lora_layers(module):
             if name not in layer.lora_A:
@@ -164,14 +174,15 @@ def read_lora(modules, name="default"):
     return Adapter(layers)
 
 
-def save_lora(modules, path, notes=None, name="default"):
+def save_lora(modules: Mapping[str, torch.nn.Module], path: str | Path,
+              notes: Mapping[str, Any] | None = None, name: str = "default") -> Path:
     """Write the LoRA on {component: network} as one file that a stock pipeline's load_lora_weights
     reads."""
     adapter = read_lora(modules, name)
-    return save_diffusers(Adapter(adapter.layers, notes or {}), path)
+    return save_diffusers(Adapter(adapter.layers, dict(notes or {})), path)
 
 
-def load_lora(base, path, scale=1.0, name="default"):
+def load_lora(base: Family, path: str | Path, scale: float = 1.0, name: str = "default") -> Family:
     """Put a saved LoRA (a run's folder; a file of diffusers, kohya or peft) on a base, beside
     others.
 
@@ -194,7 +205,7 @@ def load_lora(base, path, scale=1.0, name="default"):
     return base
 
 
-def check_fit(adapter, modules, path):
+def check_fit(adapter: Adapter, modules: Mapping[str, torch.nn.Module], path: str | Path) -> None:
     """Raises LoraFileError unless each layer is of the size of a layer of {component: network}."""
     own = modules_by_name(modules)
     for component, name, layer in adapter.every():
@@ -206,7 +217,7 @@ def check_fit(adapter, modules, path):
 
 
 @torch.no_grad()
-def copy_weights(peft_layer, layer, name):
+def copy_weights(peft_layer: LoraLayer, layer: Layer, name: str) -> None:
     """Copy a saved layer's numbers into one peft layer."""
     like = peft_layer.get_base_layer().weight
     for linear, values in ((peft_layer.lora_A[name], layer.down),
@@ -242,7 +253,7 @@ def set_scale(base, scales):
         layer.requires_grad_(False)
 
 
-def merge_lora(module):
+def merge_lora(module: torch.nn.Module) -> None:
     """W <- W + (alpha / r) B A in every layer: the same images, no extra work.
 
     Raises ConfigError for weights in 8 bits, in which most of a LoRA would be rounded away.
@@ -254,13 +265,13 @@ def merge_lora(module):
         layer.merge()
 
 
-def unmerge_lora(module):
+def unmerge_lora(module: torch.nn.Module) -> None:
     """Take the merged LoRA out again."""
     for _, layer in lora_layers(module):
         layer.unmerge()
 
 
-def remove_lora(base):
+def remove_lora(base: Family) -> None:
     """The base as it was: every LoRA is dropped (a merged one is taken out first)."""
     in_memory = [part for part in vars(base).values() if isinstance(part, torch.nn.Module)]
     for module in in_memory:

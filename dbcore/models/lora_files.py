@@ -7,12 +7,16 @@
 diffusers' own converters translate the names. Every key of a file is used, or the file is refused.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
@@ -23,6 +27,9 @@ from safetensors.torch import save
 from dbcore.models.adapter import Adapter, Layer, LoraFileError, plain_name
 from dbcore.models.base import FAMILIES, family_of, load_base
 from dbcore.utils.files import write_whole
+
+if TYPE_CHECKING:
+    from dbcore.models.base import Family
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps the LoraConfigs in a file's header
@@ -197,11 +204,11 @@ class Names:
         self.components = {component for family in families for component in family.lora_targets}
 
     @cached_property
-    def family(self):
-        return load_base(self.base, device="meta")  # names and shapes, no numbers
+    def family(self) -> Family:
+        return load_base(str(self.base), device="meta")  # names and shapes, no numbers
 
     @cached_property
-    def modules(self):
+    def modules(self) -> dict[tuple[str, str], torch.nn.Module]:
         return modules_by_name(self.family.modules)
 
     def are_diffusers(self, key: str) -> bool:
@@ -234,7 +241,7 @@ class Names:
         if not self.are_diffusers(key) and not fits(self.modules.get((component, module)), layer):
             raise self.stranger(key)
 
-    def stranger(self, key):
+    def stranger(self, key: str) -> LoraFileError:
         module = _split(key)[0]
         if bare := [component for component, name in self.modules if name == module]:
             return LoraFileError(f"{key} does not say which network it is of, "
@@ -244,7 +251,8 @@ class Names:
                              "it was trained on another model family")
 
 
-def modules_by_name(networks: dict) -> dict[tuple[str, str], torch.nn.Module]:
+def modules_by_name(
+        networks: Mapping[str, torch.nn.Module]) -> dict[tuple[str, str], torch.nn.Module]:
     """{(component, plain name): module} of all that a LoRA can be put on, or has been."""
     return {(component, plain_name(component, name.removesuffix(".base_layer"))): module
             for component, network in networks.items() for name, module in network.named_modules()
@@ -337,7 +345,8 @@ def _check_dora(component, named, config):
 
 def save_diffusers(adapter: Adapter, path: str | Path) -> Path:
     """One file that `load_lora_weights` of a stock pipeline reads, alpha and rank in its header."""
-    tensors, configs = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    configs: dict[str, object] = {}
     for component, named in adapter.layers.items():
         # a text encoder's loader wants DoRA's magnitude with `.weight`, peft's own without; older
         # transformers want CLIP's `text_model.`, newer ones, through diffusers, take it off again

@@ -7,8 +7,11 @@ regression target. Shapes: x0, noise, x_t, target and prediction (n, ...), all a
 weights (n,).
 """
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
@@ -19,35 +22,36 @@ class Process(ABC):
     num_timesteps = math.inf  # the most steps that generating can take
 
     @abstractmethod
-    def timestep(self, u, positions=None):
+    def timestep(self, u: torch.Tensor, positions: int | None = None) -> torch.Tensor:
         """t of u in (0, 1), for latents of `positions` = height x width numbers a channel."""
 
     @abstractmethod
-    def coefficients(self, t, like):
+    def coefficients(self, t: torch.Tensor,
+                     like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(alpha_t, sigma_t), in the shape that multiplies `like`, (n, ...)."""
 
     @abstractmethod
-    def target(self, x0, noise, t):
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What the network is to predict of x_t."""
 
     @abstractmethod
-    def guess(self, prediction, x_t, t):
+    def guess(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The x0 that a prediction implies: of the target itself, x0."""
 
     @abstractmethod
-    def amplification(self, t):
+    def amplification(self, t: torch.Tensor) -> torch.Tensor:
         """Squared error of the prediction that goes with a squared error of 1 in x0."""
 
     @abstractmethod
-    def snr(self, t):
+    def snr(self, t: torch.Tensor) -> torch.Tensor:
         """alpha_t^2 / sigma_t^2, the signal-to-noise ratio."""
 
-    def corrupt(self, x0, noise, t):
+    def corrupt(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t."""
         alpha, sigma = self.coefficients(t, x0)
         return alpha * x0 + sigma * noise
 
-    def weight(self, t, snr_gamma=None):
+    def weight(self, t: torch.Tensor, snr_gamma: float | None = None) -> torch.Tensor:
         """Factor on the prediction's squared error: 1, or with `snr_gamma` min-SNR-gamma.
 
         That is min(SNR, gamma) on the squared error of x0 (Hang et al. 2023).
@@ -64,46 +68,47 @@ class Diffusion(Process):
     and Ho 2022) or "sample" (x0).
     """
 
-    def __init__(self, alphas_cumprod, prediction_type="epsilon"):
+    def __init__(self, alphas_cumprod: torch.Tensor, prediction_type: str = "epsilon"):
         self.alphas_cumprod, self.prediction_type = alphas_cumprod, prediction_type
         self.num_timesteps = len(alphas_cumprod)
 
     @classmethod
-    def from_scheduler(cls, config):
+    def from_scheduler(cls, config: Any) -> Diffusion:
         """The process that the config of a diffusers scheduler (DDPM, DDIM, PNDM ...) describes."""
         from diffusers import DDPMScheduler
 
         scheduler = DDPMScheduler.from_config(config)
         return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
-    def timestep(self, u, positions=None):
+    def timestep(self, u: torch.Tensor, positions: int | None = None) -> torch.Tensor:
         return (u * self.num_timesteps).long()
 
-    def abar(self, t):
+    def abar(self, t: torch.Tensor) -> torch.Tensor:
         self.alphas_cumprod = self.alphas_cumprod.to(t.device)  # later steps find it there
         return self.alphas_cumprod[t]
 
-    def coefficients(self, t, like):
+    def coefficients(self, t: torch.Tensor,
+                     like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         abar = column(self.abar(t), like)
         return abar**0.5, (1 - abar) ** 0.5
 
-    def target(self, x0, noise, t):
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha, sigma = self.coefficients(t, x0)
         v = alpha * noise - sigma * x0
         return {"epsilon": noise, "v_prediction": v, "sample": x0}[self.prediction_type]
 
-    def guess(self, prediction, x_t, t):
+    def guess(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         alpha, sigma = self.coefficients(t, x_t)
         if self.prediction_type == "epsilon":
             return (x_t - sigma * prediction) / alpha
         return alpha * x_t - sigma * prediction if self.prediction_type != "sample" else prediction
 
-    def amplification(self, t):
+    def amplification(self, t: torch.Tensor) -> torch.Tensor:
         snr = self.snr(t)
         ratios = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
         return ratios[self.prediction_type]
 
-    def snr(self, t):
+    def snr(self, t: torch.Tensor) -> torch.Tensor:
         abar = self.abar(t)
         return abar / (1 - abar)
 
@@ -117,32 +122,34 @@ class Flow(Process):
     without it there is no shift.
     """
 
-    def __init__(self, density="logit_normal", logit_mean=0.0, logit_std=1.0, mu=None):
+    def __init__(self, density: str = "logit_normal", logit_mean: float = 0.0,
+                 logit_std: float = 1.0, mu: Any = None):
         self.density, self.logit_mean, self.logit_std, self.mu = density, logit_mean, logit_std, mu
 
-    def timestep(self, u, positions=None):
+    def timestep(self, u: torch.Tensor, positions: int | None = None) -> torch.Tensor:
         t = u
         if self.density == "logit_normal":
             t = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
         shift = math.exp(self.mu(positions)) if self.mu else 1.0
         return (shift * t / (1 + (shift - 1) * t)).float()
 
-    def coefficients(self, t, like):
+    def coefficients(self, t: torch.Tensor,
+                     like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return column(1 - t, like), column(t, like)
 
-    def target(self, x0, noise, t):
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return noise - x0
 
-    def guess(self, prediction, x_t, t):
+    def guess(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x_t - column(t, x_t) * prediction
 
-    def amplification(self, t):
+    def amplification(self, t: torch.Tensor) -> torch.Tensor:
         return 1 / t**2
 
-    def snr(self, t):
+    def snr(self, t: torch.Tensor) -> torch.Tensor:
         return ((1 - t) / t) ** 2
 
 
-def column(values, like):
+def column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(n,) as (n, 1, ...), to multiply `like`, (n, ...)."""
     return values.reshape(-1, *[1] * (like.ndim - 1))

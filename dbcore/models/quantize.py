@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils import parametrize
 
 
-def quantize(module):
+def quantize(module: torch.nn.Module) -> torch.nn.Module:
     """Put the weights of every linear layer and convolution of a frozen network in 8 bits, in
     place; returns it.
 
@@ -29,10 +29,10 @@ class Int8(torch.nn.Module):
     """A weight (out, ...) as int8 of its shape and one scale an output channel, (out, 1, ...), of
     its own dtype."""
 
-    def forward(self, q, scale):
+    def forward(self, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return q.to(scale.dtype) * scale
 
-    def right_inverse(self, weight):
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # a row may be all 0
         rows = weight.flatten(1).abs().amax(1).float().clamp(min=torch.finfo(torch.float16).tiny)
         scale = (rows / 127).to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))

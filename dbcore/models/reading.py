@@ -1,16 +1,23 @@
 """Reading models from a folder or the Hugging Face hub: an error says which of the two failed, and
 how."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
 from dbcore.config import ConfigError
 from dbcore.utils.errors import DBCoreError
+
+if TYPE_CHECKING:
+    import torch
 
 # the packages between us and the hub
 NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
@@ -33,7 +40,7 @@ ANSWERS = {
 
 
 @contextlib.contextmanager
-def reading(what, hint=None):
+def reading(what: str, hint: Callable[[], str | None] | None = None) -> Iterator[None]:
     """Turn a file that is missing, damaged or out of reach into a ConfigError.
 
     `what` says so, such as "--pretrained_model_name_or_path x: its unet cannot be loaded";
@@ -49,11 +56,11 @@ def reading(what, hint=None):
         raise ConfigError(f"{what} ({first_line(error)})" + f": {more}" * bool(more)) from error
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def hub_answer(error):
+def hub_answer(error: BaseException) -> str | None:
     """What the hub, or the way to it, has to do with an error, in words; None where it is the
     folder's own."""
     kinds = [kind for e in causes(error) for kind in type(e).__mro__]
@@ -64,14 +71,15 @@ def hub_answer(error):
     return answer
 
 
-def causes(error):
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An exception, what it was raised from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def other_variant(name_or_path, part, revision=None, variant=None):
+def other_variant(name_or_path: str | Path, part: str, revision: str | None = None,
+                  variant: str | None = None) -> str | None:
     """The words for a network whose only files are of another `variant`; None where that is not
     so."""
     names = file_names(name_or_path, part, revision)
@@ -83,7 +91,7 @@ def other_variant(name_or_path, part, revision=None, variant=None):
             and None not in marks else None)
 
 
-def not_finite(module):
+def not_finite(module: torch.nn.Module) -> str | None:
     """The name of the first weight with an infinite number or a NaN in it, or None."""
     import torch
 
@@ -93,7 +101,7 @@ def not_finite(module):
                  if not torch.stack(torch.aminmax(weight)).isfinite().all()), None)
 
 
-def load_pipeline(option, name_or_path, **more):
+def load_pipeline(option: str, name_or_path: str | Path, **more: Any) -> Any:
     """A whole stock pipeline, in whichever variant its folder has.
 
     Raises ConfigError, which names the option.
@@ -110,7 +118,7 @@ def load_pipeline(option, name_or_path, **more):
     return pipeline
 
 
-def check_finite(pipeline, what):
+def check_finite(pipeline: Any, what: str) -> None:
     """Raises ConfigError where a network of a stock pipeline has a weight that is not finite."""
     import torch
 
@@ -121,7 +129,7 @@ def check_finite(pipeline, what):
                               "finite, and images would be black")
 
 
-def file_names(name_or_path, part, revision=None):
+def file_names(name_or_path: str | Path, part: str, revision: str | None = None) -> list[str]:
     """The files of a network in a pipeline's folder, or on the hub where that answers."""
     if (folder := Path(name_or_path, part)).is_dir():
         return [path.name for path in folder.iterdir()]

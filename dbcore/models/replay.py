@@ -6,8 +6,10 @@ away too, after minutes of compiling; recording takes a second or two.
 """
 
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -15,7 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dbcore.models.lora import SampleDropout
 
 
-def faster(predict, module, compile=False, batches=1):
+def faster(predict: Callable, module: torch.nn.Module, compile: bool = False,
+           batches: int = 1) -> Callable:
     """`predict`, a function that calls a network and is trained through it, with less Python in it.
 
     `compile`: torch.compile the blocks that the network repeats, so that one is compiled for many.
@@ -31,7 +34,7 @@ def faster(predict, module, compile=False, batches=1):
     return Replay(predict, module) if replays else predict
 
 
-def can_replay(module):
+def can_replay(module: torch.nn.Module) -> bool:
     """Whether a replay of a network is worth it and right.
 
     With nothing random in it, and no Python on the way back.
@@ -51,15 +54,16 @@ class Replay:
     network. All else stays as it was recorded, and may (see `can_replay`).
     """
 
-    def __init__(self, function, module):
-        self.function, self.graphs = function, {}
+    def __init__(self, function: Callable, module: torch.nn.Module):
+        self.function = function
+        self.graphs: dict[Any, Callable] = {}
         self.on_gpu = module.device.type == "cuda"
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         self.places = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
                        for name, _ in named]
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if torch.is_tensor(leaf)]
         key = structure, tuple((leaf.shape, leaf.dtype, leaf.requires_grad) if torch.is_tensor(leaf)
@@ -73,7 +77,7 @@ class Replay:
             return self.graphs[key](*tensors, *self.parameters)
 
     @torch.no_grad()
-    def record(self, tensors, leaves, structure):
+    def record(self, tensors: list[torch.Tensor], leaves: list[Any], structure: Any) -> Callable:
         """The graph of the function for inputs of these shapes, and these constants."""
         count = len(tensors)
 
@@ -88,7 +92,7 @@ class Replay:
         finally:
             self.put(self.parameters)
 
-    def capture(self, tensors, leaves, structure):
+    def capture(self, tensors: list[torch.Tensor], leaves: list[Any], structure: Any) -> Callable:
         """A CUDA graph of the function, and one of the way back; the function where that fails."""
         samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
         eager = partial(call, self.function, leaves=leaves, structure=structure)
@@ -100,14 +104,14 @@ class Replay:
                   f"{str(error).splitlines()[0]}")
             return trained
         # it refers to the module: without the way back, the graph's memory goes when it is let go
-        return vars(trained).pop("forward")
+        return trained.__dict__.pop("forward")
 
-    def put(self, tensors):
+    def put(self, tensors: Iterable[torch.Tensor]) -> None:
         for (module, name), tensor in zip(self.places, tensors):
             module._parameters[name] = tensor
 
 
-def call(function, *inputs, leaves, structure):
+def call(function: Callable, *inputs: torch.Tensor, leaves: list[Any], structure: Any) -> Any:
     """The function of tensors, with the constants in their places."""
     given = iter(inputs)
     filled = [next(given) if torch.is_tensor(leaf) else leaf for leaf in leaves]
@@ -118,16 +122,16 @@ def call(function, *inputs, leaves, structure):
 class Trained(torch.nn.Module):
     """A function and the parameters through which it is trained, which a CUDA graph must know."""
 
-    def __init__(self, function, parameters):
+    def __init__(self, function: Callable, parameters: Iterable[torch.nn.Parameter]):
         super().__init__()
         self.function, self.parameters_of = function, torch.nn.ParameterList(parameters)
 
-    def forward(self, *inputs):
+    def forward(self, *inputs: torch.Tensor) -> Any:
         return self.function(*inputs)
 
 
 @contextmanager
-def replayed(module):
+def replayed(module: torch.nn.Module) -> Iterator[None]:
     """In the block, a pipeline's calls of a network are replays where they can be.
 
     The network must not change meanwhile. For many images: recording takes as long as some ten

@@ -1,6 +1,6 @@
 """Stable Diffusion XL (Podell et al. 2023), and any pipeline folder of its shape."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -53,7 +53,8 @@ class StableDiffusionXL(StableDiffusion):
     def pooled_text(self, prompts: list[str]) -> torch.Tensor:
         return self.encode_text(prompts)["text_embeds"]
 
-    def predict(self, x_t, t, cond, geometry=None):
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, cond: dict[str, torch.Tensor],
+                geometry: torch.Tensor | None = None) -> torch.Tensor:
         if geometry is None:
             height, width = (side * self.downsampling for side in x_t.shape[2:])
             geometry = torch.tensor([[height, width, 0, 0, height, width]], device=x_t.device)
@@ -63,7 +64,8 @@ class StableDiffusionXL(StableDiffusion):
         return self.unet(x_t, t, cond["encoder_hidden_states"].to(self.dtype),
                          added_cond_kwargs=added).sample.float()
 
-    def pipeline_inputs(self, cond, negative):
+    def pipeline_inputs(self, cond: dict[str, torch.Tensor],
+                        negative: dict[str, torch.Tensor]) -> dict[str, Any]:
         return {
             **super().pipeline_inputs(cond, negative),
             "pooled_prompt_embeds": cond["text_embeds"],

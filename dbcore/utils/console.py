@@ -3,7 +3,8 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -20,7 +21,7 @@ def printable() -> Iterator[None]:
             stream.reconfigure(errors=errors)
 
 
-def progress(items, is_main=True, **options):
+def progress(items: Iterable[Any], is_main: bool = True, **options: Any) -> Iterable[Any]:
     """tqdm's progress bar; none but in the first process, and where TQDM_DISABLE is set."""
     from tqdm.auto import tqdm
 

@@ -1,5 +1,7 @@
 """Numbers on their way to a GPU, for which nobody waits."""
 
+from typing import Any
+
 import torch
 
 
@@ -19,7 +21,7 @@ def to_device(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[st
     return unpack(packed.to(device, non_blocking=kind == "cuda"), places)
 
 
-def pack(tensors):
+def pack(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
     """(bytes of all tensors, one after the other, {name: (dtype, shape, how many bytes)}).
 
     The widest numbers come first, so that each tensor begins at a multiple of its numbers' width.
@@ -31,7 +33,7 @@ def pack(tensors):
     return torch.cat(parts), places
 
 
-def unpack(packed, places):
+def unpack(packed: torch.Tensor, places: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors again, as views of `packed`."""
     parts = packed.split([count for _, _, count in places.values()])
     return {name: part.view(dtype).view(shape)

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from types import FrameType
 
 
 class Signals:
@@ -20,7 +21,7 @@ class Signals:
                            for name in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def catch(self, number, frame):
+    def catch(self, number: int, frame: FrameType | None) -> None:
         if self.caught:
             raise KeyboardInterrupt
         self.caught = True
