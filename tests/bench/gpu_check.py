@@ -202,7 +202,8 @@ def parts(args, work):
             name,
             limit,
             [*command, *(["--script", str(args.script.resolve())] if args.script else [])],
-            beside=beside,
+            {"OMP_NUM_THREADS": "2"} if beside else {},
+            beside,
         )
 
     marked = sorted(
@@ -241,11 +242,11 @@ def parts(args, work):
     yield measured("bases", 45)
     yield measured("forecast", 240, beside=True)
     yield tests
-    yield measured("plain", 60)
+    yield measured("plain", 70)
     yield measured("variants", 80)
     yield measured("sdxl", 50)
-    yield measured("script", 75)
     yield measured("flux2", 45)
+    yield measured("script", 75)
     yield measured("compile", 90)
 
 
