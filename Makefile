@@ -46,15 +46,17 @@ CHECKED = tests/utils tests/datasets tests/test_contract.py tests/test_config.py
 check test test-rounding: export HF_HUB_OFFLINE = 1
 check test test-rounding: export TQDM_DISABLE = 1
 check: export OMP_NUM_THREADS = 1
-check: setup ## lint and the tests that matter most, in two minutes: for whoever changes a line
+check: setup ## lint, types and the tests that matter most, in two minutes: for whoever changes a line
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest $(CHECKED)
 
 # unit tests beside the notebooks: two runs of one thread take less time than one run of two
 test: export OMP_NUM_THREADS = 1
 test: export NUMBA_NUM_THREADS = 1
-test: setup ## lint, unit tests, then the notebooks against their stored outputs
+test: setup ## lint, types, unit tests, then the notebooks against their stored outputs
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest & units=$$!; $(REPLAY); replay=$$?; wait $$units && exit $$replay
 
 outputs: setup ## run the notebooks anew and store what they show, as what make test compares with
