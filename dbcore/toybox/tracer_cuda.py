@@ -16,6 +16,9 @@ from dbcore.toybox.tracer import _pixel
 if TYPE_CHECKING:
     import torch
 
+if not hasattr(np, "row_stack"):  # NumPy 2.5 has it no longer; numba-cuda 0.30 asks for it
+    np.row_stack = np.vstack
+
 BLOCK = (8, 8, 1)  # pixels that are traced together: neighbours, which take about the same path
 
 
