@@ -20,7 +20,7 @@ from transformers import T5Config, T5EncoderModel
 
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig
 from dbcore.engines import evaluate as metrics
-from dbcore.engines.generate import generate
+from dbcore.engines.sample import generate
 from dbcore.engines.trainer import train
 from dbcore.models import base as models
 from dbcore.models.process import Flow

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dbcore.datasets.cache import TensorStore
 from dbcore.datasets.photos import Photo, PhotoError, crop_to_square, shown, square_box
+from dbcore.datasets.store import TensorStore
 from dbcore.utils.devices import to_device
 from dbcore.utils.seeding import integer, normal, permutation, uniform
 

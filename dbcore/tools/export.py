@@ -155,7 +155,7 @@ def save_merged(adapter: Adapter, base: str | None, folder: Path, lora_scale: fl
     Added in float32, then rounded once to the precision the base is stored in. Raises InputError
     without a base.
     """
-    from dbcore.datasets.cache import scratch
+    from dbcore.datasets.store import scratch
     from dbcore.models.lora_files import save_diffusers
     from dbcore.models.reading import check_finite, load_pipeline
 

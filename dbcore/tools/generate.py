@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     config = from_args(args, GenerateConfig)
     config.check()
-    from dbcore.engines.generate import generate_and_save
+    from dbcore.engines.sample import generate_and_save
 
     folder = generate_and_save(config)
     print(f"{len(config.prompt) * config.num_images} pictures and a grid are in {folder}.")

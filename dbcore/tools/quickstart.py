@@ -130,7 +130,7 @@ def draw(args: argparse.Namespace, prompts: list[str],
          lora: Path | None = None) -> list[list[Image.Image]]:
     """One list of pictures a prompt, a picture a seed."""
     from dbcore.config import GenerateConfig
-    from dbcore.engines.generate import generate
+    from dbcore.engines.sample import generate
 
     return generate(GenerateConfig(
         pretrained_model_name_or_path=args.pretrained_model_name_or_path, prompt=prompts,

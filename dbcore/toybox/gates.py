@@ -123,7 +123,7 @@ def moved(base: Family, one: list[str], other: list[str], t: int = 950, count: i
 
     def predictions(prompts):
         for prompt in prompts:
-            cond = {k: v.expand(count, -1, -1) for k, v in base.encode_prompts([prompt]).items()}
+            cond = {k: v.expand(count, -1, -1) for k, v in base.encode_text([prompt]).items()}
             yield base.predict(noise, torch.full((count,), t), cond)
 
     shares = [(a - b).norm() / a.norm() for a, b in zip(predictions(one), predictions(other))]

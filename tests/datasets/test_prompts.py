@@ -9,7 +9,7 @@ from runs import make_options
 
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig
 from dbcore.datasets.prompts import PromptError, calling_words, check_fit
-from dbcore.engines.generate import generate
+from dbcore.engines.sample import generate
 from dbcore.engines.trainer import train
 from dbcore.models.base import load_base
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig, read_yaml
 from dbcore.engines.checkpoint import STATE, TRAINING
-from dbcore.engines.generate import with_base
+from dbcore.engines.sample import with_base
 from dbcore.engines.trained import PACKAGES
 from dbcore.engines.trainer import Interrupted, train
 

@@ -229,7 +229,7 @@ EFFECTS = {
     "gradient_checkpointing": (True, {}, lambda f, *_: f.run.base.unet.is_gradient_checkpointing),
     # in each step, and none before it
     "cache_latents": (False, {}, lambda f, *_: f.encoded == [True] * 3),
-    "pre_compute_text_embeddings": (False, {}, lambda f, *_: not f.run.base.known.where
+    "pre_compute_text_embeddings": (False, {}, lambda f, *_: not f.run.prompts.store.where
                                     and "text_encoder" in known(f)),
     "low_vram": (True, {"gradient_checkpointing": True}, lambda f, *_: torch.int8 in {
         p.dtype for p in f.run.base.unet.parameters()}),

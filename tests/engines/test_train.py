@@ -127,9 +127,9 @@ def test_a_trained_text_encoder_is_heard_though_low_vram_had_remembered_the_froz
                       class_prompt="a photo of a dog",
                       num_class_images=1, train_text_encoder=True, text_encoder_lr=0.1,
                       class_data_dir=tmp_path / "class", output_dir=tmp_path / "run"))  # fmt: skip
-    base = seen[0].base
-    frozen = base.known.get("a photo of a dog")["encoder_hidden_states"]
-    heard = base.encode_prompts(["a photo of a dog"])["encoder_hidden_states"][0]
+    frozen_base = StableDiffusion(options["pretrained_model_name_or_path"])
+    frozen, heard = (encode(["a photo of a dog"])["encoder_hidden_states"]
+                     for encode in (frozen_base.encode_text, seen[0].prompts.encode))
     assert (heard - frozen).abs().max() > 0.01
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig
 from dbcore.models.base import Family, best_precision, load_base, settle
-from dbcore.models.lora import add_lora, load_lora, remove_lora, save_lora, set_scale
+from dbcore.models.lora import add_lora
 
 
 @pytest.fixture(scope="module")
@@ -137,43 +137,6 @@ def test_the_recommended_sampler_is_used_unless_another_is_asked_for(folder, tmp
 
 
 # --- encoding, noise and targets ------------------------------------------------------------------
-
-
-def test_prompts_become_embeddings_once(folder):
-    base = load_base(folder)
-    prompts = ["a red dog", "a blue car"]
-    wanted = base.encode_prompts(prompts)["encoder_hidden_states"]
-    assert wanted.shape == (2, 16, 16)
-    base.remember(prompts)
-    base.release("text_encoder")
-    assert torch.allclose(base.encode_prompts(prompts)["encoder_hidden_states"], wanted, atol=1e-6)
-    assert "text_encoder" not in vars(base)
-
-
-def test_prompts_are_encoded_anew_while_a_lora_is_on_the_text_encoder(folder, tmp_path):
-    """And the frozen encoder's are back when it is gone.
-
-    Loaded, scaled, trained: the encoder's own word counts.
-    """
-    base, prompts = load_base(folder), ["a red dog"]
-    base.remember(prompts)
-    frozen = base.encode_prompts(prompts)["encoder_hidden_states"]
-    for parameter in add_lora(base.text_encoder, 2, 2.0):
-        parameter.data.copy_(torch.randn(parameter.shape,
-                                         generator=torch.Generator().manual_seed(0)))
-    trained = base.encode_prompts(prompts)["encoder_hidden_states"]
-    assert (trained - frozen).abs().max() > 0.01
-    with pytest.raises(ConfigError, match="cannot be kept while the text encoder has a LoRA"):
-        base.remember(prompts)
-    save_lora({"text_encoder": base.text_encoder}, tmp_path / "lora.safetensors")
-    remove_lora(base)
-    assert torch.equal(base.encode_prompts(prompts)["encoder_hidden_states"], frozen)
-    load_lora(base, tmp_path / "lora.safetensors")
-    assert torch.allclose(base.encode_prompts(prompts)["encoder_hidden_states"], trained, atol=1e-6)
-    set_scale(base, {"default": 0.5})
-    half = base.encode_prompts(prompts)["encoder_hidden_states"]
-    assert (half - trained).abs().max() > 0.01
-    assert (half - frozen).abs().max() > 0.01
 
 
 def test_pictures_become_latents_and_come_back_in_range(base):

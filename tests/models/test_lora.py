@@ -48,7 +48,7 @@ def predict(base):
     prompt."""
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     return base.predict(latents, torch.tensor([10, 700]),
-                        base.encode_prompts(["a photo of sks dog", "a red car"]))
+                        base.encode_text(["a photo of sks dog", "a red car"]))
 
 
 def as_if_trained(module, seed=0, size=0.3):
@@ -94,7 +94,7 @@ def test_at_first_nothing_changes(base, options):
 def test_only_the_lora_gets_gradients(base):
     parameters = add_lora(base.unet, 2, 2.0)
     as_if_trained(base.unet)
-    cond = base.encode_prompts(["a photo of sks dog"])
+    cond = base.encode_text(["a photo of sks dog"])
     base.predict(torch.zeros(1, 4, 16, 16), torch.tensor([500]), cond).square().mean().backward()
     frozen = [p for p in base.unet.parameters() if not any(p is own for own in parameters)]
     assert all(p.grad is not None for p in parameters)
@@ -220,7 +220,7 @@ def dropping(folder):
     as_if_trained(base.unet)
     base.unet.train()
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    words = base.encode_prompts(["a photo of sks dog", "a red car"])["encoder_hidden_states"]
+    words = base.encode_text(["a photo of sks dog", "a red car"])["encoder_hidden_states"]
 
     def predict(rows, keys):
         set_dropout({"unet": base.unet}, keys)

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from dbcore.datasets.cache import TensorStore
+from dbcore.datasets.store import TensorStore
 from dbcore.utils.files import (
     FileError,
     save_png,

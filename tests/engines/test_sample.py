@@ -14,7 +14,7 @@ from runs import add_variant, make_base, make_hub
 
 from dbcore.__main__ import main
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig, write_yaml
-from dbcore.engines.generate import file_names, generate, generate_and_save
+from dbcore.engines.sample import file_names, generate, generate_and_save
 from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora, save_lora
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dbcore.config import ConfigError, read_run_config
 from dbcore.datasets.prompts import check_fit
+from dbcore.datasets.store import PromptCache
 from dbcore.models.base import best_device, load_base, settle, torch_dtype
 from dbcore.models.lora import load_lora, set_scale
 from dbcore.models.lora_files import read_adapter
@@ -24,13 +25,17 @@ def generate(config, base=None):
     config.check()
     config = settle(with_base(config))
     check_prompts(config, base or load_base(config.pretrained_model_name_or_path, config.revision))
-    base = base or base_with_loras(config)
+    encode = None
+    if base is None:
+        base = frozen_base(config)
+        encode = encode_ahead(base, config) if base.low_vram else None
+        add_loras(base, config)
     seeds = [config.seed + k for k in range(config.num_images)]
     pictures = base.draw(
         [prompt for prompt in config.prompt for _ in seeds], seeds * len(config.prompt),
         num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
         negative_prompt=config.negative_prompt, resolution=config.resolution,
-        scheduler=config.scheduler, batch_size=config.batch_size)
+        scheduler=config.scheduler, batch_size=config.batch_size, encode=encode)
     return [pictures[first:first + len(seeds)] for first in range(0, len(pictures), len(seeds))]
 
 
@@ -67,11 +72,16 @@ def with_base(config):
 
 def base_with_loras(config):
     """The base on the best device there is, with every LoRA of `checkpoint_dir` at its scale."""
-    base = load_base(config.pretrained_model_name_or_path, config.revision, config.variant,
-                     device=best_device(),
-                     dtype=torch_dtype(config.mixed_precision), low_vram=config.low_vram)
-    if base.low_vram:
-        encode_ahead(base, config)
+    return add_loras(frozen_base(config), config)
+
+
+def frozen_base(config):
+    return load_base(config.pretrained_model_name_or_path, config.revision, config.variant,
+                     device=best_device(), dtype=torch_dtype(config.mixed_precision),
+                     low_vram=config.low_vram)
+
+
+def add_loras(base, config):
     names = [f"lora_{k}" for k in range(len(config.checkpoint_dir))]
     for name, path in zip(names, config.checkpoint_dir):
         load_lora(base, path, name=name)
@@ -82,12 +92,17 @@ def base_with_loras(config):
 
 
 def encode_ahead(base, config):
-    """Encode the prompts and let the text encoders go, unless a LoRA is to change what they say."""
+    """A cache's `encode` with all prompts in it; the text encoders are let go.
+
+    None where a LoRA is to change what they say.
+    """
     adapters = [read_adapter(path, base.name) for path in config.checkpoint_dir]
-    if not any(name in adapter.layers for adapter in adapters
-               for name in base.roles["text_encoders"]):
-        base.remember([*config.prompt, config.negative_prompt])
-        base.release("text_encoders")
+    changed = {name for adapter in adapters for name in adapter.layers}
+    if changed & {*base.roles["text_encoders"]}:
+        return None
+    cache = PromptCache(base, [*config.prompt, config.negative_prompt])
+    base.release("text_encoders")
+    return cache.encode
 
 
 def generate_and_save(config):
