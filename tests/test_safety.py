@@ -1,6 +1,7 @@
 """Files from strangers and secrets of one's own: nothing is run, nothing hangs, nothing is told."""
 
 import ast
+import io
 import json
 import os
 import struct
@@ -9,8 +10,8 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from runs import LORA, leave_out_report, make_options, make_photos
-from safetensors.torch import load_file, save_file
 
 import dbcore
 from dbcore.__main__ import main
@@ -128,16 +129,29 @@ def test_damaged_settings_of_a_base_name_the_file(text, tmp_path):
         recommended(tmp_path)
 
 
+class Program:
+    """A pickle of it makes a folder when it is opened."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
 def test_a_checkpoint_made_to_deceive_is_a_clear_error(options, tmp_path):
     with pytest.raises(Interrupted):
         train(TrainConfig(**options, output_dir=tmp_path / "run"), should_stop=lambda: True)
     folder = tmp_path / "run" / "checkpoint-1"
     weights = folder / checkpoint.TRAINING
     good, state = weights.read_bytes(), json.loads((folder / checkpoint.STATE).read_text())
-    tensors = load_file(weights)
-    save_file({**tensors, "weight.0": tensors["weight.0"][:1].clone()}, weights)
+    saved = torch.load(weights, weights_only=True)
+    other, program = io.BytesIO(), io.BytesIO()
+    torch.save({**saved, "weights": [saved["weights"][0][:1], *saved["weights"][1:]]}, other)
+    torch.save(Program(str(tmp_path / "started")), program)
     for data, says in ((HOSTILE["endless header"], "cannot be read"),
-                       (weights.read_bytes(), "another shape")):
+                       (program.getvalue(), "cannot be read"),
+                       (other.getvalue(), "another shape")):
         weights.write_bytes(data)
         # the digests agree: only the content is wrong
         state["sha256"][weights.name] = checkpoint.digest_of(weights)
@@ -146,6 +160,7 @@ def test_a_checkpoint_made_to_deceive_is_a_clear_error(options, tmp_path):
             train(TrainConfig(**options, output_dir=tmp_path / "run",
                               resume_from_checkpoint="latest"))
     assert good != weights.read_bytes()
+    assert not (tmp_path / "started").exists()
 
 
 # --- hostile photos -------------------------------------------------------------------------------

@@ -1,29 +1,27 @@
 """Checkpoints that are whole or absent: written beside their name, flushed, checked, renamed.
 
 checkpoint-50/  pytorch_lora_weights.safetensors   a stock pipeline loads it
-                training.safetensors               weights, their running mean, the optimizer's
-                                                   tensors
-                state.json                         step, the optimizer's numbers, a digest of each
-                                                   file
-No pickle anywhere: safetensors and JSON cannot run a program.
+                training.pt                        weights, their running mean, optimizer, scaler
+                state.json                         step, circumstances, a digest of each file
+training.pt is read with `weights_only`, so that nothing in it can run a program.
 """
 
-import contextlib
 import hashlib
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from dbcore.config import ConfigError, need
+from dbcore.engines.trained import copy_all
 from dbcore.models.lora import save_lora
+from dbcore.models.reading import first_line
 from dbcore.utils.files import FileError, whole_folder
 
-STATE, TRAINING = "state.json", "training.safetensors"
+STATE, TRAINING = "state.json", "training.pt"
 # of an optimizer; the rate is set at each step, the rest is its own
 OPTIONS = ("betas", "eps", "weight_decay")
 
@@ -78,13 +76,22 @@ def last_good(output_dir):
 
 def steps_done(folder):
     """The steps that a checkpoint's run had done, whatever the folder is called."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))["step"]
+    return read_state(folder)["step"]
 
 
 def circumstances_of(folder):
-    """What a checkpoint's run depended on beside its options, {} in those from before that was
-    noted."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8")).get("circumstances", {})
+    """What a checkpoint's run depended on beside its options (`resume.circumstances`)."""
+    return read_state(folder)["circumstances"]
+
+
+def read_state(folder):
+    """A checkpoint's state.json. Raises CheckpointError for one of an earlier version's."""
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if TRAINING not in state["sha256"]:
+        raise CheckpointError(f"{folder} was saved by an earlier version of dbcore, which wrote "
+                              f"no {TRAINING}: start anew, with another --output_dir or "
+                              "--overwrite_output_dir")
+    return state
 
 
 def is_sound(folder):
@@ -111,11 +118,12 @@ def save_checkpoint(output_dir, trained, notes, circumstances, limit=None):
     final = Path(output_dir) / f"checkpoint-{step}"
     try:
         with whole_folder(final, final.with_name(final.name + ".old")) as partial:
-            numbers = write_training(partial / TRAINING, trained)
+            (partial / TRAINING).write_bytes(training_state(trained))
             with trained.averaged():
                 save_lora(trained.modules, partial / "pytorch_lora_weights.safetensors", notes)
             digests = {path.name: digest_of(path) for path in sorted(partial.iterdir())}
-            state = {"step": step, **numbers, "circumstances": circumstances, "sha256": digests}
+            state = {"step": step, "seconds": trained.seconds, "circumstances": circumstances,
+                     "sha256": digests}
             (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     except FileError as error:
         raise CheckpointError(f"checkpoint-{step} could not be written to {output_dir}: "
@@ -132,31 +140,13 @@ def remove(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_training(path, trained):
-    """The tensors of weights, mean and optimizer; returns what is left, numbers for state.json."""
-    tensors = {f"weight.{i}": p.detach() for i, p in enumerate(trained.parameters)}
-    tensors |= {f"mean.{i}": m for i, m in enumerate(trained.mean or [])}
-    kept = {}
-    for index, parameter in enumerate(trained.parameters):
-        # bitsandbytes' state_dict wraps its tensors
-        for name, value in trained.optimizer.state.get(parameter, {}).items():
-            if torch.is_tensor(value):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                kept[f"{index}.{name}"] = value
-    groups = [{k: v for k, v in group.items() if plain(v)}
-              for group in trained.optimizer.state_dict()["param_groups"]]
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    path.write_bytes(save(whole))
-    return {"optimizer": {"state": kept, "param_groups": groups},
-            "scaler": trained.scaler.state_dict(),
-            "seconds": trained.seconds}
-
-
-def plain(value):
-    with contextlib.suppress(TypeError, ValueError):
-        return json.loads(json.dumps(value)) == value or isinstance(value, tuple)
-    return False
+def training_state(trained):
+    """The bytes of training.pt."""
+    file = io.BytesIO()  # written by ourselves: torch.save hides what a full disk says
+    torch.save({"weights": [p.detach() for p in trained.parameters], "mean": trained.mean,
+                "optimizer": trained.optimizer.state_dict(),
+                "scaler": trained.scaler.state_dict()}, file)
+    return file.getvalue()
 
 
 def load_checkpoint(folder, trained):
@@ -164,49 +154,31 @@ def load_checkpoint(folder, trained):
 
     Raises CheckpointError if it cannot be read, or the LoRA there is of another shape.
     """
+    state = read_state(folder)
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        tensors = load((folder / TRAINING).read_bytes())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}): "
-                              "give an earlier checkpoint") from None
-    shapes = [tuple(tensors[f"weight.{i}"].shape)
-              for i in range(sum(k.startswith("weight.") for k in tensors))]
-    if shapes != [tuple(p.shape) for p in trained.parameters]:
+        saved = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - what was changed by hand fails in many ways
+        raise CheckpointError(f"{folder} cannot be read ({first_line(error)}): give an earlier "
+                              "checkpoint") from None
+    if [w.shape for w in saved["weights"]] != [p.shape for p in trained.parameters]:
         raise CheckpointError(f"{folder.name} holds a LoRA of another shape: give the rank, "
                               "lora_layers and train_text_encoder that it was trained with (they "
                               "are in config.yaml)")
-    for i, parameter in enumerate(trained.parameters):
-        parameter.data.copy_(tensors[f"weight.{i}"])
+    copy_all(saved["weights"], trained.parameters)
     if trained.mean is not None:
-        need("mean.0" in tensors,
-             f"{folder.name} was saved without --use_ema: resume it without, or start anew")
-        for i, mean in enumerate(trained.mean):
-            mean.copy_(tensors[f"mean.{i}"])
-    load_optimizer(trained.optimizer, optimizer_state(state["optimizer"], tensors))
-    if state["scaler"]:  # empty unless it was saved in fp16
-        trained.scaler.load_state_dict(state["scaler"])
+        need(saved["mean"], f"{folder.name} was saved without --use_ema: resume it without, or "
+             "start anew")
+        copy_all(saved["mean"], trained.mean)
+    load_optimizer(trained.optimizer, saved["optimizer"])
+    if saved["scaler"]:  # empty unless it was saved in fp16
+        trained.scaler.load_state_dict(saved["scaler"])
     trained.step, trained.seconds = state["step"], state["seconds"]
 
 
 def load_optimizer(optimizer, state):
-    """Give it what it had gathered, and leave it the options of this run: those may have been
-    changed."""
+    """Give it what it had gathered; its options stay this run's, for those may have changed."""
     options = [{name: group[name] for name in OPTIONS if name in group}
                for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)
-
-
-def optimizer_state(numbers, tensors):
-    """The optimizer's state_dict, put together again."""
-    state = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, entry = name.split(".", 2)
-            state.setdefault(int(index), {})[entry] = tensor
-    for name, value in numbers["state"].items():
-        index, entry = name.split(".", 1)
-        state.setdefault(int(index), {})[entry] = value
-    return {"state": state, "param_groups": numbers["param_groups"]}

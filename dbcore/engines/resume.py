@@ -87,21 +87,19 @@ def compare(config, resume, say):
     has changed.
 
     `resume`: a checkpoint's folder. The base is compared by its weights, photos by their contents
-    (`say_changes`), so that both may lie elsewhere now; checkpoints from before those were noted,
-    by their paths.
+    (`say_changes`), so that both may lie elsewhere now.
     """
     path = resume.parent / "config.yaml"
     before, known = read_yaml(path, TrainConfig) if path.is_file() else {}, circumstances_of(resume)
-    if known:
-        own = fingerprint(config.pretrained_model_name_or_path, config.revision, config.variant)
-        need(known["base"] == own, "--pretrained_model_name_or_path "
-             f"{config.pretrained_model_name_or_path}: its weights are not those that "
-             f"{resume.name} was trained on (they were "
-             f"{before.get('pretrained_model_name_or_path')}): give that base, its --revision and "
-             "--variant, or another --output_dir")
+    base = config.pretrained_model_name_or_path
+    own = fingerprint(base, config.revision, config.variant)
+    need(known["base"] == own, f"--pretrained_model_name_or_path {base}: its weights are not those "
+         f"that {resume.name} was trained on (they were "
+         f"{before.get('pretrained_model_name_or_path')}): give that base, its --revision and "
+         "--variant, or another --output_dir")
     now = full_paths(config)
     for name, value in before.items():
-        if name in FREE | (BY_CONTENT if known else set()) or AUTO in (value, getattr(now, name)):
+        if name in FREE | BY_CONTENT or AUTO in (value, getattr(now, name)):
             continue
         if value != getattr(now, name):
             words = f"--{name} was {value!r} in the run to resume and is {getattr(now, name)!r} now"
@@ -110,10 +108,7 @@ def compare(config, resume, say):
 
 
 def say_changes(before, now, config, say):
-    """A line for each change between two `circumstances`; `before` is {} where they were not
-    noted."""
-    if not before:
-        return
+    """A line for each change between two `circumstances`."""
     for kind in ("photos", "class photos"):
         if words := difference(before[kind], now[kind]):
             say(f"The {kind} are not those of the run to resume ({words}): {DIFFERS}")

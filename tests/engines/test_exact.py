@@ -218,13 +218,12 @@ def test_what_is_announced_as_changed_is_in_force(optimizer, options, tmp_path, 
 def test_adamws_step_after_resuming_is_that_of_the_options_now(options, tmp_path, monkeypatch):
     """m, v and w after the step from those before it, by the paper (Loshchilov & Hutter 2019)."""
     resumed_with(tmp_path, options, monkeypatch, **CHANGED)
-    before, after = (load_file(tmp_path / f"checkpoint-{step}" / TRAINING) for step in (2, 3))
+    before, after = (torch.load(tmp_path / f"checkpoint-{step}" / TRAINING, weights_only=True)
+                     for step in (2, 3))
     rate, step = options["learning_rate"], 3
-    for name in [name.removeprefix("weight.") for name in after if name.startswith("weight.")]:
-        m0, v0, w0 = (before[key] for key in (f"optimizer.{name}.exp_avg",
-                                              f"optimizer.{name}.exp_avg_sq", f"weight.{name}"))
-        m, v, w = (after[key] for key in (f"optimizer.{name}.exp_avg",
-                                          f"optimizer.{name}.exp_avg_sq", f"weight.{name}"))
+    for number, (w0, w) in enumerate(zip(before["weights"], after["weights"])):
+        states = (saved["optimizer"]["state"][number] for saved in (before, after))
+        (m0, v0), (m, v) = ((state["exp_avg"], state["exp_avg_sq"]) for state in states)
         g = (m - 0.5 * m0) / 0.5
         assert torch.allclose(v, 0.9 * v0 + 0.1 * g ** 2, rtol=1e-3, atol=1e-12)
         moved = (m / (1 - 0.5 ** step)) / ((v / (1 - 0.9 ** step)).sqrt() + 1e-3)
