@@ -142,7 +142,7 @@ def explained(config, device, folder):
             f"{checkpoint.last_good(folder)}; put this right, then "
             "--resume_from_checkpoint latest") from error
     except torch.OutOfMemoryError as error:
-        from dbcore.engines.memory import remedy  # what it traces with takes a while to import
+        from dbcore.engines.advice import remedy  # what it traces with takes a while to import
 
         raise MemoryFull(
             f"the run has stopped: the memory of the {device} device is full. "

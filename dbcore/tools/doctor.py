@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dbcore.config import AUTO, TrainConfig, add_options, from_args
 
 if TYPE_CHECKING:
+    from dbcore.engines.memory import Forecast
     from dbcore.models.base import Family
 
 HELP = ("look at photos, words, memory and machine before a run; takes train's options "
@@ -200,12 +201,13 @@ def memory(config: TrainConfig) -> list[str]:
     """The forecast for this machine, whether it fits, and a line for each well-known card."""
     import torch
 
-    from dbcore.engines.memory import advise, by_card, forecast
+    from dbcore.engines.advice import advise, by_card
+    from dbcore.engines.memory import forecast
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     there = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else total_memory()
     here = forecast(config, device)
-    lines = [here.table(), "", verdict(here.needed, there, lambda: advise(config, there, device))]
+    lines = [*table(here), "", verdict(here.peak, there, lambda: advise(config, there, device))]
     lines += ["", "| card | GB | precision | needs | |", "|---|---:|---|---:|---|"]
     for card, (size, precision, needed) in by_card(config).items():
         fits = "fits" if needed.peak <= size else "does not fit"
@@ -214,11 +216,23 @@ def memory(config: TrainConfig) -> list[str]:
     return lines
 
 
+def table(forecast: Forecast) -> list[str]:
+    """Lines of Markdown, in MB of 10^6 bytes; the last one is the run's highest point."""
+    columns = ("weights", "activations", "optimizer", "total")
+    lines = ["| MB | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for phase in forecast.phases:
+        cells = (f"{getattr(phase, name) / 1e6:,.1f}" for name in columns)
+        lines.append(f"| {phase.name} | " + " | ".join(cells) + " |")
+    lines.append(f"| highest ({forecast.largest.name}) with {forecast.overhead / 1e6:,.0f} before "
+                 f"the first tensor | | | | {forecast.peak / 1e6:,.1f} |")
+    return lines
+
+
 def verdict(needed: float, there: float, advice: Callable[[], dict[str, Any] | None]) -> str:
     """One sentence; `advice()` is asked only if the run does not fit."""
     if needed <= there:
         return f"It fits: {needed / 1e9:.1f} of {there / 1e9:.1f} GB."
-    from dbcore.engines.memory import flags
+    from dbcore.engines.advice import flags
 
     changes = advice()
     return f"It does not fit: {needed / 1e9:.1f} of {there / 1e9:.1f} GB. " + (

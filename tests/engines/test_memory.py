@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipelines import MAX_TOKENS, make_sdxl_shape, make_tiny_pipeline
+from pipelines import MAX_TOKENS, make_flux2_shape, make_sdxl_shape, make_tiny_pipeline
 
 from dbcore.config import OPTIMIZERS, TrainConfig
-from dbcore.engines import memory
+from dbcore.engines import advice, memory
 from dbcore.engines.trained import PACKAGES, make_optimizer
 from dbcore.models.base import load_base
 from dbcore.models.lora import add_lora, lora_parameters
@@ -57,39 +57,26 @@ def test_shapes_and_numbers_give_the_same_count(folder, checkpointing):
         cond = {"encoder_hidden_states": torch.randn(2, MAX_TOKENS, 16)}
         out = base.predict(torch.randn(2, 4, 16, 16), torch.tensor([5, 7]), cond)
         out.square().mean().backward()
-    gradients = sum(p.grad.numel() * 4 for p in lora_parameters(unet))
     found = memory.forecast(config(folder, train_batch_size=2,
                                    gradient_checkpointing=checkpointing), "cuda").phases
     (step,) = [phase for phase in found if phase.name == "steps"]
-    assert step.gradients == gradients
-    assert step.activations == pytest.approx(live.peak - gradients, rel=0.05)
+    gradients = sum(p.grad.numel() * 4 for p in lora_parameters(unet))
+    assert step.activations > gradients
+    assert step.activations == pytest.approx(live.peak, rel=0.05)
 
 
-def test_a_cpu_holds_the_file_while_it_loads_and_gaps_in_its_heap(folder):
+def test_a_cpus_heap_has_gaps(folder):
     here, card = (memory.forecast(config(folder), device).phases for device in ("cpu", "cuda"))
-    file = next((folder / "unet").glob("*.safetensors")).stat().st_size
-    unet = load_base(folder).unet
-    add_lora(unet, 4, 4)
-    assert here[0].name == "loading"
-    assert (here[0].weights, here[0].pages) == (memory.size(unet), file)
-    assert [phase.name for phase in here[1:]] == [phase.name for phase in card]
-    # measured with `make bench BENCH=--memory`: 1.5 times what was traced, and 2.3 to 3.0 times
-    # with checkpointing
-    assert all(1.35 < a.activations / b.activations < 1.65 for a, b in zip(here[1:], card))
-    again = {device: memory.forecast(config(folder, gradient_checkpointing=True), device).phases
-             for device in ("cpu", "cuda")}
-    (a,), (b,) = ([phase for phase in again[device] if phase.name == "steps"]
-                  for device in ("cpu", "cuda"))
-    assert 2.2 < a.activations / b.activations < 3.1
+    assert [phase.name for phase in here] == [phase.name for phase in card]
+    assert all(a.activations == 2 * b.activations > 0 for a, b in zip(here, card))
+    assert [phase.weights for phase in here] == [phase.weights for phase in card]
 
 
-def test_pages_of_a_file_need_no_room(folder, monkeypatch):
-    loading, step = memory.Phase("loading", 10, 0, pages=10), memory.Phase("steps", 10, 5)
-    monkeypatch.setattr(memory, "forecast", lambda *_: memory.Forecast([loading, step], 1))
-    assert memory.forecast().peak == 21
-    assert memory.forecast().needed == 16
-    assert memory.advise(config(folder), 16, "cpu") == {}
-    assert memory.advise(config(folder), 15, "cpu") is None
+def test_prompts_are_encoded_before_there_is_a_denoiser(folder):
+    text = memory.size(load_base(folder).text_encoder)
+    assert phases(folder)["encoding prompts"].weights == text
+    assert phases(folder, **PRIOR)["encoding prompts"].weights > 2 * text  # left from class images
+    assert phases(folder, low_vram=True, **PRIOR)["encoding prompts"].weights == text
 
 
 @pytest.mark.parametrize("rank", [4, 256], ids=["in float32", "in 8 bits"])
@@ -134,7 +121,7 @@ def test_options_move_the_forecast_the_way_they_move_a_run(folder):
 
 def test_half_precision_halves_the_weights_but_the_autoencoder_stays_whole_in_fp16(folder):
     def weights(precision):
-        made = memory.in_precision(TrainConfig(pretrained_model_name_or_path=str(folder)),
+        made = advice.in_precision(TrainConfig(pretrained_model_name_or_path=str(folder)),
                                    precision)
         return {p.name: p.weights for p in memory.forecast(made, "cuda").phases}
 
@@ -152,7 +139,7 @@ def test_low_vram_quantizes_the_unet_and_draws_one_picture_at_a_time(folder):
     assert low["steps"].weights == memory.size(base.unet)
     assert low["class images"].weights == memory.size(base.unet) + vae
     # read whole, then quantized
-    assert low["loading"].weights == pytest.approx(plain["loading"].weights, rel=0.05)
+    assert low["loading"].weights == pytest.approx(plain["steps"].weights, rel=0.05)
     assert low["encoding photos"].weights == vae  # class images or not
     # no more is kept for the gradients than with whole weights, but for what one block's are made
     # into
@@ -169,38 +156,34 @@ def test_nothing_of_the_base_is_loaded(folder, monkeypatch):
     memory.forecast(config(folder))
 
 
-def test_the_table_shows_each_phase_and_the_highest(folder):
-    made = memory.Forecast([memory.Phase("steps", 5_000_000, 1_000_000, 200_000, 400_000)],
-                           10_000_000, 3_000_000)
-    assert made.peak == 16_600_000
-    assert "| steps | 5.0 | 1.0 | 0.2 | 0.4 | 0.0 | 6.6 |" in made.table()
-    assert "| highest (steps) with 10 before the first tensor | | | | | | 16.6 |" in made.table()
-
-
 def test_advice_is_the_first_set_of_changes_that_fits(monkeypatch, folder):
-    def pretend(config, device="cuda", photos=5):
+    def pretend(config, device="cuda"):
         peak = (100 - 30 * config.gradient_checkpointing - 20 * (config.train_batch_size == 1)
                 - 10 * config.low_vram)
         return memory.Forecast([memory.Phase("steps", peak, 0)], 0)
 
-    monkeypatch.setattr(memory, "forecast", pretend)
+    monkeypatch.setattr(advice, "forecast", pretend)
     wish = config(folder, train_batch_size=2)
-    assert memory.advise(wish, 100, "cpu") == {}
-    assert memory.advise(wish, 75, "cpu") == {"gradient_checkpointing": True}
-    assert memory.advise(wish, 55, "cpu") == {"gradient_checkpointing": True, "train_batch_size": 1,
+    assert advice.advise(wish, 100, "cpu") == {}
+    assert advice.advise(wish, 75, "cpu") == {"gradient_checkpointing": True}
+    assert advice.advise(wish, 55, "cpu") == {"gradient_checkpointing": True, "train_batch_size": 1,
                                               "gradient_accumulation_steps": 2}
-    assert memory.advise(wish, 45, "cpu")["low_vram"] is True
-    assert "resolution" not in memory.advise(wish, 45, "cpu")
-    assert memory.advise(wish, 20, "cpu") is None
+    assert advice.advise(wish, 45, "cpu")["low_vram"] is True
+    assert "resolution" not in advice.advise(wish, 45, "cpu")
+    assert advice.advise(wish, 20, "cpu") is None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", [1024, 768])
-def test_what_sdxl_needs_of_a_t4_is_what_the_readme_says(side, tmp_path):
+@pytest.mark.parametrize(("name", "make", "side"), [
+    ("SDXL", make_sdxl_shape, 1024), ("SDXL", make_sdxl_shape, 768),
+    ("FLUX.2 [klein] 4B", make_flux2_shape, 1024), ("FLUX.2 [klein] 4B", make_flux2_shape, 512),
+])  # fmt: skip
+def test_what_a_large_base_needs_of_a_t4_is_what_the_readme_says(name, make, side, tmp_path):
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    told = re.search(rf"\| {side} x {side} \| (.+) GB \| (.+) GB \| (.+) GB \|", readme).groups()
-    base = str(make_sdxl_shape(tmp_path))
-    for number, more in zip(told, ({}, {"gradient_checkpointing": True}, {"low_vram": True})):
+    row = rf"\| {re.escape(name)}, {side} x {side} \| (.+) GB \| (.+) GB \| (.+) GB \|"
+    base = str(make(tmp_path))
+    for number, more in zip(re.search(row, readme).groups(), (
+            {}, {"gradient_checkpointing": True}, {"low_vram": True})):
         options = TrainConfig(pretrained_model_name_or_path=base, resolution=side, **more)
-        found = memory.forecast(memory.in_precision(options, "fp16"), "cuda").needed
+        found = memory.forecast(advice.in_precision(options, "fp16"), "cuda").peak
         assert found / 1e9 == pytest.approx(float(number), abs=0.06)

@@ -17,11 +17,11 @@ from runs import finished_runs, leave_out_report, make_options, make_photos, rea
 from safetensors.torch import load_file
 
 from dbcore.config import OPTIMIZERS, ConfigError, TrainConfig
+from dbcore.engines.advice import remedy
 from dbcore.engines.callbacks import Validation
 from dbcore.engines.checkpoint import TRAINING
 from dbcore.engines.finetune import finetune
 from dbcore.engines.losses import dreambooth_loss
-from dbcore.engines.memory import remedy
 from dbcore.engines.trained import PACKAGES
 from dbcore.engines.trainer import Run, train
 from dbcore.models.lora_files import HEADER_KEY, read_safetensors
@@ -154,7 +154,7 @@ def test_memory_that_is_full_ends_the_run_with_the_doctors_advice_and_its_checkp
                        r".*checkpoint-1 is intact"):
         train(TrainConfig(**options, checkpointing_steps=1, output_dir=tmp_path))
     monkeypatch.undo()
-    monkeypatch.setattr("dbcore.engines.memory.there", lambda device: 1)
+    monkeypatch.setattr("dbcore.engines.advice.there", lambda device: 1)
     assert "No option makes it small enough" in remedy(TrainConfig(**options), "cpu")
 
 

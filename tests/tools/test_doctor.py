@@ -7,6 +7,7 @@ from pipelines import make_tiny_pipeline
 
 from dbcore.__main__ import main
 from dbcore.config import TrainConfig
+from dbcore.engines.memory import Forecast, Phase
 from dbcore.models.base import load_base
 from dbcore.tools import doctor
 
@@ -91,6 +92,12 @@ def test_a_prompt_without_a_new_word_is_a_finding(folder, photos):
     c.instance_prompt = "a photo of a dog"
     (line,) = doctor.identifier(c)
     assert "the subject would take the whole class" in line
+
+
+def test_the_table_shows_each_phase_and_the_highest():
+    lines = doctor.table(Forecast([Phase("steps", 5_000_000, 1_200_000, 400_000)], 10_000_000))
+    assert "| steps | 5.0 | 1.2 | 0.4 | 6.6 |" in lines
+    assert "| highest (steps) with 10 before the first tensor | | | | 16.6 |" in lines
 
 
 def test_the_verdict_asks_for_advice_only_where_the_run_does_not_fit():
