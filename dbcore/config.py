@@ -69,11 +69,11 @@ class TrainConfig:
         None, "the words that will call the subject, such as 'a photo of sks dog'; "
         "a photo's own caption wins")
     class_data_dir: str | None = knob(
-        None, "folder of class pictures: your own are used as they are, an empty one is filled; "
+        None, "folder of class images: your own are used as they are, an empty one is filled; "
         "without it they are made once and kept in a cache")
     class_prompt: str | None = knob(None, "the class in words, such as 'a photo of a dog'")
     resolution: AutoInt = knob(
-        AUTO, "side of the training pictures in pixels; auto is the base's own, lower it when "
+        AUTO, "side of the training images in pixels; auto is the base's own, lower it when "
         "memory runs out", low=8)
     center_crop: bool = knob(
         False, "crop the middle instead of a random place along the longer side, when the subject "
@@ -84,13 +84,13 @@ class TrainConfig:
         ("nearest", "bilinear", "bicubic", "lanczos"))
     use_masks: bool = knob(True, "learn only what dog.mask.png leaves white, where a photo has one")
     # Prior preservation
-    with_prior_preservation: bool = knob(False, "also learn from pictures of the class, so that "
+    with_prior_preservation: bool = knob(False, "also learn from images of the class, so that "
                                          "it stays as it is")
-    prior_loss_weight: float = knob(1.0, "lambda of the class pictures' loss; "
+    prior_loss_weight: float = knob(1.0, "lambda of the class images' loss; "
                                     "higher keeps the class better", low=0)
-    num_class_images: int = knob(100, "class pictures to have; more keep more of the class's "
+    num_class_images: int = knob(100, "class images to have; more keep more of the class's "
                                  "variety", low=1)
-    sample_batch_size: int = knob(4, "class pictures made at a time; lower it when memory runs out",
+    sample_batch_size: int = knob(4, "class images made at a time; lower it when memory runs out",
                                   low=1)
     prior_generation_precision: str = knob(AUTO, "precision in which they are made; "
                                            "no where they come out black", PRECISIONS)
@@ -122,7 +122,7 @@ class TrainConfig:
     # Optimisation
     learning_rate: AutoFloat = knob(
         AUTO, "step size; auto is the base's recommendation, else 2e-4; higher where nothing is "
-        "learnt, lower where pictures break up", above=0)
+        "learnt, lower where images break up", above=0)
     scale_lr: bool = knob(False, "multiply it by processes, batch and accumulation: "
                           "it was meant for one photo a step")
     lr_scheduler: str = knob(
@@ -170,18 +170,21 @@ class TrainConfig:
     cache_latents: bool = knob(True, "encode each photo once, before training")
     pre_compute_text_embeddings: bool = knob(True, "encode each prompt once, before training")
     low_vram: bool = knob(False, "keep the frozen UNet in 8 bits, checkpoint gradients, "
-                          "draw pictures one at a time: for cards of 4 GB and less")
+                          "generate images one at a time: for cards of 4 GB and less")
     allow_tf32: bool = knob(False, "faster, coarser float32 products on NVIDIA GPUs since Ampere")
     compile: bool = knob(False, "torch.compile the UNet: minutes of compiling, then faster steps")
     # Following the run
-    validation_prompt: list[str] = knob([], "draw these during the run, to see how long to train")
-    num_validation_images: int = knob(4, "pictures a validation prompt; fewer are sooner drawn",
+    validation_prompt: list[str] = knob([],
+                                        "generate these during the run, to see how long to train")
+    num_validation_images: int = knob(4, "images a validation prompt; fewer are sooner done",
                                       low=1)
-    validation_steps: int | None = knob(None, "draw every this many steps; without it, five times "
+    validation_steps: int | None = knob(None,
+                                        "generate every this many steps; without it, five times "
                                         "a run", low=1)
-    validation_epochs: int | None = knob(None, "draw every this many passes over the photos", low=1)
-    num_report_images: int = knob(4, "pictures a prompt in the report at the end, without the LoRA "
-                                  "and with it; 0 draws none, where drawing takes longer than "
+    validation_epochs: int | None = knob(None, "generate every this many passes over the photos",
+                                         low=1)
+    num_report_images: int = knob(4, "images a prompt in the report at the end, without the LoRA "
+                                  "and with it; 0 makes none, where that takes longer than "
                                   "training", low=0)
     report_to: str = knob("tensorboard", "tracker, if it is installed; log.jsonl is always written",
                           ("tensorboard", "wandb", "none"))
@@ -233,7 +236,7 @@ class TrainConfig:
              "choose constant_with_warmup")
         for given in ("output_dir", "class_data_dir"):
             need(not is_within(getattr(self, given), self.instance_data_dir),
-                 f"--{given} {getattr(self, given)} lies in --instance_data_dir, so its pictures "
+                 f"--{given} {getattr(self, given)} lies in --instance_data_dir, so its images "
                  "would be learnt as photos of the subject: choose a folder outside")
         need(self.class_data_dir is None
              or not is_within(self.instance_data_dir, self.class_data_dir),
@@ -257,7 +260,7 @@ class TrainConfig:
 
 @dataclass
 class GenerateConfig:
-    """Pictures from a base, with or without LoRAs."""
+    """Images from a base, with or without LoRAs."""
 
     pretrained_model_name_or_path: Asked = knob(
         None, "the base; without it, the one the first LoRA's run was trained on")
@@ -266,10 +269,10 @@ class GenerateConfig:
     checkpoint_dir: list[str] = knob([], "runs, checkpoints or LoRA files to put on the base; "
                                      "none for the base alone")
     lora_scale: list[float] = knob([1.0], "how much of each LoRA: 0 is none, 1 is as trained")
-    prompt: list[str] = knob([], "what to draw; several are drawn in turn")
+    prompt: list[str] = knob([], "what to generate; several come in turn")
     negative_prompt: str = knob("", "what to keep away from")
-    num_images: int = knob(4, "pictures a prompt", low=1)
-    seed: int = knob(0, "of the first picture; the next has seed + 1, and so on")
+    num_images: int = knob(4, "images a prompt", low=1)
+    seed: int = knob(0, "of the first image; the next has seed + 1, and so on")
     num_inference_steps: AutoInt = knob(AUTO, "denoising steps; "
                                           "auto is the base's recommendation, else 25", low=1)
     guidance_scale: AutoFloat = knob(AUTO, "pull towards the prompt; "
@@ -278,13 +281,13 @@ class GenerateConfig:
     scheduler: str = knob(AUTO, "sampler: ddim, dpm++, euler, euler_a, unipc or ddpm; "
                           "auto is the base's recommendation, else its own",
                           (AUTO, "ddim", "dpm++", "euler", "euler_a", "unipc", "ddpm"))
-    resolution: AutoInt = knob(AUTO, "side of the pictures in pixels", low=8)
-    batch_size: int = knob(8, "pictures drawn at a time", low=1)
+    resolution: AutoInt = knob(AUTO, "side of the images in pixels", low=8)
+    batch_size: int = knob(8, "images generated at a time", low=1)
     mixed_precision: str = knob(AUTO, "precision; auto is bf16 or fp16 on a GPU, no elsewhere",
                                 PRECISIONS)
     low_vram: bool = knob(False, "keep the denoiser in 8 bits, encode prompts before it is there, "
                           "generate images one at a time: for a small GPU")
-    output_dir: str = knob("pictures", "where the pictures and a grid go")
+    output_dir: str = knob("pictures", "where the images and a grid go")
 
     def __post_init__(self):
         coerce_and_check(self)
@@ -293,7 +296,7 @@ class GenerateConfig:
         """Raises ConfigError."""
         need(self.pretrained_model_name_or_path or self.checkpoint_dir,
              "give --pretrained_model_name_or_path, --checkpoint_dir or both")
-        need(self.prompt, "--prompt is missing: say what to draw")
+        need(self.prompt, "--prompt is missing: say what to generate")
         need(len(self.lora_scale) in (1, len(self.checkpoint_dir)) or not self.checkpoint_dir,
              f"{len(self.lora_scale)} values of --lora_scale for {len(self.checkpoint_dir)} of "
              "--checkpoint_dir: give one, or one each")
@@ -313,7 +316,7 @@ ANSWERED = {TrainConfig: {
     "class_labels_conditioning": "it belongs to DeepFloyd IF, which this does not train",
     "offload_ema": "the running mean of a LoRA is a few megabytes",
 }, GenerateConfig: {
-    "device": "the fastest there is draws the pictures; "
+    "device": "the fastest there is generates the images; "
     "an empty CUDA_VISIBLE_DEVICES leaves the CPU",
 }}  # fmt: skip
 ALIASES = {"use_8bit_adam": ("optimizer", "AdamW8bit"), "lora": ("checkpoint_dir", None)}

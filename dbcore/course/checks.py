@@ -113,7 +113,7 @@ def check_00_clean(clean: Callable) -> str:
     for abar in torch.tensor([0.9, 0.5, 0.05]):
         x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
         same(clean(x_t, noise, abar), x0, f"clean(x_t, noise, {abar.item():.2g})", tolerance=1e-3)
-    return ("whoever knows the noise knows the picture. That is why a network need only "
+    return ("whoever knows the noise knows the image. That is why a network need only "
             "learn the noise.")
 
 
@@ -279,7 +279,7 @@ def check_03_diversity(diversity_of: Callable) -> str:
     same(got, 1.0, "for four vectors at right angles it")
     spread = np.array([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]])
     same(diversity_of(spread), 1 - (0.8 + 0.6 + 0.96) / 3, "for cosines of 0.8, 0.6 and 0.96 it")
-    return "one minus the mean cosine of different pictures."
+    return "one minus the mean cosine of different images."
 
 
 @exercise
@@ -295,8 +295,8 @@ def check_03_name(folder_name: Callable) -> str:
     for key, other in (("base", "90cc"), ("prompt", "a photo of a cat"), ("resolution", 128),
                        ("seed", 1)):
         expect(folder_name({**about, key: other}) != name,
-               f"Another {key} has the same name: its pictures get mixed up.")
-    return "the same name for the same pictures, and another for any others."
+               f"Another {key} has the same name: its images get mixed up.")
+    return "the same name for the same images, and another for any others."
 
 
 # --- 04 ---
@@ -356,8 +356,8 @@ def check_04_saved(saved: Any) -> str:
 @exercise
 def check_05_calls(looks: Callable) -> str:
     same(looks(1, 25, 1.0), 25, "one picture of 25 steps without guidance")
-    same(looks(1, 25, 4.0), 50, "one picture of 25 steps with guidance 4, asked twice a step,")
-    same(looks(6, 20, 7.5), 240, "six pictures of 20 steps with guidance")
+    same(looks(1, 25, 4.0), 50, "one image of 25 steps with guidance 4, asked twice a step,")
+    same(looks(6, 20, 7.5), 240, "six images of 20 steps with guidance")
     return "steps and guidance are what you pay for; the scale costs nothing."
 
 

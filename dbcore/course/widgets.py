@@ -1,11 +1,11 @@
-"""Panels for notebooks: controls over a plain function, and the picture or words it returns.
+"""Panels for notebooks: controls over a plain function, and the image or words it returns.
 
 Every panel is handed functions and data and imports no engine. What a panel shows for one setting
-is `panel.picture()`, so the next cell can call the same function without the panel. A panel is the
-last value of a cell; where no kernel or no ipywidgets is at hand, its first picture stands there
+is `panel.image()`, so the next cell can call the same function without the panel. A panel is the
+last value of a cell; where no kernel or no ipywidgets is at hand, its first image stands there
 instead.
 
-Pictures go through `ipywidgets.Image`, not `Output`: that works from threads, in ipywidgets 7 and 8
+Images go through `ipywidgets.Image`, not `Output`: that works from threads, in ipywidgets 7 and 8
 alike.
 """
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 try:
     import ipywidgets
-except ImportError:  # the panels are then still pictures
+except ImportError:  # the panels are then still images
     ipywidgets = None
 
-SHOWN = 256  # pixels a small picture is enlarged to, so that a 64 x 64 one can be looked at
+SHOWN = 256  # pixels a small image is enlarged to, so that a 64 x 64 one can be looked at
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -50,13 +50,13 @@ def explore(function: Callable, **controls: Any) -> Panel:
       True or False                      a box to tick
       "text"                             a line to type
     and starts at the function's default for it, else at the first value. `function` returns a PIL
-    image or matplotlib figure, or text, or the pair (picture, text).
+    image or matplotlib figure, or text, or the pair (image, text).
     """
     return Panel(function, controls)
 
 
 class Panel:
-    """What `explore` returns: `.value` is {control: setting}, `.picture()` what it shows, `.show()`
+    """What `explore` returns: `.value` is {control: setting}, `.image()` what it shows, `.show()`
     shows it."""
 
     def __init__(self, function: Callable, controls: Mapping[str, Any],
@@ -94,7 +94,7 @@ class Panel:
             else:
                 self.value[name] = value
 
-    def picture(self) -> Any:
+    def image(self) -> Any:
         """What `function` gives for the settings of now, without any words."""
         return _parts(self._call())[0]
 
@@ -139,7 +139,7 @@ def _control(name, spec, value):
 
 
 class _Screen:
-    """A picture and a line of words below it, either of which may be missing."""
+    """An image and a line of words below it, either of which may be missing."""
 
     def __init__(self):
         self.image, self.text = ipywidgets.Image(format="png"), ipywidgets.HTML()
@@ -151,19 +151,19 @@ class _Screen:
         """Show what `make()` returns, or why it could not be made: a callback's error would be lost
         else."""
         try:
-            picture, words = _parts(make())
+            image, words = _parts(make())
         except Exception as error:  # noqa: BLE001
             # whatever the explored function raises belongs on the panel
-            picture, words = None, f"{type(error).__name__}: {error}"
-        self.image.layout.display = "none" if picture is None else ""
-        if picture is not None:
-            self.image.value = as_png(picture)
+            image, words = None, f"{type(error).__name__}: {error}"
+        self.image.layout.display = "none" if image is None else ""
+        if image is not None:
+            self.image.value = as_png(image)
         self.text.value = (f'<pre style="white-space: pre-wrap">{html.escape(words)}</pre>'
                            if words else "")
 
 
 def _parts(result):
-    """(picture or None, words) of what an explored function returned."""
+    """(image or None, words) of what an explored function returned."""
     if isinstance(result, tuple):
         return result
     if isinstance(result, str):
@@ -171,29 +171,29 @@ def _parts(result):
     return result, ""
 
 
-def as_png(picture: Any) -> bytes:
+def as_png(image: Any) -> bytes:
     """The bytes of a PNG file, for a PIL image or a figure; a small image is enlarged to be
     seen."""
-    if isinstance(picture, Picture):
-        return picture._repr_png_()
+    if isinstance(image, Picture):
+        return image._repr_png_()
     buffer = io.BytesIO()
-    if hasattr(picture, "savefig"):
-        picture.savefig(buffer, format="png", bbox_inches="tight")
+    if hasattr(image, "savefig"):
+        image.savefig(buffer, format="png", bbox_inches="tight")
         return buffer.getvalue()
-    factor = max(1, SHOWN // max(picture.size))
-    size = (picture.width * factor, picture.height * factor)
-    picture.resize(size, Image.Resampling.BICUBIC).save(buffer, format="png")
+    factor = max(1, SHOWN // max(image.size))
+    size = (image.width * factor, image.height * factor)
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, format="png")
     return buffer.getvalue()
 
 
-def _bundle(panel, picture):
-    """For the front end to choose from: the live panel, else its picture, else a line of words."""
+def _bundle(panel, image):
+    """For the front end to choose from: the live panel, else its image, else a line of words."""
     bundle = {"text/plain": repr(panel)}
     if ipywidgets:
         bundle[VIEW] = {"version_major": 2, "version_minor": 0, "model_id": panel.widget.model_id}
     # Colab would show both
-    if picture is not None and not (ipywidgets and "google.colab" in sys.modules):
-        bundle["image/png"] = b64encode(as_png(picture)).decode()
+    if image is not None and not (ipywidgets and "google.colab" in sys.modules):
+        bundle["image/png"] = b64encode(as_png(image)).decode()
     return bundle
 
 
@@ -207,15 +207,15 @@ def timestep_slider(frames: Iterable[Any], timesteps: Iterable[float],
     by_timestep = dict(zip(timesteps, frames, strict=True))
 
     def frame(**chosen):
-        picture = by_timestep[chosen[label]]
-        return image_grid([picture], cell=2.0) if isinstance(picture, (list, tuple)) else picture
+        image = by_timestep[chosen[label]]
+        return image_grid([image], cell=2.0) if isinstance(image, (list, tuple)) else image
 
     return explore(frame, **{label: list(by_timestep)})
 
 
 def before_after(before: Iterable[Image.Image], after: Iterable[Image.Image],
                  labels: Iterable[Any]) -> Panel:
-    """Choose one of `labels` and see its picture before and after, side by side.
+    """Choose one of `labels` and see its image before and after, side by side.
 
     All three are equally long.
     """
@@ -255,10 +255,10 @@ def photo_doctor(photos: Iterable[Photo], problems: Iterable[Problem]) -> Panel:
         notes.setdefault(photo, []).append(message)
 
     def look(photo):
-        picture = loaders[photo]() if photo in loaders else None
-        if picture is not None:
-            picture.thumbnail((SHOWN, SHOWN))
-        return picture, "\n".join(notes[photo]) or "Nothing wrong with this one."
+        image = loaders[photo]() if photo in loaders else None
+        if image is not None:
+            image.thumbnail((SHOWN, SHOWN))
+        return image, "\n".join(notes[photo]) or "Nothing wrong with this one."
 
     return Panel(look, {"photo": list(notes)})
 
@@ -319,7 +319,7 @@ def design_subject(render: Callable, menus: Mapping[str, Iterable[Any]], sliders
 
 
 class Dashboard:
-    """Watch a training run and stop it: loss, validation pictures, time left, and a Stop button.
+    """Watch a training run and stop it: loss, validation images, time left, and a Stop button.
 
         dashboard = Dashboard()
         dashboard.run(lambda: train(config, callback=dashboard.update,
@@ -352,7 +352,7 @@ class Dashboard:
         self.widget = ipywidgets.VBox([top, self._screen.widget])
 
     def _reset(self):
-        self.losses, self.pictures, self.stopped = {}, {}, False
+        self.losses, self.images, self.stopped = {}, {}, False
         # what the run writes; in the notebook it would land under any cell
         self.printed = io.StringIO()
         self.steps = self.validated = self._outcome = self._begun = None
@@ -430,7 +430,7 @@ class Dashboard:
             self.steps = record["steps"]
             self.losses[record["step"]] = record["loss"]
         if "pictures" in record:
-            self.pictures, self.validated = record["pictures"], record["step"]
+            self.images, self.validated = record["pictures"], record["step"]
         if "pictures" in record or now - self._drawn > max(self.every, min(5.0, 10 * self._cost)):
             self._draw()
 
@@ -441,7 +441,7 @@ class Dashboard:
         step, (begun, first) = max(self.losses), self._begun
         return (self.steps - step) * (time.monotonic() - begun) / (step - first)
 
-    def picture(self) -> Picture | None:
+    def loss_plot(self) -> Picture | None:
         """The loss so far as a figure, with its running mean; None before the second step."""
         if len(self.losses) < 2:
             return None
@@ -451,10 +451,10 @@ class Dashboard:
                          "step", "loss")  # fmt: skip
 
     def validation(self) -> Picture | None:
-        """The last validation pictures in a grid, a row for a prompt; None before the first."""
-        if not self.pictures:
+        """The last validation images in a grid, a row for a prompt; None before the first."""
+        if not self.images:
             return None
-        return image_grid(list(self.pictures.values()), list(self.pictures),
+        return image_grid(list(self.images.values()), list(self.images),
                           title=f"step {self.validated}")
 
     def _draw(self, final=False):
@@ -479,11 +479,11 @@ class Dashboard:
         return f"step {max(self.losses)} of {self.steps}{end}"
 
     def _view(self):
-        """For the screen: loss and validation grid in one picture, and how the run ended if not
+        """For the screen: loss and validation grid in one image, and how the run ended if not
         well."""
         error = self._outcome and self._outcome[1]
         words = f"{type(error).__name__}: {error}" if error else ""
-        figures = [figure for figure in (self.picture(), self.validation()) if figure is not None]
+        figures = [figure for figure in (self.loss_plot(), self.validation()) if figure is not None]
         if not figures:
             return None, words
         return _stacked([Image.open(io.BytesIO(as_png(figure))).convert("RGB")

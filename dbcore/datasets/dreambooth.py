@@ -41,7 +41,7 @@ class Sample:
     prompt: str
     place: float  # of the crop along the longer side, in [0, 1]
     mirrored: bool
-    number: int  # within its step; what it draws at random hangs on it
+    number: int  # within its step; what is random of it depends on it
     is_class: bool = False
 
     @property
@@ -103,7 +103,7 @@ class DreamBoothData:
     def encode(self, base: Family, samples: Iterable[Sample]) -> None:
         """Latents of each new view among `samples`, into the store.
 
-        One at a time: in a batch the last bits hang on the neighbours, and a resumed run has
+        One at a time: in a batch the last bits depend on the neighbours, and a resumed run has
         others.
         """
         for sample in samples:

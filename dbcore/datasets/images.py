@@ -149,8 +149,8 @@ def reason(path: str | Path, error: Exception) -> tuple[str, str]:
         return "unread kind", "a video: save some of its frames as JPEG or PNG"
     if isinstance(error, Image.UnidentifiedImageError):
         return (
-            "not a picture",
-            "its content is no picture format known here: save it as JPEG or PNG",
+            "not an image",
+            "its content is no image format known here: save it as JPEG or PNG",
         )
     if isinstance(error, PermissionError):
         return "unreadable", "may not be read: check its permissions"

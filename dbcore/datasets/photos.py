@@ -72,7 +72,7 @@ BLOCK = 128  # photos compared at a time
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture file that was opened once and found good."""
+    """An image file that was opened once and found good."""
 
     path: Path
     size: tuple[int, int]  # (width, height) in pixels, upright
@@ -95,7 +95,7 @@ class Photo:
 
 
 def find_photos(folder: str | Path) -> list[Path]:
-    """The picture files in `folder` and the folders within it, sorted by path; junk and masks left
+    """The image files in `folder` and the folders within it, sorted by path; junk and masks left
     out.
 
     A link to a folder is followed once, so a circle of links ends. Raises `PhotoError` if `folder`
@@ -104,7 +104,7 @@ def find_photos(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
-        raise PhotoError(f"the photo folder {shown(folder)} {what}: give a folder of pictures")
+        raise PhotoError(f"the photo folder {shown(folder)} {what}: give a folder of images")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise PhotoError(f"the photo folder {shown(folder)} cannot be read: check its permissions")
     found, seen = [], set()
@@ -152,12 +152,12 @@ def gather_photos(folder: str | Path, resolution: int | None = None,
         return photos, problems
     if not paths:
         raise PhotoError(
-            f"no picture in {shown(folder)}: put 3 to 10 photos (JPEG, PNG, WebP, HEIC) there"
+            f"no image in {shown(folder)}: put 3 to 10 photos (JPEG, PNG, WebP, HEIC) there"
         )
     reasons = "".join(f"\n  {problem}" for problem in problems[:10] if problem.skipped)
     more = f"\n  and {len(paths) - 10} more" if len(paths) > 10 else ""
     raise PhotoError(
-        f"none of the {len(paths)} pictures in {shown(folder)} can be used:{reasons}{more}"
+        f"none of the {len(paths)} images in {shown(folder)} can be used:{reasons}{more}"
     )
 
 
@@ -186,7 +186,7 @@ def check_photos(paths: Iterable[Path], resolution: int | None = None,
 
     `resolution` (pixels) adds the warning for photos smaller than that. `folder` is how far up a
     table of captions is looked for; without it, only in each photo's own folder. Whatever is in a
-    picture becomes a `Problem`. Raises PhotoError where a table of captions names no photo, or
+    image becomes a `Problem`. Raises PhotoError where a table of captions names no photo, or
     every mask is black.
     """
     paths, photos, prints = list(map(Path, paths)), [], []
@@ -219,18 +219,18 @@ def _examine(path):
         notes = _format_notes(path, image)
         if orientation(image) >= 5:
             size = size[::-1]
-        picture = to_rgb(upright(image))
-    notes += _mask_notes(picture)
-    brightest = max(high for _, high in picture.getextrema())
+        rgb = to_rgb(upright(image))
+    notes += _mask_notes(rgb)
+    brightest = max(high for _, high in rgb.getextrema())
     if brightest < DARK:
         message = f"all but black (its brightest value is {brightest} of 255)"
         notes.append(("dark", f"{message}: save it with 8 bits a colour"))
-    return size, notes, _thumbnail(picture)
+    return size, notes, _thumbnail(rgb)
 
 
-def _mask_notes(picture):
+def _mask_notes(image):
     """Of all names that tools give to masks only some are known; what is in them tells the rest."""
-    levels = picture.convert("L").histogram()
+    levels = image.convert("L").histogram()
     black, white, total = sum(levels[:8]), sum(levels[-8:]), sum(levels)
     if not (black and white) or black + white < PURE * total:
         return []
@@ -287,11 +287,11 @@ def _digest(path):
     return digest.digest()
 
 
-def _thumbnail(picture):
+def _thumbnail(image):
     """(16, 16, 3) bytes, brightness and two of colour: what all copies of a photo share."""
     import numpy as np  # takes longer to load than all of `--help`
 
-    return np.asarray(picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).convert("YCbCr"))
+    return np.asarray(image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).convert("YCbCr"))
 
 
 def _near_duplicates(photos, thumbnails):

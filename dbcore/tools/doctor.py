@@ -161,8 +161,8 @@ def describe_word(base: Family, word: str, prompt: str) -> list[str]:
                  f"words such as {', '.join(ORDINARY[:3])} move it by {min(ordinary):.2f} to "
                  f"{max(ordinary):.2f}")
     if moved > max(ordinary):
-        lines.append("  It already says more than an ordinary word: draw it first (dbcore "
-                     "generate), and choose another if the base has a picture for it.")
+        lines.append("  It already says more than an ordinary word: generate with it "
+                     "first, and choose another if the base has an image for it.")
     near = ", ".join(f"{name} {cosine:.2f}" for name, cosine in neighbours(base, pieces[-1]))
     lines.append(f"nearest in the base's vocabulary (cosine): {near}")
     return lines

@@ -1,8 +1,8 @@
 """`dbcore evaluate`: the DreamBooth paper's protocol for one run or many, as a table.
 
-Subjects x prompts x pictures (Ruiz et al. 2023, section 4.1), with a floor (the base without
+Subjects x prompts x images (Ruiz et al. 2023, section 4.1), with a floor (the base without
 adapter, the same prompts and seeds) and a ceiling (the real photos against each other), without
-which no number says anything. Pictures that are there are not drawn again, so an evaluation that
+which no number says anything. Images that are there are not generated again, so an evaluation that
 was stopped goes on where it was.
 """
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "without it, what the base recommends, else objects")
     parser.add_argument("--num_prompts", type=int, metavar="N",
                         help="only N of them, spread over the list")
-    parser.add_argument("--num_images", type=int, default=4, help="pictures a prompt (%(default)s)")
+    parser.add_argument("--num_images", type=int, default=4, help="images a prompt (%(default)s)")
     parser.add_argument("--encoder", nargs="+", metavar="NAME",
                         help="metric encoders instead of the base's own, CLIP "
                         "first: names of transformers, such as openai/clip-vit-large-patch14")
@@ -59,11 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="also measure DIV by LPIPS, as the paper does; needs pip "
                         "install lpips, which loads AlexNet's weights once")
     parser.add_argument("--seed", type=int, default=0,
-                        help="of the first picture of each prompt (%(default)s)")
+                        help="of the first image of each prompt (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=8,
-                        help="pictures drawn at a time (%(default)s)")
+                        help="images generated at a time (%(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"),
-                        help="pictures, evaluation.json and evaluation.md go there (%(default)s)")
+                        help="images, evaluation.json and evaluation.md go there (%(default)s)")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -171,7 +171,7 @@ def check_prompts(found: Any, option: str) -> dict[str, list[str]]:
 
 def compose(phrases: dict[str, list[str]], instance_prompt: str,
             class_prompt: str) -> list[tuple[str, str]]:
-    """[(what is drawn, what CLIP is asked)]: scenes come after the subject, looks before it.
+    """[(prompt, what CLIP is asked)]: scenes come after the subject, looks before it.
 
     The identifier is left out of what CLIP is asked, which has never heard it.
     """
@@ -220,8 +220,8 @@ def spread(prompts: Sequence[Any], count: int | None) -> Sequence[Any]:
 def evaluate(subjects: list[Subject], output_dir: str | Path, prompts: str | None = None,
              num_prompts: int | None = None, num_images: int = 4, encoder: list[str] | None = None,
              seed: int = 0, batch_size: int = 8, lpips: bool = False) -> dict[str, Any]:
-    """Draw what is missing, measure everything, write evaluation.json and .md; returns the result,
-    a dict.
+    """Generate what is missing, measure everything, write evaluation.json and .md; returns the
+    result, a dict.
 
     Numbers that are there already, of other runs or prompts, stay: the new files get a number,
     evaluation-2.json.
@@ -243,9 +243,10 @@ def evaluate(subjects: list[Subject], output_dir: str | Path, prompts: str | Non
     for subject in subjects:
         asked = lists[subject.name]
         encoders = encoders or load_encoders(subject.base)
-        drawn = {which: draw_all(subject, which, asked, output_dir, num_images, seed, batch_size)
-                 for which in ("floor", "adapter")}
-        scores[subject.name] = measure(subject, drawn, asked, num_images, encoders, distance)
+        generated = {which: generate_all(subject, which, asked, output_dir, num_images, seed,
+                                         batch_size)
+                     for which in ("floor", "adapter")}
+        scores[subject.name] = measure(subject, generated, asked, num_images, encoders, distance)
     result = {"encoders": {e.name: e.note for e in encoders},
               "class_prompts": {subject.name: subject.class_prompt for subject in subjects},
               "prompts": len(asked), "num_images": num_images,
@@ -260,7 +261,7 @@ def evaluate(subjects: list[Subject], output_dir: str | Path, prompts: str | Non
 
 def check_subject(subject: Subject, prompts: str | None,
                   num_prompts: int | None) -> Sequence[tuple[str, str]]:
-    """What is drawn and asked of a subject, as `compose` gives it.
+    """The prompts of a subject and what CLIP is asked, as `compose` gives them.
 
     Raises InputError for what hours would end with.
     """
@@ -270,18 +271,18 @@ def check_subject(subject: Subject, prompts: str | None,
     asked = spread(compose(read_prompts(prompts, subject.base), subject.instance_prompt,
                            subject.class_prompt), num_prompts)
     check_fit(load_base(subject.base, subject.revision),
-              [("--prompts", drawn) for drawn, _ in asked],
+              [("--prompts", prompt) for prompt, _ in asked],
               subject.instance_prompt, subject.class_prompt)
     return asked
 
 
-def draw_all(subject: Subject, which: str, asked: Sequence[tuple[str, str]], output_dir: Path,
-             num_images: int, seed: int, batch_size: int) -> list[Image.Image]:
+def generate_all(subject: Subject, which: str, asked: Sequence[tuple[str, str]], output_dir: Path,
+                 num_images: int, seed: int, batch_size: int) -> list[Image.Image]:
     """PIL images, `num_images` a prompt and then as many of the class, from the disk where they are
     there."""
     from PIL import Image
 
-    texts = [drawn for drawn, _ in asked] + [subject.class_prompt]
+    texts = [prompt for prompt, _ in asked] + [subject.class_prompt]
     what = about(subject, which, texts, seed)
     folder = output_dir / "pictures" / (subject.name if which == "adapter"
                                         else f"base-{digest(what)}")
@@ -293,15 +294,15 @@ def draw_all(subject: Subject, which: str, asked: Sequence[tuple[str, str]], out
         base = load_subject(subject, which)
     for first in range(0, len(missing), batch_size):
         places = missing[first:first + batch_size]
-        pictures = base.draw([texts[p] for p, _ in places], [seed + k for _, k in places],
-                             stream=STREAM, batch_size=batch_size)
-        for place, picture in zip(places, pictures):
-            save_png(picture, paths[place])
+        images = base.draw([texts[p] for p, _ in places], [seed + k for _, k in places],
+                           stream=STREAM, batch_size=batch_size)
+        for place, image in zip(places, images):
+            save_png(image, paths[place])
     return [Image.open(path).convert("RGB") for path in paths.values()]
 
 
 def about(subject: Subject, which: str, texts: list[str], seed: int) -> dict[str, Any]:
-    """All that the pictures depend on, but their number."""
+    """All that the images depend on, but their number."""
     file = subject.lora if which == "adapter" else None
     lora = hashlib.sha256(file.read_bytes()).hexdigest() if file else None
     return {"base": subject.base, "revision": subject.revision, "lora": lora, "prompts": texts,
@@ -309,12 +310,12 @@ def about(subject: Subject, which: str, texts: list[str], seed: int) -> dict[str
 
 
 def digest(what: dict[str, Any]) -> str:
-    """A short name, so that runs of one subject share the base's pictures."""
+    """A short name, so that runs of one subject share the base's images."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def refuse_others(folder: Path, what: dict[str, Any]) -> None:
-    """Write down what a folder's pictures depend on, or compare.
+    """Write down what a folder's images depend on, or compare.
 
     Raises ConfigError where it has changed.
     """
@@ -322,7 +323,7 @@ def refuse_others(folder: Path, what: dict[str, Any]) -> None:
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name, value in what.items() if before.get(name) != value]
-        need(not changed, f"{folder} holds pictures of another {' and '.join(changed)}: "
+        need(not changed, f"{folder} holds images of another {' and '.join(changed)}: "
              "remove it, or give another --output_dir")
     sweep(folder, age=DAY)
     write_whole(path, json.dumps(what, indent=1))
@@ -353,33 +354,33 @@ def read_photos(subject: Subject) -> list[Image.Image]:
                           "its config.yaml") from None
 
 
-def measure(subject: Subject, drawn: dict[str, list[Image.Image]], asked: Sequence[tuple[str, str]],
-            num_images: int, encoders: list[Encoder],
+def measure(subject: Subject, generated: dict[str, list[Image.Image]],
+            asked: Sequence[tuple[str, str]], num_images: int, encoders: list[Encoder],
             distance: Callable | None = None) -> dict[str, dict[str, float | None]]:
     """{"floor": {measure: value}, "adapter": ..., "ceiling": ...} of one subject; None where there
     is no value."""
     from dbcore.engines.evaluate import lpips_diversity, real_against_real
 
     photos = read_photos(subject)
-    rows: dict[str, dict[str, float | None]] = {which: {} for which in (*drawn, "ceiling")}
+    rows: dict[str, dict[str, float | None]] = {which: {} for which in (*generated, "ceiling")}
     for encoder in encoders:
         real = encoder.images(photos)
-        for which, pictures in drawn.items():
-            rows[which] |= measure_pictures(encoder, encoder.images(pictures), real, asked,
-                                            num_images)
+        for which, images in generated.items():
+            rows[which] |= measure_images(encoder, encoder.images(images), real, asked,
+                                          num_images)
         alike = real_against_real(real, encoder) if len(photos) > 1 else None
         rows["ceiling"] |= dict.fromkeys(rows["floor"]) | {f"subject, {encoder.name}": alike}
-    for which, pictures in drawn.items() if distance else ():
-        of_prompts = [pictures[k:k + num_images]
+    for which, images in generated.items() if distance else ():
+        of_prompts = [images[k:k + num_images]
                       for k in range(0, len(asked) * num_images, num_images)]
         rows[which]["DIV, LPIPS"] = sum(lpips_diversity(same, distance)
                                         for same in of_prompts) / len(of_prompts)
     return {which: {name: rows[which].get(name) for name in rows["floor"]} for which in rows}
 
 
-def measure_pictures(encoder: Encoder, vectors: torch.Tensor, real: torch.Tensor,
-                     asked: Sequence[tuple[str, str]], num_images: int) -> dict[str, float]:
-    """{measure: value} of one subject's pictures under one encoder; the last `num_images` are of
+def measure_images(encoder: Encoder, vectors: torch.Tensor, real: torch.Tensor,
+                   asked: Sequence[tuple[str, str]], num_images: int) -> dict[str, float]:
+    """{measure: value} of one subject's images under one encoder; the last `num_images` are of
     the class."""
     from dbcore.engines.evaluate import (
         diversity,
@@ -437,7 +438,7 @@ def result_table(result: dict[str, Any]) -> str:
     notes = [f"{name} is compared with {prompt!r}."
              for name, prompt in result["class_prompts"].items()]
     notes += [f"{name}: {note}." for name, note in result["encoders"].items() if note]
-    return "\n".join([*lines, "", *notes, ("DIV is 1 - the mean cosine of two pictures of one "
+    return "\n".join([*lines, "", *notes, ("DIV is 1 - the mean cosine of two images of one "
                       "prompt; the paper's is LPIPS.")])
 
 

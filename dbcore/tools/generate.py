@@ -1,10 +1,10 @@
-"""`dbcore generate`: pictures from a base, with or without LoRAs."""
+"""`dbcore generate`: images from a base, with or without LoRAs."""
 
 import argparse
 
 from dbcore.config import GenerateConfig, add_options, from_args
 
-HELP = "draw pictures with a base and any number of LoRAs"
+HELP = "generate images with a base and any number of LoRAs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,4 +17,4 @@ def main(args: argparse.Namespace) -> None:
     from dbcore.engines.sample import generate_and_save
 
     folder = generate_and_save(config)
-    print(f"{len(config.prompt) * config.num_images} pictures and a grid are in {folder}.")
+    print(f"{len(config.prompt) * config.num_images} images and a grid are in {folder}.")

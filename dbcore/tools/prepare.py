@@ -74,7 +74,7 @@ def prepare(instance_data_dir: str | Path, output_dir: str | Path, resolution: i
 
     `crop`: "center" or "random" (by `seed` and the photo's number). `boxes`: one box (left, top,
     right, bottom) for every photo or a dict file name -> box, in pixels of the upright photo.
-    Returns the report, a dict. The folder appears whole or not at all. The pictures carry no EXIF:
+    Returns the report, a dict. The folder appears whole or not at all. The images carry no EXIF:
     no place, no owner. Raises `PhotoError` if no photo is usable, a box does not fit, or
     `output_dir` is in the way.
     """
@@ -185,7 +185,7 @@ def _other_notes(problems, photos, source):
 
 
 def contact_sheet(photos: list[Photo], rows: list[dict[str, Any]], folder: Path) -> Image.Image:
-    """One picture of the whole folder: each photo with its square drawn on it, beside what was made
+    """One image of the whole folder: each photo with its square drawn on it, beside what was made
     of it."""
     from PIL import Image, ImageDraw
 

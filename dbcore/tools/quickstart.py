@@ -1,8 +1,8 @@
-"""The main job from beginning to end: five photos in, a LoRA and one picture that shows it out.
+"""The main job from beginning to end: five photos in, a LoRA and one image that shows it out.
 
 It trains through the same config and functions as `python -m dbcore train`, with prior
-preservation, at the base's recommended settings, and then draws the same prompts and seeds without
-and with the LoRA.
+preservation, at the base's recommended settings, and then generates the same prompts and seeds
+without and with the LoRA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HELP = "teach the toy base a subject that ships with dbcore, and show it before and after"
 PLACES = ("in the snow", "on the beach", "swimming in water")  # none of them is in the photos
-SEEDS = 3  # pictures of one prompt
+SEEDS = 3  # images of one prompt
 CLASS_IMAGES = 40
 
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite_output_dir", action="store_true",
                         help="replace another run that is there")
     parser.add_argument("--seed", type=int, default=0,
-                        help="of training and of the first picture (%(default)s)")
+                        help="of training and of the first image (%(default)s)")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -51,13 +51,13 @@ def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     lora = learn(args, folder, subject)
     learned = time.perf_counter()
-    before, after = draw(args, prompts), draw(args, prompts, lora)
+    before, after = images_of(args, prompts), images_of(args, prompts, lora)
     grid = save_before_after(args.output_dir / "before_after.png", folder, prompts, before, after)
-    drawn = time.perf_counter()
+    generated = time.perf_counter()
     print(f"Done: {subject['instance_prompt']!r} was learned from the photos in {shown(folder)}, "
           f"in {args.max_train_steps} steps.")
     print(f"Time: {learned - started:.0f} s to learn, class images and report included; "
-          f"{drawn - learned:.0f} s for {2 * SEEDS * len(prompts)} pictures before and after.")
+          f"{generated - learned:.0f} s for {2 * SEEDS * len(prompts)} images before and after.")
     print(f"Look: {shown(grid)} (the LoRA: {shown(lora)}; did it learn: "
           f"{shown(lora.parent / 'README.md')}).")
     print("Next: --subject cat --output_dir work_dirs/cat, or your own photos (python -m dbcore "
@@ -126,9 +126,9 @@ def prompts_for(subject: dict[str, str]) -> list[str]:
     return [prompt, *(f"{prompt} {place}" for place in PLACES), subject["class_prompt"]]
 
 
-def draw(args: argparse.Namespace, prompts: list[str],
-         lora: Path | None = None) -> list[list[Image.Image]]:
-    """One list of pictures a prompt, a picture a seed."""
+def images_of(args: argparse.Namespace, prompts: list[str],
+              lora: Path | None = None) -> list[list[Image.Image]]:
+    """One list of images a prompt, an image a seed."""
     from dbcore.config import GenerateConfig
     from dbcore.engines.sample import generate
 

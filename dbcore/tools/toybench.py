@@ -1,6 +1,6 @@
 """`dbcore toybench`: ways to train, compared over thirty subjects of which the truth is known.
 
-The subjects are characters of the toy world (data/toybench.json), so what a picture shows can be
+The subjects are characters of the toy world (data/toybench.json), so what an image shows can be
 held against what was asked: the base's attribute reader tells, and each learned metric is held
 against that truth too. All ways to train get the same subjects, prompts and seeds, and differences
 are taken subject by subject. What is done stays in the output folder: a bench that was stopped goes
@@ -8,7 +8,7 @@ on where it was.
 
 A way to train has the options of `train`, and two of the bench's own: --num_photos, how many photos
 of the subject it gets, and --full_finetuning, which trains the denoiser's own weights instead of a
-LoRA. Whatever a way was taught with, its pictures are measured against the same photos.
+LoRA. Whatever a way was taught with, its images are measured against the same photos.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dbcore.tools.evaluate import (
     cell,
     compose,
     digest,
-    draw_all,
+    generate_all,
     means,
     measure,
     read_prompts,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 HELP = "compare ways to train over thirty subjects of the toy world, of which the truth is known"
 BENCH = dbcore.DATA / "toybench.json"
-FULL, QUICK = (30, 25, 4), (6, 10, 2)  # subjects, prompts, pictures of each
+FULL, QUICK = (30, 25, 4), (6, 10, 2)  # subjects, prompts, images of each
 DEFAULT = "prior=--with_prior_preservation"
 PATHS = {"pretrained_model_name_or_path", "instance_data_dir", "output_dir",
          "resume_from_checkpoint"}
@@ -67,21 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "--full_finetuning; give it once for each; the others are compared with "
                         f"the first (without it: '{DEFAULT}')")
     parser.add_argument("--quick", action="store_true",
-                        help="{} subjects, {} prompts and {} pictures each, not {}, "
+                        help="{} subjects, {} prompts and {} images each, not {}, "
                         "{} and {}".format(*QUICK, *FULL))
     parser.add_argument("--num_subjects", type=int, metavar="N",
                         help="only N of them, spread over the classes")
     parser.add_argument("--num_prompts", type=int, metavar="N",
                         help="only N of them, spread over the list")
-    parser.add_argument("--num_images", type=int, metavar="N", help="pictures a prompt")
+    parser.add_argument("--num_images", type=int, metavar="N", help="images a prompt")
     parser.add_argument("--pretrained_model_name_or_path", default=str(dbcore.TOY_BASE),
                         metavar="BASE", help="a base of the toy world; the toy base if not given")
     parser.add_argument("--seed", type=int, default=0,
-                        help="of training and of the first picture (%(default)s)")
+                        help="of training and of the first image (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=8,
-                        help="pictures drawn at a time (%(default)s)")
+                        help="images generated at a time (%(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("work_dirs/toybench"),
-                        help="runs, pictures, toybench.json and toybench.md go there (%(default)s)")
+                        help="runs, images, toybench.json and toybench.md go there (%(default)s)")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     result = toybench(args.pretrained_model_name_or_path, ways, args.output_dir, subjects, prompts,
                       images, args.seed, args.batch_size)
     print(result_table(result))
-    print(f"\nRuns, pictures, toybench.json and toybench.md are in {args.output_dir}.")
+    print(f"\nRuns, images, toybench.json and toybench.md are in {args.output_dir}.")
 
 
 def read_way(text: str) -> tuple[str, dict[str, Any]]:
@@ -130,8 +130,8 @@ def read_way(text: str) -> tuple[str, dict[str, Any]]:
 def toybench(base: str | Path, ways: dict[str, dict[str, Any]], output_dir: str | Path,
              num_subjects: int | None, num_prompts: int | None, num_images: int, seed: int = 0,
              batch_size: int = 8) -> dict[str, Any]:
-    """Train, draw and measure what is missing; write toybench.json and .md; returns the result, a
-    dict.
+    """Train, generate and measure what is missing; write toybench.json and .md; returns the result,
+    a dict.
 
     `ways`: {name: options of train, and num_photos}. The result: {"ways", "encoders", "subjects":
     {name: {column: {measure: value}}}, "mean": {column: {measure: [mean, low, high]}},
@@ -147,15 +147,15 @@ def toybench(base: str | Path, ways: dict[str, dict[str, Any]], output_dir: str 
          "truth: give the toy base, or one made by python -m dbcore.toybox")
     need(num_images >= 2, f"--num_images {num_images}: diversity needs 2 or more")
     bench = json.loads(BENCH.read_text(encoding="utf-8"))
-    # what another base has drawn is left alone
+    # what another base has generated is left alone
     work = Path(output_dir) / load_base(base).fingerprint()[:12]
     encoders, scores, agreements = load_encoders(base), {}, {}
     names = spread(list(bench["subjects"]), num_subjects)
     for k, name in enumerate(names, start=1):
         print(f"{name}, subject {k} of {len(names)}", flush=True)
         one = Case(base, name, bench, work, num_prompts, seed)
-        drawn, asked = one.draw(ways, num_images, batch_size), one.ask(one.alone)
-        scores[name], agreements[name] = score(one, drawn, asked, num_images, encoders)
+        generated, asked = one.generate(ways, num_images, batch_size), one.ask(one.alone)
+        scores[name], agreements[name] = score(one, generated, asked, num_images, encoders)
     result = {"ways": ways, "encoders": {e.name: e.note for e in encoders}, "prompts": len(asked),
               "num_images": num_images, "seed": seed, "subjects": scores,
               "mean": means(scores, seed),
@@ -167,7 +167,7 @@ def toybench(base: str | Path, ways: dict[str, dict[str, Any]], output_dir: str 
 
 
 class Case:
-    """One subject: its photos, its runs, its pictures."""
+    """One subject: its photos, its runs, its images."""
 
     def __init__(self, base: str | Path, name: str, bench: dict[str, Any], work: Path,
                  num_prompts: int | None, seed: int):
@@ -193,20 +193,20 @@ class Case:
         return folder
 
     def ask(self, subject: Subject) -> Sequence[tuple[str, str]]:
-        """[(what is drawn, what CLIP is asked)] of the subject, in the words that it was taught
+        """[(prompt, what CLIP is asked)] of the subject, in the words that it was taught
         with."""
         return spread(compose(self.phrases, subject.instance_prompt, subject.class_prompt),
                       self.num_prompts)
 
-    def draw(self, ways: dict[str, dict[str, Any]], num_images: int,
-             batch_size: int) -> dict[str, list[Image.Image]]:
-        """{"floor" or way: PIL images}, trained and drawn where they are not on the disk; see
-        `draw_all`."""
+    def generate(self, ways: dict[str, dict[str, Any]], num_images: int,
+                 batch_size: int) -> dict[str, list[Image.Image]]:
+        """{"floor" or way: PIL images}, trained and generated where they are not on the disk; see
+        `generate_all`."""
         subjects = {"floor": self.alone,
                     **{way: self.run(options) for way, options in ways.items()}}
-        return {column: draw_all(subject, "adapter" if subject.lora else "floor", self.ask(subject),
-                                 self.work,
-                                 num_images, self.seed, batch_size)
+        return {column: generate_all(subject, "adapter" if subject.lora else "floor",
+                                     self.ask(subject), self.work,
+                                     num_images, self.seed, batch_size)
                 for column, subject in subjects.items()}
 
     def run(self, options: dict[str, Any]) -> Subject:
@@ -257,19 +257,19 @@ def asked_for(plain: str, kind: str) -> dict[str, str]:
     return {question: answers[0] for question, answers in found.items() if answers}
 
 
-def tell(reader: Reader, pictures: list[Image.Image], asked: Sequence[tuple[str, str]],
+def tell(reader: Reader, images: list[Image.Image], asked: Sequence[tuple[str, str]],
          character: Character, num_images: int) -> tuple[list[bool], list[bool]]:
-    """(is it the subject?, does it show what was asked?), a boolean for each picture of the
+    """(is it the subject?, does it show what was asked?), a boolean for each image of the
     prompts."""
     from dbcore.toybox.gates import is_subject
 
     wanted = [asked_for(plain, character.kind) for _, plain in asked for _ in range(num_images)]
-    read = reader.read(pictures[:len(wanted)])
+    read = reader.read(images[:len(wanted)])
     return ([is_subject(answers, character, but=want) for answers, want in zip(read, wanted)],
             [all(answers[q] == want[q] for q in want) for answers, want in zip(read, wanted)])
 
 
-def score(one: Case, drawn: dict[str, list[Image.Image]], asked: Sequence[tuple[str, str]],
+def score(one: Case, generated: dict[str, list[Image.Image]], asked: Sequence[tuple[str, str]],
           num_images: int,
           encoders: list[Encoder]) -> tuple[dict[str, Any], dict[str, float | None]]:
     """One subject's ({column: {measure: value}}, the truth's too, {measure: agreement with the
@@ -280,37 +280,37 @@ def score(one: Case, drawn: dict[str, list[Image.Image]], asked: Sequence[tuple[
 
     reader, photos = load_reader(one.base), [photo.load()
                                              for photo in gather_photos(one.alone.photos)[0]]
-    columns = measure(one.alone, drawn, asked, num_images, encoders)
+    columns = measure(one.alone, generated, asked, num_images, encoders)
     truths = {}
-    for column, pictures in drawn.items():
-        truths[column] = tell(reader, pictures, asked, one.character, num_images)
+    for column, images in generated.items():
+        truths[column] = tell(reader, images, asked, one.character, num_images)
         of_class = [is_subject(answers, one.character)
-                    for answers in reader.read(pictures[-num_images:])]
+                    for answers in reader.read(images[-num_images:])]
         columns[column] |= dict(zip((SUBJECT, PROMPT, PRES),
                                     map(mean, (*truths[column], of_class))))
     real = [is_subject(answers, one.character) for answers in reader.read(photos)]
     columns["ceiling"] |= {SUBJECT: mean(real), PROMPT: None, PRES: None}
-    return columns, agree(drawn, truths, photos, asked, num_images, encoders)
+    return columns, agree(generated, truths, photos, asked, num_images, encoders)
 
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def agree(drawn: dict[str, list[Image.Image]], truths: dict[str, tuple[list[bool], list[bool]]],
+def agree(generated: dict[str, list[Image.Image]], truths: dict[str, tuple[list[bool], list[bool]]],
           photos: list[Image.Image], asked: Sequence[tuple[str, str]], num_images: int,
           encoders: list[Encoder]) -> dict[str, float | None]:
-    """{measure: agreement} over one subject's pictures, the base's and every way's; None where
+    """{measure: agreement} over one subject's images, the base's and every way's; None where
     there is none."""
     from dbcore.engines.evaluate import agreement
 
-    pictures = [picture for column in drawn for picture in drawn[column][:-num_images]]
-    is_it, shows = ([truth for column in drawn for truth in truths[column][which]]
+    images = [image for column in generated for image in generated[column][:-num_images]]
+    is_it, shows = ([truth for column in generated for truth in truths[column][which]]
                     for which in (0, 1))
-    plain = [text for _, text in asked for _ in range(num_images)] * len(drawn)
+    plain = [text for _, text in asked for _ in range(num_images)] * len(generated)
     found = {}
     for encoder in encoders:
-        vectors = encoder.images(pictures)
+        vectors = encoder.images(images)
         found[f"subject, {encoder.name}"] = agreement(
             (vectors @ encoder.images(photos).T).mean(dim=1), is_it)
         if encoder.embed_texts is not None:
@@ -335,7 +335,7 @@ def differences(scores: dict[str, Any], ways: list[str],
 def pool(agreements: dict[str, dict[str, float | None]],
          seed: int) -> dict[str, list[float] | None]:
     """{measure: [mean, low, high, number of subjects]}, of those that had right and wrong
-    pictures."""
+    images."""
     from dbcore.engines.evaluate import bootstrap_interval
 
     found = {}

@@ -1,4 +1,4 @@
-"""Pictures of pictures, and plain plots: rows of images with labels, lines and bars.
+"""Images of images, and plain plots: rows of images with labels, lines and bars.
 
 Everything is drawn with matplotlib's object interface, never with pyplot: no window, no global
 figure list to leak, safe in threads and on machines without a screen. A figure that is the last
@@ -45,9 +45,9 @@ class Picture(Figure):
         """A PNG of 256 colours: the eye sees the same, and a notebook that stores it is a third of
         the size."""
         small = io.BytesIO()
-        picture = Image.open(io.BytesIO(figure_png(self))).convert("RGB")
-        palette = picture.quantize(256, method=Image.Quantize.MEDIANCUT,
-                                   dither=Image.Dither.FLOYDSTEINBERG)
+        image = Image.open(io.BytesIO(figure_png(self))).convert("RGB")
+        palette = image.quantize(256, method=Image.Quantize.MEDIANCUT,
+                                 dither=Image.Dither.FLOYDSTEINBERG)
         palette.save(small, "png", optimize=True)
         return small.getvalue()
 
@@ -60,7 +60,7 @@ def image_grid(rows: Iterable[Sequence[Any]], row_labels: Sequence[str] | None =
     `rows`: a list of lists of PIL images of any size; None leaves a cell empty, and a short row is
     filled up with empty cells. `row_labels` (left of the rows) and `column_labels` (above the
     columns) are lists of strings, as many as there are rows and columns. `cell`: side of one
-    picture in inches; `header`: the row above which the column labels stand, for a grid whose first
+    image in inches; `header`: the row above which the column labels stand, for a grid whose first
     rows are something else. Returns a matplotlib Figure. Raises ValueError if there is nothing to
     draw or the labels do not fit.
     """
@@ -102,7 +102,7 @@ def save_grid(path: str | Path, rows: Iterable[Sequence[Any]],
 
 
 def save_figure(path: str | Path, figure: Figure) -> Path:
-    """Write a figure as PNG, without the date and version stamps that make equal pictures
+    """Write a figure as PNG, without the date and version stamps that make equal images
     differ."""
     path = Path(path)
     write_whole(path, figure_png(figure))

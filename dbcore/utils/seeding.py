@@ -2,7 +2,7 @@
 
 A generator that is carried along must be saved, restored and kept in step between processes, and
 one draw more in one place changes all that follow. Here each draw names what it is for, so a
-resumed run, a run with other validation pictures and a run on more processes draw the same numbers.
+resumed run, a run with other validation images and a run on more processes draw the same numbers.
 """
 
 import hashlib

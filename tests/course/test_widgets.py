@@ -25,7 +25,7 @@ def swatch(red=10, size=64):
 
 
 def seen(panel):
-    """What the panel's picture shows now, decoded, as an array; None if it is hidden."""
+    """What the panel's image shows now, decoded, as an array; None if it is hidden."""
     image = panel._screen.image
     if image.layout.display == "none":
         return None
@@ -46,7 +46,7 @@ def test_moving_a_control_shows_the_function_of_its_value():
     panel.controls["red"].value = 200
     assert seen(panel)[0, 0].tolist() == [200, 0, 0]
     assert panel.value == {"red": 200}
-    assert panel.picture().getpixel((0, 0)) == (200, 0, 0)
+    assert panel.image().getpixel((0, 0)) == (200, 0, 0)
 
 
 def test_moving_from_code_is_moving_by_hand():
@@ -90,7 +90,7 @@ def test_the_functions_defaults_are_where_controls_start():
     (swatch(), True, False), ("a < b", False, True), ((swatch(), "why"), True, True),
     ((None, "why"), False, True),
 ])  # fmt: skip
-def test_pictures_and_words(result, pictured, worded):
+def test_images_and_words(result, pictured, worded):
     panel = widgets.explore(lambda x: result, x=(0, 1))
     panel.controls["x"].value = 1
     assert (seen(panel) is not None) == pictured
@@ -114,7 +114,7 @@ def test_an_error_stands_on_the_panel_and_goes_away():
     assert words(panel) == ""
 
 
-def test_a_panel_is_a_live_view_a_still_picture_and_a_line_of_words():
+def test_a_panel_is_a_live_view_a_still_image_and_a_line_of_words():
     panel = widgets.explore(swatch, red=(0, 255))
     bundle = panel._repr_mimebundle_()
     assert bundle["text/plain"] == "Panel with red"
@@ -129,13 +129,13 @@ def test_on_colab_only_the_live_view_is_sent(monkeypatch):
     assert "image/png" not in widgets.explore(swatch, red=(0, 255))._repr_mimebundle_()
 
 
-def test_without_ipywidgets_the_still_picture_remains(monkeypatch):
+def test_without_ipywidgets_the_still_image_remains(monkeypatch):
     monkeypatch.setattr(widgets, "ipywidgets", None)
     panel = widgets.explore(swatch, red=(0, 255))
     panel.set(red=99)
     bundle = panel._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "image/png"}
-    assert panel.picture().getpixel((0, 0)) == (99, 0, 0)
+    assert panel.image().getpixel((0, 0)) == (99, 0, 0)
 
 
 # --- the course's panels --------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_a_frame_is_needed_for_every_timestep():
         widgets.timestep_slider([swatch()], [0, 1])
 
 
-def test_before_after_shows_both_pictures_of_a_label():
+def test_before_after_shows_both_images_of_a_label():
     panel = widgets.before_after([swatch(20), swatch(40)], [swatch(200), swatch(220)],
                                  ["seed 0", "seed 1"])
     panel.controls["picture"].value = "seed 1"
@@ -171,7 +171,7 @@ def folder_of_photos(tmp_path):
     swatch(60, 20).save(tmp_path / "small.png")
     photos = [Photo(tmp_path / "good.png", (300, 300)), Photo(tmp_path / "small.png", (20, 20))]
     problems = [Problem(tmp_path / "small.png", "small", "20 pixels only"),
-                Problem(tmp_path / "notes.png", "broken", "not a picture", skipped=True)]
+                Problem(tmp_path / "notes.png", "broken", "not an image", skipped=True)]
     return photos, problems
 
 
@@ -185,7 +185,7 @@ def test_the_doctor_shows_each_file_and_what_is_wrong(folder_of_photos):
     assert "20 pixels only" in words(panel)
     panel.controls["photo"].value = "notes.png"
     assert seen(panel) is None
-    assert "not a picture [skipped]" in words(panel)
+    assert "not an image [skipped]" in words(panel)
 
 
 def test_the_doctors_sheet_has_every_photo_with_its_verdict(folder_of_photos):
@@ -275,7 +275,7 @@ def test_a_run_is_shown_to_its_end():
     assert dashboard.words.value == "step 30 of 30"
     assert dashboard.button.disabled
     assert dashboard.button.description == "Done"
-    line = dashboard.picture().axes[0].lines[0]
+    line = dashboard.loss_plot().axes[0].lines[0]
     assert line.get_ydata()[-1] == 1 / 30
     assert dashboard.validation().axes[0].get_ylabel() == "a dog"
     assert 200 in seen(dashboard)[..., 0]
@@ -452,7 +452,7 @@ def test_a_dashboard_without_ipywidgets_still_runs(monkeypatch):
     dashboard.run(trainer(dashboard, 5))
     assert dashboard.result() == 5
     assert set(dashboard._repr_mimebundle_()) == {"text/plain"}
-    assert dashboard.picture() is not None
+    assert dashboard.loss_plot() is not None
 
 
 def test_panels_import_no_engine():

@@ -81,7 +81,7 @@ def test_the_subject_comes_first_then_as_many_of_the_class(batch):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_without_class_pictures_the_batch_is_the_subject_alone(batch):
+def test_without_class_images_the_batch_is_the_subject_alone(batch):
     samples = DreamBoothData(config(train_batch_size=batch), named(5)).samples(0)
     assert len(samples) == batch
     assert not any(s.is_class for s in samples)
@@ -148,7 +148,7 @@ def test_every_draw_is_its_own():
     assert len(set(different)) == len(different)
 
 
-def test_class_pictures_change_nothing_for_the_subject():
+def test_class_images_change_nothing_for_the_subject():
     alone, beside = (DreamBoothData(config(random_flip=True), named(5), c)
                      for c in ([], named(3, "class")))
     for step in range(6):
@@ -241,7 +241,7 @@ class Grey(Photo):
 
 
 class Encoder:
-    """Latents of 32 kB a picture, as a base of 256 x 256 pixels has them."""
+    """Latents of 32 kB an image, as a base of 256 x 256 pixels has them."""
 
     device = torch.device("cpu")
 

@@ -53,7 +53,7 @@ def test_find_is_sorted_nested_and_without_junk(tmp_path):
 
 def test_find_looks_inside_a_file_without_a_known_ending(tmp_path):
     picture().save(tmp_path / "IMG_0001", format="JPEG")
-    (tmp_path / "README").write_text("not a picture")
+    (tmp_path / "README").write_text("not an image")
     assert [path.name for path in P.find_photos(tmp_path)] == ["IMG_0001"]
 
 
@@ -83,7 +83,7 @@ def test_a_folder_that_is_none_is_named(tmp_path, name):
 
 
 def test_an_empty_folder_and_one_of_bad_photos_say_why(tmp_path):
-    with pytest.raises(P.PhotoError, match=r"no picture in .*put 3 to 10"):
+    with pytest.raises(P.PhotoError, match=r"no image in .*put 3 to 10"):
         P.gather_photos(tmp_path)
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "words.png").write_text("hello")
@@ -92,7 +92,7 @@ def test_an_empty_folder_and_one_of_bad_photos_say_why(tmp_path):
     assert "none of the 2" in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "empty.jpg: the file is empty" in str(error.value)
-    assert "words.png: its content is no picture" in str(error.value)
+    assert "words.png: its content is no image" in str(error.value)
 
 
 def grouped(tmp_path, *folders):
@@ -460,7 +460,7 @@ def test_a_format_that_starts_other_programs_is_not_opened(tmp_path):
     )
     photo, problems = check(tmp_path, "a.png")
     assert photo is None
-    assert kinds(problems) == {"not a picture"}
+    assert kinds(problems) == {"not an image"}
 
 
 def test_hostile_names_are_printed_harmlessly(tmp_path):

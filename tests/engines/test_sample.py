@@ -192,7 +192,7 @@ def test_the_command_says_where_its_pictures_are(world, tmp_path, capsys):
     main(["generate", "--pretrained_model_name_or_path", str(world / "base"), "--lora",
           str(world / "dog.safetensors"),
           "--prompt", "a red dog", "--num_images", "1", "--output_dir", str(tmp_path / "out")])
-    assert f"1 pictures and a grid are in {tmp_path / 'out'}" in capsys.readouterr().out
+    assert f"1 images and a grid are in {tmp_path / 'out'}" in capsys.readouterr().out
     assert (tmp_path / "out" / "a-red-dog-seed0.png").is_file()
 
 

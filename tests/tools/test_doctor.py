@@ -24,7 +24,7 @@ def photos(tmp_path):
     for k in range(3):
         pixels = np.random.default_rng(k).integers(0, 255, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{k}.png")
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no image")
     return folder
 
 
@@ -51,7 +51,7 @@ def test_photos_are_counted_and_the_bad_one_is_named(folder, photos):
 
 def test_no_photo_at_all_is_a_finding_and_no_crash(folder, tmp_path):
     (lines,) = doctor.photos(config(folder, tmp_path))
-    assert lines.startswith("No run is possible: no picture in")
+    assert lines.startswith("No run is possible: no image in")
 
 
 def test_an_identifier_of_several_tokens_is_advised_against(folder):

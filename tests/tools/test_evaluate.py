@@ -22,9 +22,9 @@ from dbcore.tools import evaluate as tool
 PROMPTS = {"scenes": ["in the snow", "on the beach"], "looks": ["red"]}
 
 
-def colours(pictures):
+def colours(images):
     return torch.stack([torch.tensor(np.asarray(p.resize((2, 2)), dtype=np.float32)).flatten() - 128
-                        for p in pictures])
+                        for p in images])
 
 
 def lengths(prompts):
@@ -230,20 +230,20 @@ def test_a_lora_that_does_nothing_scores_as_the_floor_and_one_that_does_not(tmp_
     assert "colours: a stand-in." in table
 
 
-def test_the_measures_are_those_of_the_pictures_on_the_disk(tmp_path, base_folder, encoder,
-                                                            prompts):
+def test_the_measures_are_those_of_the_images_on_the_disk(tmp_path, base_folder, encoder,
+                                                          prompts):
     subject = tool.read_run(make_run(tmp_path, base_folder, "run", 3.0))
     result = tool.evaluate([subject], tmp_path / "out", prompts, num_images=2)
     files = sorted((tmp_path / "out" / "pictures" / "run").glob("*.png"))
-    pictures = [Image.open(file) for file in files]
+    images = [Image.open(file) for file in files]
     photos = [Image.open(file) for file in sorted((tmp_path / "run-photos").glob("*.png"))]
-    assert len(files) == 8  # 3 prompts and the class, 2 pictures each
+    assert len(files) == 8  # 3 prompts and the class, 2 images each
     scores = result["subjects"]["run"]["adapter"]
     assert (scores["subject, colours"]
-            == pytest.approx(engine.subject_fidelity(pictures[:6], photos, encoder)))
+            == pytest.approx(engine.subject_fidelity(images[:6], photos, encoder)))
     assert (scores["PRES, colours"]
-            == pytest.approx(engine.subject_fidelity(pictures[6:], photos, encoder)))
-    apart = [engine.diversity(pictures[k:k + 2], encoder) for k in (0, 2, 4)]
+            == pytest.approx(engine.subject_fidelity(images[6:], photos, encoder)))
+    apart = [engine.diversity(images[k:k + 2], encoder) for k in (0, 2, 4)]
     assert scores["DIV, colours"] == pytest.approx(sum(apart) / 3)
 
 
@@ -266,12 +266,12 @@ def test_a_second_call_draws_only_what_is_missing(tmp_path, base_folder, encoder
                                                                 abs=0.01)
 
 
-def test_pictures_of_another_lora_are_refused(tmp_path, base_folder, encoder, prompts):
+def test_images_of_another_lora_are_refused(tmp_path, base_folder, encoder, prompts):
     folder = make_run(tmp_path, base_folder, "run", 3.0)
     tool.evaluate([tool.read_run(folder)], tmp_path / "out", prompts, num_images=2)
     path = folder / "pytorch_lora_weights.safetensors"
     path.write_bytes(make_run(tmp_path, base_folder, "other", 1.0).joinpath(path.name).read_bytes())
-    with pytest.raises(ConfigError, match="holds pictures of another lora: remove it"):
+    with pytest.raises(ConfigError, match="holds images of another lora: remove it"):
         tool.evaluate([tool.read_run(folder)], tmp_path / "out", prompts, num_images=2)
 
 

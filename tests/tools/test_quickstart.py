@@ -1,4 +1,4 @@
-"""The first thing a newcomer runs leaves a LoRA and a picture, says so in four lines, and can be
+"""The first thing a newcomer runs leaves a LoRA and an image, says so in four lines, and can be
 run again."""
 
 import json

@@ -65,8 +65,8 @@ class Reads:
     def __init__(self, *answers):
         self.answers = answers
 
-    def read(self, pictures):
-        return [self.answers[p] for p in pictures]
+    def read(self, images):
+        return [self.answers[p] for p in images]
 
 
 def test_a_colour_that_was_asked_for_is_no_fault_of_the_subject():
@@ -121,14 +121,14 @@ def test_a_base_without_a_reader_is_refused_before_anything_is_written(tmp_path)
 # --- the bench ------------------------------------------------------------------------------------
 
 
-def colours(pictures):
-    small = [np.asarray(picture.resize((2, 2)), dtype=np.float32).flatten() for picture in pictures]
+def colours(images):
+    small = [np.asarray(image.resize((2, 2)), dtype=np.float32).flatten() for image in images]
     return torch.tensor(np.stack(small)) - 128
 
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    """A function that runs the command on a tiny base, two subjects, two prompts, two pictures;
+    """A function that runs the command on a tiny base, two subjects, two prompts, two images;
     gives the JSON."""
     pytest.importorskip("numba")
     base = make_tiny_pipeline(tmp_path / "base")

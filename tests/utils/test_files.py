@@ -104,7 +104,7 @@ def test_only_what_kills_have_left_is_swept(tmp_path):
     assert listed(tmp_path) == [".a.png.partial", "mine.partial"]
 
 
-def test_a_picture_is_a_png_under_its_whole_name(tmp_path):
+def test_an_image_is_a_png_under_its_whole_name(tmp_path):
     from PIL import Image
 
     save_png(Image.new("RGB", (2, 2)), tmp_path / "new" / "a.png")

@@ -1,4 +1,4 @@
-"""Grids show the right picture in the right place, and leave no global state behind."""
+"""Grids show the right image in the right place, and leave no global state behind."""
 
 import io
 
@@ -19,15 +19,15 @@ def pixels(figure):
     return np.asarray(Image.open(io.BytesIO(figure._repr_png_())).convert("RGB"))
 
 
-def where(picture, colour):
+def where(image, colour):
     """Centre (row, column) of the pixels of about one colour, or None."""
-    close = (np.abs(picture.astype(int) - colour).max(-1) < 12).nonzero()
+    close = (np.abs(image.astype(int) - colour).max(-1) < 12).nonzero()
     return tuple(float(axis.mean()) for axis in close) if len(close[0]) else None
 
 
-def test_pictures_stand_in_row_and_column_order():
-    picture = pixels(grids.image_grid([[swatch(RED), swatch(GREEN, 64)], [swatch(BLUE)]]))
-    red, green, blue = (where(picture, colour) for colour in (RED, GREEN, BLUE))
+def test_images_stand_in_row_and_column_order():
+    image = pixels(grids.image_grid([[swatch(RED), swatch(GREEN, 64)], [swatch(BLUE)]]))
+    red, green, blue = (where(image, colour) for colour in (RED, GREEN, BLUE))
     assert abs(red[0] - green[0]) < 3
     assert red[1] < green[1] - 50
     assert abs(red[1] - blue[1]) < 3
