@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from dbcore.engines.memory import forecast
-from dbcore.models.base import settle
+from dbcore.models.base import resolve
 
 # Memory in vendors' GB (10^9 bytes), and the half precision that the card is good at.
 CARDS = {"T4": (16e9, "fp16"), "RTX 4060": (8e9, "bf16"), "A100": (40e9, "bf16"),
@@ -36,7 +36,7 @@ def advise(config, memory, device="cuda"):
     {} if it fits, None if nothing helps. Options are changed in order of what they cost:
     first those that only take time, then the resolution.
     """
-    config, changes = settle(config, device), {}
+    config, changes = resolve(config, device), {}
     if forecast(config, device).peak <= memory:
         return changes
     for change in savings(config, device):
@@ -77,7 +77,7 @@ def remedy(config, device):
     """
     changes = advise(config, there(device), device)
     if changes == {}:
-        changes = next(savings(settle(config, device), device))
+        changes = next(savings(resolve(config, device), device))
     if changes is None:
         return "No option makes it small enough: take a larger card"
     return (f"It takes less with {flags(changes)}; `dbcore doctor` with the same options "

@@ -18,7 +18,7 @@ from dbcore.engines.hub import push
 from dbcore.engines.report import shown, write_report
 from dbcore.engines.run_folder import LOG, LORA_FILE, read_log, replace_run
 from dbcore.engines.trained import optional
-from dbcore.models.base import give_back
+from dbcore.models.base import free_memory
 from dbcore.models.lora import save_lora
 from dbcore.utils.errors import Diverged
 from dbcore.utils.files import whole_folder, write_whole
@@ -197,7 +197,7 @@ class Checkpoints(Callback):
     def on_error(self, run, error):
         """Where validation has filled the memory, the steps until then are not lost."""
         if isinstance(error, torch.OutOfMemoryError):
-            give_back()
+            free_memory()
             self.save(run)
 
     def save(self, run):

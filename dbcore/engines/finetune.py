@@ -17,7 +17,7 @@ from dbcore.engines.lengths import resolve_lengths
 from dbcore.engines.run_folder import held, holds_run, prepare_folder
 from dbcore.engines.trained import in_training
 from dbcore.engines.trainer import Run, tf32
-from dbcore.models.base import SETTINGS_FILE, settle
+from dbcore.models.base import SETTINGS_FILE, resolve
 from dbcore.utils.errors import Interrupted
 from dbcore.utils.files import whole_folder
 
@@ -39,7 +39,7 @@ def finetune(config):
         return folder / PIPELINE
     need(config.report_to == "none",
          f"--report_to {config.report_to}: full fine-tuning logs to log.jsonl alone")
-    config = dataclasses.replace(settle(config), mixed_precision="no", low_vram=False)
+    config = dataclasses.replace(resolve(config), mixed_precision="no", low_vram=False)
     photos, _ = gather_photos(config.instance_data_dir, config.resolution, config.use_masks)
     try:
         with held(folder), tf32(config.allow_tf32):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from dbcore.engines.losses import batch_loss
 from dbcore.engines.trained import inject
-from dbcore.models.base import evaluating, load_base, settle, torch_dtype
+from dbcore.models.base import evaluating, load_base, resolve, torch_dtype
 from dbcore.models.lora import lora_parameters
 
 # Before the first tensor, measured: Python with its libraries; a CUDA context with its kernels.
@@ -62,7 +62,7 @@ def forecast(config, device="cpu"):
 
     On a GPU the working space of its kernels and the allocator's fragments come on top, some 10 %.
     """
-    config = settle(config, device)
+    config = resolve(config, device)
     phases, gaps = list(phases_of(config, device)), HEAP if device == "cpu" else 1
     phases = [dataclasses.replace(p, activations=int(gaps * p.activations)) for p in phases]
     return Forecast(phases, int(OVERHEAD[device]))

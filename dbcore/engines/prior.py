@@ -144,9 +144,9 @@ def draw_class(base, config, indices, encode):
     seeds, images = [key(config.seed, "class image", 0, index) for index in indices], {}
     for attempt in range(TRIES):
         left = [k for k in range(len(indices)) if k not in images]
-        drawn = base.draw([config.class_prompt] * len(left), [seeds[k] + attempt for k in left],
-                          resolution=config.resolution, stream="class image", encode=encode,
-                          batch_size=config.sample_batch_size)
+        drawn = base.generate([config.class_prompt] * len(left), [seeds[k] + attempt for k in left],
+                              resolution=config.resolution, stream="class image", encode=encode,
+                              batch_size=config.sample_batch_size)
         images |= {k: image for k, image in zip(left, drawn)
                    if np.asarray(image, np.float32).std() > BLANK}
         if len(images) == len(indices):

@@ -8,7 +8,7 @@ from pathlib import Path
 from dbcore.config import ConfigError, read_run_config
 from dbcore.datasets.prompts import check_fit
 from dbcore.datasets.store import PromptCache
-from dbcore.models.base import best_device, load_base, settle, torch_dtype
+from dbcore.models.base import best_device, load_base, resolve, torch_dtype
 from dbcore.models.lora import load_lora, set_scale
 from dbcore.models.lora_files import read_adapter
 from dbcore.utils.files import write_beside, writing
@@ -23,7 +23,7 @@ def generate(config, base=None):
     and LoraFileError for what cannot be loaded.
     """
     config.check()
-    config = settle(with_base(config))
+    config = resolve(with_base(config))
     check_prompts(config, base or load_base(config.pretrained_model_name_or_path, config.revision))
     encode = None
     if base is None:
@@ -31,7 +31,7 @@ def generate(config, base=None):
         encode = encode_ahead(base, config) if base.low_vram else None
         add_loras(base, config)
     seeds = [config.seed + k for k in range(config.num_images)]
-    pictures = base.draw(
+    pictures = base.generate(
         [prompt for prompt in config.prompt for _ in seeds], seeds * len(config.prompt),
         num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
         negative_prompt=config.negative_prompt, resolution=config.resolution,

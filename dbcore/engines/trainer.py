@@ -39,7 +39,7 @@ from dbcore.engines.report import report_prompts
 from dbcore.engines.resume import circumstances, find_resume, is_finished, say_changes
 from dbcore.engines.run_folder import LORA_FILE, complete, held, place, prepare_folder
 from dbcore.engines.trained import PACKAGES, inject, optional, start_training
-from dbcore.models.base import best_device, load_base, settle, torch_dtype
+from dbcore.models.base import best_device, load_base, resolve, torch_dtype
 from dbcore.models.lora import set_dropout
 from dbcore.models.replay import faster
 from dbcore.utils.console import printable, progress
@@ -76,7 +76,7 @@ def check(config):
     if config.optimizer in PACKAGES:  # now, and not after the class images are made
         optional(PACKAGES[config.optimizer], f"--optimizer {config.optimizer}")
     accelerator = make_accelerator(config)
-    config = settle(config, accelerator.device)
+    config = resolve(config, accelerator.device)
     chosen = ", ".join(f"{name} {getattr(config, name)}" for name in CHOSEN)
     accelerator.print(f"Chosen for this base and machine: {chosen}.")
     photos, problems = gather_photos(config.instance_data_dir, config.resolution, config.use_masks)
@@ -304,8 +304,8 @@ class Run:
 
     def generate(self, prompts, seeds, **more):
         """PIL images with the modules as they are, one for each (prompt, seed) pair."""
-        return self.base.draw(prompts, list(seeds), resolution=self.config.resolution,
-                              encode=self.prompts.encode, **more)
+        return self.base.generate(prompts, list(seeds), resolution=self.config.resolution,
+                                  encode=self.prompts.encode, **more)
 
     def count_seconds(self):
         """Seconds that the run has taken, its earlier parts included."""

@@ -3,7 +3,7 @@
 A family is Stable Diffusion, say, or FLUX.2; a base is one pipeline folder of it. `load_base` reads
 the folder's model_index.json, and `FAMILIES` says which subclass of `Family` its class means. Each
 network is loaded when it is first used and can be let go again, so that they need not be in memory
-together. What `auto` becomes for a base and a machine is settled here too.
+together. What `auto` becomes for a base and a machine is resolved here too.
 """
 
 from __future__ import annotations
@@ -119,13 +119,13 @@ def recommended(name_or_path: str | Path) -> dict[str, Any]:
 # --- what `auto` becomes --------------------------------------------------------------------------
 
 
-def settle(config: Any, device: str | None = None) -> Any:
+def resolve(config: Any, device: str | None = None) -> Any:
     """`config` (TrainConfig or GenerateConfig) without any `auto`, by the base and the hardware."""
     base = load_base(config.pretrained_model_name_or_path, config.revision)  # loads no network
     names = {field.name for field in dataclasses.fields(config)}
     chosen = {name: value for name, value in base.settings.items()
               if name in names and getattr(config, name) == AUTO}
-    chosen |= settle_precision(config, device)
+    chosen |= resolve_precision(config, device)
     if getattr(config, "resolution", None) == AUTO and "resolution" not in chosen:
         chosen["resolution"] = base.resolution
     if getattr(config, "low_vram", False) and "gradient_checkpointing" in names:
@@ -149,7 +149,7 @@ def settle(config: Any, device: str | None = None) -> Any:
     return config
 
 
-def settle_precision(config: Any, device: str | None = None) -> dict[str, Any]:
+def resolve_precision(config: Any, device: str | None = None) -> dict[str, Any]:
     """{option: precision} of those that are `auto`, or cannot be on this device."""
     asked = {name: getattr(config, name)
              for name in ("mixed_precision", "prior_generation_precision")
@@ -212,7 +212,7 @@ def checkpoint_gradients(module: torch.nn.Module) -> None:
     (switch or module.gradient_checkpointing_enable)()
 
 
-def give_back() -> None:
+def free_memory() -> None:
     """Hand freed memory back to the system, or to the GPU: PyTorch and the C library keep it."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -407,7 +407,7 @@ class Family(ABC):
         for name in names:
             for component in self.roles.get(name, (name,)):
                 self.__dict__.pop(component, None)
-        give_back()
+        free_memory()
 
     def config_of(self, component: str) -> dict[str, Any]:
         """A network's config, a dict, without loading the network."""
@@ -430,7 +430,7 @@ class Family(ABC):
         module = self.lighten(component, make(component).requires_grad_(False).eval())
         if self.device.type != "meta":
             module = leave_file(module.to(self.device), self.layout)
-            give_back()
+            free_memory()
         return module
 
     def read_network(self, component: str) -> torch.nn.Module:
@@ -567,11 +567,11 @@ class Family(ABC):
         return 1 if self.low_vram else count
 
     @torch.no_grad()
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int],
-             num_inference_steps: int | None = None, guidance_scale: float | None = None,
-             negative_prompt: str = "", resolution: int | None = None, scheduler: str = AUTO,
-             stream: str = "picture", batch_size: int = 8, callback: Callable | None = None,
-             encode: Callable | None = None) -> list[Image.Image]:
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int],
+                 num_inference_steps: int | None = None, guidance_scale: float | None = None,
+                 negative_prompt: str = "", resolution: int | None = None, scheduler: str = AUTO,
+                 stream: str = "picture", batch_size: int = 8, callback: Callable | None = None,
+                 encode: Callable | None = None) -> list[Image.Image]:
         """PIL images, one for each (prompt, seed) pair; image k depends on its own pair alone.
 
         `num_inference_steps`, `guidance_scale`, `resolution`: None is the base's recommendation.
@@ -579,7 +579,8 @@ class Family(ABC):
         `encode_text`; what it holds needs no text encoder. Modules in training mode are set to
         eval and back. Raises ConfigError unless both are lists of one length.
         """
-        need(not isinstance(prompts, str) and len(prompts) == len(seeds), "draw takes a list of "
+        need(not isinstance(prompts, str) and len(prompts) == len(seeds),
+             "generate takes a list of "
              f"prompts and one seed for each prompt: there are {prompts!r} and {seeds!r}")
         steps = num_inference_steps or self.settings["num_inference_steps"]
         limit = self.process.num_timesteps
@@ -591,15 +592,15 @@ class Family(ABC):
         with evaluating([self.denoiser, *self.loaded("text_encoders").values()]):
             for first in range(0, len(prompts), batch_size):
                 rows = slice(first, first + batch_size)
-                images += self.draw_batch(
+                images += self.generate_batch(
                     pipeline, encode or self.encode_text, prompts[rows], seeds[rows],
                     negative_prompt, stream, height=side, width=side, num_inference_steps=steps,
                     guidance_scale=guidance, callback_on_step_end=callback)
         return images
 
-    def draw_batch(self, pipeline: Any, encode: Callable, prompts: Sequence[str],
-                   seeds: Sequence[int], negative_prompt: str, stream: str,
-                   **options: Any) -> list[Image.Image]:
+    def generate_batch(self, pipeline: Any, encode: Callable, prompts: Sequence[str],
+                       seeds: Sequence[int], negative_prompt: str, stream: str,
+                       **options: Any) -> list[Image.Image]:
         """PIL images of one batch of pairs; `options`: the pipeline's own."""
         shape = self.latent_shape(options["height"])
         noise = torch.cat([normal(shape, seed, stream) for seed in seeds])

@@ -94,19 +94,19 @@ def total_memory() -> int:
 
 def chosen(config: TrainConfig) -> list[str]:
     """Each `auto`, and what it becomes for this base and machine."""
-    from dbcore.models.base import settle
+    from dbcore.models.base import resolve
 
-    settled = settle(config)
+    resolved = resolve(config)
     names = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) == AUTO]
-    return [f"{name}: {getattr(settled, name)}" for name in names]
+    return [f"{name}: {getattr(resolved, name)}" for name in names]
 
 
 def photos(config: TrainConfig) -> list[str]:
     """What is wrong with each photo, with its number of problems first."""
     from dbcore.datasets.photos import PhotoError, gather_photos
-    from dbcore.models.base import settle
+    from dbcore.models.base import resolve
 
-    resolution = settle(config).resolution if config.pretrained_model_name_or_path else None
+    resolution = resolve(config).resolution if config.pretrained_model_name_or_path else None
     try:
         found, problems = gather_photos(config.instance_data_dir, resolution, config.use_masks)
     except PhotoError as error:

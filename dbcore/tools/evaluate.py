@@ -294,8 +294,8 @@ def generate_all(subject: Subject, which: str, asked: Sequence[tuple[str, str]],
         base = load_subject(subject, which)
     for first in range(0, len(missing), batch_size):
         places = missing[first:first + batch_size]
-        images = base.draw([texts[p] for p, _ in places], [seed + k for _, k in places],
-                           stream=STREAM, batch_size=batch_size)
+        images = base.generate([texts[p] for p, _ in places], [seed + k for _, k in places],
+                               stream=STREAM, batch_size=batch_size)
         for place, image in zip(places, images):
             save_png(image, paths[place])
     return [Image.open(path).convert("RGB") for path in paths.values()]
@@ -332,11 +332,11 @@ def refuse_others(folder: Path, what: dict[str, Any]) -> None:
 def load_subject(subject: Subject, which: str) -> Family:
     from dbcore.config import GenerateConfig
     from dbcore.engines.sample import base_with_loras
-    from dbcore.models.base import settle
+    from dbcore.models.base import resolve
 
     loras = [str(subject.lora)] if which == "adapter" else []
-    return base_with_loras(settle(GenerateConfig(pretrained_model_name_or_path=subject.base,
-                                                 checkpoint_dir=loras, revision=subject.revision)))
+    return base_with_loras(resolve(GenerateConfig(pretrained_model_name_or_path=subject.base,
+                                                  checkpoint_dir=loras, revision=subject.revision)))
 
 
 # --- the measures ---------------------------------------------------------------------------------

@@ -214,10 +214,10 @@ class Case:
         on."""
         from dbcore.engines.finetune import finetune
         from dbcore.engines.trainer import train
-        from dbcore.models.base import settle
+        from dbcore.models.base import resolve
 
         config, full = self.config(options), FULL_FINETUNING in options
-        what = {name: value for name, value in dataclasses.asdict(settle(config)).items()
+        what = {name: value for name, value in dataclasses.asdict(resolve(config)).items()
                 if name not in PATHS}
         name = f"{Path(str(config.instance_data_dir)).name}-{digest(what)}{'-full' * full}"
         config.output_dir, config.resume_from_checkpoint = str(self.work / "runs" / name), "latest"

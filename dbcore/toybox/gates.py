@@ -144,7 +144,7 @@ def sample_gates(base: Family, reader: Reader, seed: int = 3,
     """The base's samples of combinations never rendered in training, read; also the images, for the
     eye."""
     scenes = [sample_held_out(seed, k) for k in range(count)]
-    images = base.draw([caption(*scene) for scene in scenes], list(range(count)), batch_size=24)
+    images = base.generate([caption(*scene) for scene in scenes], list(range(count)), batch_size=24)
     right = shares_right(reader.read(images), [truth(*scene) for scene in scenes])
     build = [share for question, share in right.items() if question in PROPORTIONS]
     by_name = {question: share for question, share in right.items() if question not in PROPORTIONS}
@@ -173,7 +173,7 @@ def sharpness_gate(base: Family) -> list[Gate]:
     scenes = [(Character(kind, color), View(place)) for k, kind in enumerate(CLASSES)
               for color, place in zip(("red", "blue", "yellow", "white"),
                                       np.roll(("studio", "grass", "snow", "floor"), k))]
-    samples = np.stack([np.asarray(image) for image in base.draw(
+    samples = np.stack([np.asarray(image) for image in base.generate(
         [caption(*scene) for scene in scenes], list(range(len(scenes))), batch_size=24)])
     renders = np.stack([np.asarray(render(*scene)) for scene in scenes])
     ratio = sharpness(samples) / sharpness(renders)
@@ -184,7 +184,8 @@ def sharpness_gate(base: Family) -> list[Gate]:
 def rare_word_gates(base: Family, reader: Reader, count: int = 24) -> list[Gate]:
     """`sks` is one token, and says nothing yet: the pictures are dogs."""
     tokens = len(base.tokenizer("sks", add_special_tokens=False).input_ids)
-    read = reader.read(base.draw(["a photo of sks dog"] * count, list(range(count)), batch_size=24))
+    read = reader.read(base.generate(["a photo of sks dog"] * count, list(range(count)),
+                                     batch_size=24))
     return [Gate("tokens in `sks`", 1, tokens, least=False),
             Gate("`a photo of sks dog` before DreamBooth: dogs", 0.95,
                  float(np.mean([r["class"] == "dog" for r in read])),
@@ -192,9 +193,9 @@ def rare_word_gates(base: Family, reader: Reader, count: int = 24) -> list[Gate]
 
 
 def speed_gate(base: Family) -> list[Gate]:
-    base.draw(["a photo of a dog"], [0], num_inference_steps=2)  # loads what is loaded late
+    base.generate(["a photo of a dog"], [0], num_inference_steps=2)  # loads what is loaded late
     began = time.perf_counter()
-    base.draw(["a photo of a dog"] * 4, [0, 1, 2, 3])
+    base.generate(["a photo of a dog"] * 4, [0, 1, 2, 3])
     return [Gate("four pictures at the recommended settings, seconds", 4,
                  time.perf_counter() - began, least=False,
                  note=f"{torch.get_num_threads()} threads")]
@@ -238,7 +239,7 @@ def drawn_with(folder: Path, lora: Path, prompts: list[str], seeds: list[int]) -
 
     base = load_base(folder)
     load_lora(base, lora)
-    return base.draw(prompts, seeds, batch_size=24)
+    return base.generate(prompts, seeds, batch_size=24)
 
 
 def try_subject(folder: Path, name: str, work: Path, reader: Reader,

@@ -137,10 +137,10 @@ def test_growth_turns_one_knob_at_a_time():
     for case in bench.growth_cases(args):
         changed = ({name for name in case.options if case.options[name] != plain.options.get(name)}
                    - {"max_train_steps"})
-        knob, _, value = case.name.partition("-")
-        assert ((case.photos == int(value)) if knob == "photos"
-                else (case.options[knob] == int(value)))
-        assert changed <= {knob, *bench.PRIOR}
+        option, _, value = case.name.partition("-")
+        assert ((case.photos == int(value)) if option == "photos"
+                else (case.options[option] == int(value)))
+        assert changed <= {option, *bench.PRIOR}
 
 
 def test_photos_are_as_many_as_asked_for_and_all_differ(tmp_path):

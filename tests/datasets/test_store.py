@@ -39,10 +39,10 @@ def test_a_prompt_that_was_not_added_is_encoded_when_it_is_asked_for(folder):
 
 def test_images_of_prompts_in_a_cache_need_no_text_encoder(folder):
     base = load_base(folder)
-    wanted = base.draw(["a red dog"], [0], num_inference_steps=2)[0]
+    wanted = base.generate(["a red dog"], [0], num_inference_steps=2)[0]
     cache = PromptCache(base, ["a red dog", ""])
     base.release("text_encoder")
-    (image,) = base.draw(["a red dog"], [0], num_inference_steps=2, encode=cache.encode)
+    (image,) = base.generate(["a red dog"], [0], num_inference_steps=2, encode=cache.encode)
     assert image.tobytes() == wanted.tobytes()
     assert "text_encoder" not in vars(base)
 

@@ -408,14 +408,15 @@ def spy_on_steps(facts, patch):
 
 
 def spy_on_the_base(facts, patch):
-    draw, encode, predict, drop = BASE.draw, BASE.encode_images, BASE.predict, SampleDropout.forward
+    generate, encode, predict = BASE.generate, BASE.encode_images, BASE.predict
+    drop = SampleDropout.forward
 
-    def drawing(base, prompts, *args, stream="picture", **more):
+    def generating(base, prompts, *args, stream="picture", **more):
         if stream == "class image":
             facts.class_batches.append(len(prompts))
             facts.class_dtypes.add(base.dtype)
             facts.class_prompts.update(prompts)
-        return draw(base, prompts, *args, stream=stream, **more)
+        return generate(base, prompts, *args, stream=stream, **more)
 
     def encoding(base, pixels):
         facts.seen = ((pixels[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
@@ -435,7 +436,7 @@ def spy_on_the_base(facts, patch):
         facts.compiled += 1
         return function
 
-    for cls, name, spy in ((BASE, "draw", drawing), (BASE, "encode_images", encoding),
+    for cls, name, spy in ((BASE, "generate", generating), (BASE, "encode_images", encoding),
                            (BASE, "predict", predicting),
                            (SampleDropout, "forward", dropping), (torch, "compile", compiling)):
         patch.setattr(cls, name, spy)

@@ -17,7 +17,7 @@ from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines import prior
 from dbcore.engines.prior import MANIFEST, class_images, class_photos
 from dbcore.engines.trainer import Run, train
-from dbcore.models.base import Family, load_base, settle
+from dbcore.models.base import Family, load_base, resolve
 
 FAST = {"num_inference_steps": 1, "guidance_scale": 2.0, "resolution": 32, "rank": 2}
 
@@ -55,7 +55,7 @@ def wish(folder):
 
 @pytest.fixture
 def config(wish):
-    return settle(wish)
+    return resolve(wish)
 
 
 def contents(folder):
@@ -85,7 +85,7 @@ def test_they_are_pictures_of_the_class_each_from_its_own_seed(base, config, cac
     assert list(made) == [f"{k:05d}.png" for k in range(5)]
     assert len(set(made.values())) == 5
     seed = prior.key(config.seed, "class image", 0, 3)
-    (alone,) = base.draw([config.class_prompt], [seed], stream="class image")
+    (alone,) = base.generate([config.class_prompt], [seed], stream="class image")
     assert np.abs(np.asarray(alone, int) - np.asarray(Image.open(folder / "00003.png"),
                                                       int)).max() <= 1
     about = json.loads((folder / MANIFEST).read_text())
@@ -95,7 +95,7 @@ def test_they_are_pictures_of_the_class_each_from_its_own_seed(base, config, cac
 
 def test_they_are_drawn_once(base, config, monkeypatch):
     first = class_images(base, config)
-    monkeypatch.setattr(base, "draw", lambda *a, **k: pytest.fail("drawn again"))
+    monkeypatch.setattr(base, "generate", lambda *a, **k: pytest.fail("drawn again"))
     assert class_images(base, config) == first
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_manifest_is_refused(base, config, tmp_path, text):
 def test_a_users_own_folder_is_taken_as_it_is(base, config, tmp_path, monkeypatch):
     own = write_photos(tmp_path / "own", 3)
     before = sorted(path.name for path in own.iterdir())
-    monkeypatch.setattr(base, "draw", lambda *a, **k: pytest.fail("drawn"))
+    monkeypatch.setattr(base, "generate", lambda *a, **k: pytest.fail("drawn"))
     config = with_(config, class_data_dir=str(own), num_class_images=2)
     assert class_images(base, config) == own
     assert sorted(path.name for path in own.iterdir()) == before
@@ -223,7 +223,7 @@ def test_what_a_killed_run_left_half_named_is_no_class_picture(base, config):
 
 
 def test_a_blank_picture_is_drawn_again_and_only_that_one(base, config, monkeypatch):
-    draw, asked = base.draw, []
+    draw, asked = base.generate, []
     black = Image.new("RGB", (32, 32))
 
     def sometimes_black(prompts, seeds, **more):
@@ -231,14 +231,14 @@ def test_a_blank_picture_is_drawn_again_and_only_that_one(base, config, monkeypa
         images = draw(prompts, seeds, **more)
         return [black, *images[1:]] if len(asked) == 1 else images
 
-    monkeypatch.setattr(base, "draw", sometimes_black)
+    monkeypatch.setattr(base, "generate", sometimes_black)
     folder = class_images(base, with_(config, num_class_images=2))
     assert asked[1] == [asked[0][0] + 1]
     assert all(np.asarray(Image.open(path)).std() > prior.BLANK for path in folder.glob("*.png"))
 
 
 def test_pictures_that_stay_blank_stop_the_run(base, config, monkeypatch):
-    monkeypatch.setattr(base, "draw",
+    monkeypatch.setattr(base, "generate",
                         lambda prompts, seeds, **more: [Image.new("RGB", (32, 32), "grey")]
                         * len(seeds))
     with pytest.raises(ConfigError, match=r"drawn blank 3 times.*--prior_generation_precision no"):
@@ -306,7 +306,7 @@ def test_two_jobs_make_one_cache_at_the_same_time(base, config, monkeypatch):
             failed.append(error)
 
     picture = Image.effect_noise((32, 32), 64).convert("RGB")
-    monkeypatch.setattr(base, "draw", lambda prompts, *args, **more: [picture] * len(prompts))
+    monkeypatch.setattr(base, "generate", lambda prompts, *args, **more: [picture] * len(prompts))
     monkeypatch.setattr(Image.Image, "save", slowly)
     jobs = [threading.Thread(target=job) for _ in range(2)]
     for thread in jobs:

@@ -82,7 +82,7 @@ def test_a_run_too_short_for_an_option_says_so(more, words, options, tmp_path, c
 def loads_and_lets_go(config, monkeypatch):
     """What a run did, in order: "unet", "vae" or "text_encoder" loaded, "-unet" let go, "photos"
     encoded, "drawn" pictures."""
-    order, draw = [], StableDiffusion.draw
+    order, draw = [], StableDiffusion.generate
     load, release = StableDiffusion.load_network, StableDiffusion.release
     encode = StableDiffusion.encode_images
     monkeypatch.setattr(StableDiffusion, "load_network",
@@ -92,7 +92,7 @@ def loads_and_lets_go(config, monkeypatch):
                      if part in vars(base)), release(base, *parts)))
     monkeypatch.setattr(StableDiffusion, "encode_images",
                         lambda *a: (encode(*a), order.append("photos"))[0])
-    monkeypatch.setattr(StableDiffusion, "draw",
+    monkeypatch.setattr(StableDiffusion, "generate",
                         lambda *a, **more: (draw(*a, **more), order.append("drawn"))[0])
     train(config)
     return list(dict.fromkeys(order))

@@ -12,7 +12,7 @@ from runs import add_variant, make_base, make_hub
 from safetensors.torch import load_file, save_file
 
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig
-from dbcore.models.base import Family, best_precision, load_base, settle
+from dbcore.models.base import Family, best_precision, load_base, resolve
 from dbcore.models.lora import add_lora
 
 
@@ -38,9 +38,9 @@ def away(one, other):
 def test_picture_k_depends_on_its_own_pair_alone(base, scheduler):
     options = {"num_inference_steps": 3, "guidance_scale": 4.0, "scheduler": scheduler}
     prompts, seeds = ["a red dog", "a blue car", "a red dog", "a red dog"], [1, 2, 2, 1]
-    together = base.draw(prompts, seeds, **options)
-    (alone,) = base.draw(prompts[2:3], seeds[2:3], **options)
-    by_two = base.draw(prompts, seeds, batch_size=2, **options)
+    together = base.generate(prompts, seeds, **options)
+    (alone,) = base.generate(prompts[2:3], seeds[2:3], **options)
+    by_two = base.generate(prompts, seeds, batch_size=2, **options)
     assert away(together[2], alone) <= 1
     assert all(away(a, b) <= 1 for a, b in zip(together, by_two))
     assert away(together[0], together[3]) <= 1  # the same pair, the same picture
@@ -49,7 +49,7 @@ def test_picture_k_depends_on_its_own_pair_alone(base, scheduler):
 
 def test_the_prompt_and_the_guidance_are_heard(base):
     def draw(prompt, **more):
-        return base.draw([prompt], [0], num_inference_steps=3, **more)[0]
+        return base.generate([prompt], [0], num_inference_steps=3, **more)[0]
 
     red = draw("a red dog", guidance_scale=7.0)
     assert away(red, draw("a blue car", guidance_scale=7.0)) > 1
@@ -62,28 +62,28 @@ def test_drawing_leaves_torchs_random_numbers_and_the_modules_mode_alone(base):
     torch.manual_seed(1)
     wanted = torch.rand(3)
     torch.manual_seed(1)
-    base.draw(["a dog"], [0], num_inference_steps=1)
+    base.generate(["a dog"], [0], num_inference_steps=1)
     assert base.unet.training
     assert torch.equal(torch.rand(3), wanted)
     base.unet.eval()
 
 
 def test_pictures_are_as_large_as_asked(base):
-    assert base.draw(["a dog"], [0], num_inference_steps=1)[0].size == (32, 32)
-    assert base.draw(["a dog"], [0], num_inference_steps=1, resolution=48)[0].size == (48, 48)
+    assert base.generate(["a dog"], [0], num_inference_steps=1)[0].size == (32, 32)
+    assert base.generate(["a dog"], [0], num_inference_steps=1, resolution=48)[0].size == (48, 48)
 
 
 @pytest.mark.parametrize(("prompts", "seeds"),
                          [(["a dog", "a cat"], [0]), (["a dog"], [0, 1]), ("a dog", [0])])
 def test_a_prompt_without_a_seed_is_refused(base, prompts, seeds):
     with pytest.raises(ConfigError, match="one seed for each prompt"):
-        base.draw(prompts, seeds, num_inference_steps=1)
+        base.generate(prompts, seeds, num_inference_steps=1)
 
 
 def test_more_denoising_steps_than_timesteps_are_refused(base):
     with pytest.raises(ConfigError, match="--num_inference_steps 1001: this base was trained "
                        "with 1000 timesteps"):
-        base.draw(["a dog"], [0], num_inference_steps=1001)
+        base.generate(["a dog"], [0], num_inference_steps=1001)
 
 
 @pytest.mark.parametrize(("component", "file"), [
@@ -100,14 +100,14 @@ def test_a_base_with_weights_that_are_not_finite_is_refused_by_their_name(compon
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(ConfigError, match=f"{re.escape(name)} of its {component} has numbers "
                        "that are not finite"):
-        load_base(tmp_path).draw(["a dog"], [0], num_inference_steps=1)
+        load_base(tmp_path).generate(["a dog"], [0], num_inference_steps=1)
 
 
 def test_images_that_are_not_finite_are_refused_and_not_black(base, monkeypatch):
     monkeypatch.setattr(base, "decode", lambda latents: torch.full((1, 3, 8, 8), float("nan")))
     with pytest.raises(ConfigError,
                        match=r"not finite numbers.*float32 has overflowed.*smaller --lora_scale"):
-        base.draw(["a dog"], [0], num_inference_steps=1)
+        base.generate(["a dog"], [0], num_inference_steps=1)
 
 
 def test_the_recommended_settings_are_used(tmp_path):
@@ -115,22 +115,23 @@ def test_the_recommended_settings_are_used(tmp_path):
     wished = {"num_inference_steps": 2, "guidance_scale": 6.0}
     (folder / "recommended.json").write_text(json.dumps(wished))
     base, counted = load_base(folder), []
-    by_itself = base.draw(["a dog"], [0], callback=lambda pipe, step, t, more: counted.append(step)
-                          or more)
+    by_itself = base.generate(["a dog"], [0],
+                              callback=lambda pipe, step, t, more: counted.append(step)
+                              or more)
     assert counted == [0, 1]
-    assert away(by_itself[0], base.draw(["a dog"], [0], **wished)[0]) == 0
-    assert away(by_itself[0], base.draw(["a dog"], [0], guidance_scale=1.0)[0]) > 1
+    assert away(by_itself[0], base.generate(["a dog"], [0], **wished)[0]) == 0
+    assert away(by_itself[0], base.generate(["a dog"], [0], guidance_scale=1.0)[0]) > 1
 
 
 def test_the_recommended_sampler_is_used_unless_another_is_asked_for(folder, tmp_path):
     assert load_base(folder).sampler() == load_base(folder).index["scheduler"][1]
     base = load_base(make_tiny_pipeline(tmp_path))
-    own = base.draw(["a dog"], [0], num_inference_steps=4)[0]
+    own = base.generate(["a dog"], [0], num_inference_steps=4)[0]
     (tmp_path / "recommended.json").write_text(json.dumps({"scheduler": "euler"}))
     base = load_base(tmp_path)
     assert base.sampler() == type(base.pipeline().scheduler).__name__ == "EulerDiscreteScheduler"
     assert base.sampler("ddim") == "DDIMScheduler"
-    assert away(base.draw(["a dog"], [0], num_inference_steps=4)[0], own) > 0
+    assert away(base.generate(["a dog"], [0], num_inference_steps=4)[0], own) > 0
     (tmp_path / "recommended.json").write_text(json.dumps({"scheduler": "fastest"}))
     with pytest.raises(ConfigError, match="fastest"):
         load_base(tmp_path).sampler()
@@ -232,14 +233,15 @@ def test_no_weight_keeps_the_file_that_it_came_from_in_memory(folder):
 
 
 def test_auto_without_a_recommendation(folder):
-    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder), train_text_encoder=True),
-                    "cpu")
+    config = resolve(TrainConfig(pretrained_model_name_or_path=str(folder),
+                                 train_text_encoder=True),
+                     "cpu")
     assert (config.rank, config.learning_rate, config.lora_layers) == (4, 2e-4, "attention")
     assert config.train_batch_size == 1
     assert (config.lora_alpha, config.text_encoder_rank, config.text_encoder_lr) == (4.0, 4, 2e-5)
     assert (config.resolution, config.mixed_precision,
             config.prior_generation_precision) == (32, "no", "no")
-    drawn = settle(GenerateConfig(pretrained_model_name_or_path=str(folder)), "cpu")
+    drawn = resolve(GenerateConfig(pretrained_model_name_or_path=str(folder)), "cpu")
     assert (drawn.num_inference_steps, drawn.guidance_scale, drawn.resolution) == (25, 7.5, 32)
 
 
@@ -249,15 +251,16 @@ def test_auto_follows_the_bases_recommendation_and_what_was_given(tmp_path):
               "train_batch_size": 4, "resolution": 64,
               "guidance_scale": 3.0}  # fmt: skip
     (folder / "recommended.json").write_text(json.dumps(wished))
-    config = settle(TrainConfig(pretrained_model_name_or_path=str(folder), train_text_encoder=True),
-                    "cpu")
+    config = resolve(TrainConfig(pretrained_model_name_or_path=str(folder),
+                                 train_text_encoder=True),
+                     "cpu")
     assert {name: getattr(config, name) for name in wished if name != "guidance_scale"} == {
         name: value for name, value in wished.items() if name != "guidance_scale"}
     assert (config.lora_alpha, config.text_encoder_lr) == (16.0, 1e-4)
-    assert settle(GenerateConfig(pretrained_model_name_or_path=str(folder))).guidance_scale == 3.0
-    given = settle(TrainConfig(pretrained_model_name_or_path=str(folder), rank=8, lora_alpha=2,
-                               resolution=32,
-                               learning_rate=5e-4, mixed_precision="bf16"), "cpu")  # fmt: skip
+    assert resolve(GenerateConfig(pretrained_model_name_or_path=str(folder))).guidance_scale == 3.0
+    given = resolve(TrainConfig(pretrained_model_name_or_path=str(folder), rank=8, lora_alpha=2,
+                                resolution=32,
+                                learning_rate=5e-4, mixed_precision="bf16"), "cpu")  # fmt: skip
     assert (given.rank, given.lora_alpha, given.resolution,
             given.learning_rate) == (8, 2.0, 32, 5e-4)
     assert given.mixed_precision == "bf16"
@@ -269,14 +272,14 @@ def test_a_settled_config_passes_its_own_check(folder, options):
     """It is what a run writes into config.yaml, and --config has to take it."""
     asked = TrainConfig(pretrained_model_name_or_path=str(folder), instance_data_dir="photos",
                         instance_prompt="a photo of sks dog", **options)  # fmt: skip
-    settled = settle(asked, "cpu")
-    settled.check()
-    assert settle(settled, "cpu") == settled
+    resolved = resolve(asked, "cpu")
+    resolved.check()
+    assert resolve(resolved, "cpu") == resolved
 
 
 def test_prodigy_finds_its_rate_itself(folder):
-    assert settle(TrainConfig(pretrained_model_name_or_path=str(folder),
-                              optimizer="Prodigy")).learning_rate == 1.0
+    assert resolve(TrainConfig(pretrained_model_name_or_path=str(folder),
+                               optimizer="Prodigy")).learning_rate == 1.0
 
 
 def test_processors_and_macs_train_in_full_precision():
@@ -286,15 +289,15 @@ def test_processors_and_macs_train_in_full_precision():
 @pytest.mark.parametrize(("has", "chosen"), [(True, "bf16"), (False, "fp16")])
 def test_a_gpu_trains_in_the_half_precision_that_it_has(has, chosen, folder, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has)
-    assert settle(TrainConfig(pretrained_model_name_or_path=str(folder)),
-                  "cuda").mixed_precision == chosen
+    assert resolve(TrainConfig(pretrained_model_name_or_path=str(folder)),
+                   "cuda").mixed_precision == chosen
 
 
 def test_half_precision_asked_of_a_processor_is_whole_and_said(folder, capsys):
     wish = TrainConfig(pretrained_model_name_or_path=str(folder), mixed_precision="fp16",
                        prior_generation_precision="fp16")
-    settled = settle(wish, "cpu")
-    assert settled.mixed_precision == settled.prior_generation_precision == "no"
+    resolved = resolve(wish, "cpu")
+    assert resolved.mixed_precision == resolved.prior_generation_precision == "no"
     assert "--mixed_precision fp16 needs a GPU" in capsys.readouterr().out
 
 
@@ -349,7 +352,7 @@ def test_a_resolution_that_cannot_be_drawn_is_refused_with_those_that_can(cls, r
                                                                           folder):
     with pytest.raises(ConfigError,
                        match=f"--resolution {resolution}: .* multiples of 8; give {near}"):
-        settle(cls(pretrained_model_name_or_path=str(folder), resolution=resolution), "cpu")
+        resolve(cls(pretrained_model_name_or_path=str(folder), resolution=resolution), "cpu")
 
 
 def test_a_base_with_a_part_missing_says_which(tmp_path):

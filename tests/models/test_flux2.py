@@ -37,7 +37,7 @@ def test_images_are_those_of_the_stock_pipeline(base, stock):
     latents = torch.cat([normal(base.latent_shape(32), seed, "picture") for seed in SEEDS])
     theirs = stock(prompt=PROMPTS, latents=latents, num_inference_steps=2, guidance_scale=4.0,
                    height=32, width=32).images
-    ours = base.draw(PROMPTS, SEEDS, num_inference_steps=2)
+    ours = base.generate(PROMPTS, SEEDS, num_inference_steps=2)
     # latents are scaled and scaled back once more, which may round a level the other way
     ours, theirs = (np.stack([np.asarray(image, int) for image in images])
                     for images in (ours, theirs))

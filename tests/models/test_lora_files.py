@@ -170,7 +170,7 @@ def test_ours_and_the_stock_pipeline_make_the_same_image(trained, base, tmp_path
     pipeline.load_lora_weights(tmp_path, weight_name=path.name)
     assert same(outputs(ours.pipeline()), outputs(pipeline))
     images = [
-        np.asarray(b.draw(["a photo of sks dog"], [0], num_inference_steps=3)[0], int)
+        np.asarray(b.generate(["a photo of sks dog"], [0], num_inference_steps=3)[0], int)
         for b in (ours, stock)
     ]
     assert abs(images[0] - images[1]).max() <= 1 < np.ptp(images[0])

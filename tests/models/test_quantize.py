@@ -103,5 +103,6 @@ def test_a_lora_is_not_merged_into_weights_in_8_bits(folder):
 def test_pictures_are_drawn_one_at_a_time(folder):
     base, seen = load_base(folder, low_vram=True), []
     base.unet.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
-    base.draw(["a dog", "a cat"], [0, 1], num_inference_steps=1, guidance_scale=2.0, resolution=32)
+    base.generate(["a dog", "a cat"], [0, 1], num_inference_steps=1, guidance_scale=2.0,
+                  resolution=32)
     assert seen == [2, 2]  # one picture is two rows: with the prompt and without

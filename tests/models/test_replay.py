@@ -73,7 +73,7 @@ def test_a_failed_recording_leaves_the_network_as_it_was(base):
 
 def test_pictures_drawn_from_a_replay_are_the_same(base, monkeypatch):
     def draw():
-        return [picture for count in (2, 1, 2) for picture in base.draw(
+        return [picture for count in (2, 1, 2) for picture in base.generate(
             ["a dog", "a cat"][:count], [1, 2][:count], num_inference_steps=3)]
 
     record, recorded = Replay.record, []

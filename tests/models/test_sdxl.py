@@ -33,7 +33,7 @@ def test_images_are_those_of_the_stock_pipeline(base, folder, negative):
     words = {"negative_prompt": [negative] * 2} if negative else {}  # none: zeros, no empty text
     theirs = stock(PROMPTS, latents=latents, num_inference_steps=2, guidance_scale=5.0, height=32,
                    width=32, **words).images
-    ours = base.draw(PROMPTS, SEEDS, num_inference_steps=2, negative_prompt=negative)
+    ours = base.generate(PROMPTS, SEEDS, num_inference_steps=2, negative_prompt=negative)
     # the memory's layout is another, by which a level may be rounded the other way
     ours, theirs = (np.stack([np.asarray(image, int) for image in images])
                     for images in (ours, theirs))

@@ -254,8 +254,9 @@ def test_a_second_call_draws_only_what_is_missing(tmp_path, base_folder, encoder
     gone = tmp_path / "out" / "pictures" / "run" / "001-1.png"
     before = np.asarray(Image.open(gone), dtype=int)
     gone.unlink()
-    drawn, draw = [], StableDiffusion.draw
-    monkeypatch.setattr(StableDiffusion, "draw", lambda self, texts, *a, **k: drawn.extend(texts)
+    drawn, draw = [], StableDiffusion.generate
+    monkeypatch.setattr(StableDiffusion, "generate",
+                        lambda self, texts, *a, **k: drawn.extend(texts)
                         or draw(
         self, texts, *a, **k))
     again = tool.evaluate([subject], tmp_path / "out", prompts, num_images=2)

@@ -178,7 +178,7 @@ def test_a_bench_that_is_there_is_not_made_again(bench, tmp_path, monkeypatch):
     runs = {path: path.stat().st_mtime_ns
             for path in (tmp_path / "out").glob("*/runs/*/*.safetensors")}
     assert len(runs) == 4
-    monkeypatch.setattr(StableDiffusion, "draw", None)  # whoever draws or trains fails
+    monkeypatch.setattr(StableDiffusion, "generate", None)  # whoever draws or trains fails
     assert bench(*WAYS) == first
     assert {path: path.stat().st_mtime_ns
             for path in (tmp_path / "out").glob("*/runs/*/*.safetensors")} == runs
@@ -242,7 +242,7 @@ def test_full_finetuning_moves_the_unet_itself_over_the_same_photos_and_noise(be
 def test_full_finetuning_that_is_there_is_not_done_again(bench, monkeypatch):
     way = "--vary", "full=--max_train_steps 1 --full_finetuning"
     first = bench(*way)
-    monkeypatch.setattr(StableDiffusion, "draw", None)
+    monkeypatch.setattr(StableDiffusion, "generate", None)
     monkeypatch.setattr(StableDiffusion, "predict", None)
     assert bench(*way) == first
 
