@@ -46,7 +46,7 @@ MOVED = {
 }
 SETTINGS_FILE = "recommended.json"
 INPAINTING = (
-    "is made for inpainting or another task that gives the network a picture beside the noisy one; "
+    "is made for inpainting or another task that gives the network an image beside the noisy one; "
     "DreamBooth has none to give: choose the text-to-image base that it was made from"
 )
 
@@ -168,7 +168,7 @@ def check_resolution(resolution: int, multiple: int) -> None:
     below = resolution // multiple * multiple
     near = " or ".join(str(side) for side in (below, below + multiple) if side)
     need(resolution == below,
-         f"--resolution {resolution}: this base's pictures have sides that are "
+         f"--resolution {resolution}: this base's images have sides that are "
          f"multiples of {multiple}; give {near}")
 
 
