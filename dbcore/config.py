@@ -58,13 +58,12 @@ class TrainConfig:
     """One training run. Lists of one may be given as the one value."""
 
     # The model
-    pretrained_model_name_or_path: Asked = option(None,
-                                                     "the base: a folder or a name on the hub")
-    revision: str | None = option(None, "branch, tag or commit of the base on the hub; "
-                                  "a commit keeps a run repeatable")
+    pretrained_model_name_or_path: Asked = option(None, "the base: a folder or a name on the hub")
+    revision: str | None = option(
+        None, "branch, tag or commit of the base on the hub; a commit keeps a run repeatable")
     variant: str | None = option(None, "which files of the base, such as fp16, to save download")
-    tokenizer_name: str | None = option(None,
-                                        "another tokenizer than the base's own; rarely needed")
+    tokenizer_name: str | None = option(
+        None, "another tokenizer than the base's own; rarely needed")
     # The data
     instance_data_dir: Asked = option(None, "folder of photos of the subject, 3 to 10 of them")
     instance_prompt: Asked = option(
@@ -75,139 +74,142 @@ class TrainConfig:
         "without it they are made once and kept in a cache")
     class_prompt: str | None = option(None, "the class in words, such as 'a photo of a dog'")
     resolution: AutoInt = option(
-        AUTO, "side of the training images in pixels; auto is the base's own, lower it when "
-        "memory runs out", low=8)
+        AUTO, "side of the training images in pixels; auto is the base's own, lower it when memory "
+        "runs out", low=8)
     center_crop: bool = option(
         False, "crop the middle instead of a random place along the longer side, when the subject "
         "is always there")
-    random_flip: bool = option(False,
-                               "mirror photos at random; not for subjects whose sides differ")
+    random_flip: bool = option(
+        False, "mirror photos at random; not for subjects whose sides differ")
     image_interpolation_mode: str = option(
         "lanczos", "how photos are resized; nearest for pixel art",
         ("nearest", "bilinear", "bicubic", "lanczos"))
-    use_masks: bool = option(True,
-                             "learn only what dog.mask.png leaves white, where a photo has one")
+    use_masks: bool = option(
+        True, "learn only what dog.mask.png leaves white, where a photo has one")
     # Prior preservation
-    with_prior_preservation: bool = option(False, "also learn from images of the class, so that "
-                                           "it stays as it is")
-    prior_loss_weight: float = option(1.0, "lambda of the class images' loss; "
-                                      "higher keeps the class better", low=0)
-    num_class_images: int = option(100, "class images to have; more keep more of the class's "
-                                   "variety", low=1)
-    sample_batch_size: int = option(4, "class images made at a time; lower it when memory runs out",
-                                    low=1)
-    prior_generation_precision: str = option(AUTO, "precision in which they are made; "
-                                             "no where they come out black", PRECISIONS)
+    with_prior_preservation: bool = option(
+        False, "also learn from images of the class, so that it stays as it is")
+    prior_loss_weight: float = option(
+        1.0, "lambda of the class images' loss; higher keeps the class better", low=0)
+    num_class_images: int = option(
+        100, "class images to have; more keep more of the class's variety", low=1)
+    sample_batch_size: int = option(
+        4, "class images made at a time; lower it when memory runs out", low=1)
+    prior_generation_precision: str = option(
+        AUTO, "precision in which they are made; no where they come out black", PRECISIONS)
     # The LoRA
-    rank: AutoInt = option(AUTO, "rank r of the update B A; more learns more detail and forgets "
-                           "more", low=1)
+    rank: AutoInt = option(
+        AUTO, "rank r of the update B A; more learns more detail and forgets more", low=1)
     lora_alpha: AutoFloat = option(
         AUTO, "the update is scaled by alpha / rank; auto is alpha = rank, less learns more gently",
         above=0)
-    lora_dropout: float = option(0.0, "share of the LoRA's inputs dropped in training, against "
-                                 "overfitting", low=0, high=0.99)
-    use_dora: bool = option(False, "DoRA: learn magnitude and direction apart; "
-                            "slower, a little better at low rank")
+    lora_dropout: float = option(
+        0.0, "share of the LoRA's inputs dropped in training, against overfitting",
+        low=0, high=0.99)
+    use_dora: bool = option(
+        False, "DoRA: learn magnitude and direction apart; slower, a little better at low rank")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank), for high ranks")
-    lora_layers: str = option(AUTO, "where it goes: attention; for more detail attention+ff or "
-                              "all (linear and convolution); or module names with commas")
+    lora_layers: str = option(
+        AUTO, "where it goes: attention; for more detail attention+ff or all (linear and "
+        "convolution); or module names with commas")
     # The text encoder
-    train_text_encoder: bool = option(False,
-                                      "also put a LoRA on the text encoder; see text_encoder_lr")
-    text_encoder_lr: AutoFloat = option(AUTO, "its learning rate; auto is a tenth of learning_rate",
-                                        above=0)
-    text_encoder_rank: AutoInt = option(AUTO, "its rank; auto is rank, lower it where words lose "
-                                        "their meaning", low=1)
+    train_text_encoder: bool = option(
+        False, "also put a LoRA on the text encoder; see text_encoder_lr")
+    text_encoder_lr: AutoFloat = option(
+        AUTO, "its learning rate; auto is a tenth of learning_rate", above=0)
+    text_encoder_rank: AutoInt = option(
+        AUTO, "its rank; auto is rank, lower it where words lose their meaning", low=1)
     train_text_encoder_frac: float = option(
-        1.0, "stop training it after this fraction of the steps, as it overfits first", above=0,
-        high=1)
+        1.0, "stop training it after this fraction of the steps, as it overfits first",
+        above=0, high=1)
     tokenizer_max_length: int | None = option(
         None, "cut prompts to this many tokens instead of the tokenizer's; rarely needed", low=3)
     # Optimisation
     learning_rate: AutoFloat = option(
         AUTO, "step size; auto is the base's recommendation, else 2e-4; higher where nothing is "
         "learnt, lower where images break up", above=0)
-    scale_lr: bool = option(False, "multiply it by processes, batch and accumulation: "
-                            "it was meant for one photo a step")
+    scale_lr: bool = option(
+        False, "multiply it by processes, batch and accumulation: it was meant for one photo a "
+        "step")
     lr_scheduler: str = option(
         "constant", "how the rate goes on over the run; only a constant one can be extended later",
         SCHEDULES)
-    lr_warmup_steps: int = option(0, "steps over which the rate rises from 0, when the first steps "
-                                  "do harm", low=0)
+    lr_warmup_steps: int = option(
+        0, "steps over which the rate rises from 0, when the first steps do harm", low=0)
     lr_num_cycles: int = option(1, "restarts of cosine_with_restarts", low=1)
     lr_power: float = option(1.0, "exponent of polynomial", above=0)
     train_batch_size: AutoInt = option(
         AUTO, "photos a step and process; auto is the base's recommendation, else 1; "
         "more is steadier and slower", low=1)
-    gradient_accumulation_steps: int = option(1, "batches a step: "
-                                              "a larger batch in the memory of a small one", low=1)
+    gradient_accumulation_steps: int = option(
+        1, "batches a step: a larger batch in the memory of a small one", low=1)
     max_train_steps: int | None = option(None, "steps; without it and num_train_epochs, 150", low=1)
-    num_train_epochs: int | None = option(None,
-                                          "passes over the photos; max_train_steps wins where "
-                                          "both are given", low=1)
-    optimizer: str = option("AdamW", "AdamW8bit needs bitsandbytes, Prodigy prodigyopt (and "
-                            "learning_rate 1)", OPTIMIZERS)
-    adam_beta1: float = option(0.9, "decay of the gradient's mean; rarely changed", low=0,
-                               high=0.9999)
-    adam_beta2: float = option(0.999, "decay of its square's mean; rarely changed", low=0,
-                               high=0.99999)
-    adam_weight_decay: float = option(1e-2, "pull of the LoRA's weights to 0, against overfitting",
-                                      low=0)
-    adam_epsilon: float = option(1e-8, "added to the denominator; more where gradients are tiny",
-                                 above=0)
-    max_grad_norm: float = option(1.0, "longer gradients are shortened to this; "
-                                  "less where the loss jumps", above=0)
-    snr_gamma: float | None = option(None, "min-SNR-gamma weighting of the loss, for quicker "
-                                     "learning; 5 is usual", above=0)
-    noise_offset: float = option(0.0, "shift of the noise a channel, for darker and brighter "
-                                 "pictures", low=0)
-    use_ema: bool = option(False, "save the running mean of the LoRA's weights instead of the last "
-                           "ones, which jitter")
-    ema_decay: float = option(0.99, "decay of that mean; 0.99 looks back some 100 steps", low=0,
-                              high=0.99999)
-    seed: int = option(0, "of everything random; another one is another try, and 0 is "
-                       "one like any other")
+    num_train_epochs: int | None = option(
+        None, "passes over the photos; max_train_steps wins where both are given", low=1)
+    optimizer: str = option(
+        "AdamW", "AdamW8bit needs bitsandbytes, Prodigy prodigyopt (and learning_rate 1)",
+        OPTIMIZERS)
+    adam_beta1: float = option(
+        0.9, "decay of the gradient's mean; rarely changed", low=0, high=0.9999)
+    adam_beta2: float = option(
+        0.999, "decay of its square's mean; rarely changed", low=0, high=0.99999)
+    adam_weight_decay: float = option(
+        1e-2, "pull of the LoRA's weights to 0, against overfitting", low=0)
+    adam_epsilon: float = option(
+        1e-8, "added to the denominator; more where gradients are tiny", above=0)
+    max_grad_norm: float = option(
+        1.0, "longer gradients are shortened to this; less where the loss jumps", above=0)
+    snr_gamma: float | None = option(
+        None, "min-SNR-gamma weighting of the loss, for quicker learning; 5 is usual", above=0)
+    noise_offset: float = option(
+        0.0, "shift of the noise a channel, for darker and brighter pictures", low=0)
+    use_ema: bool = option(
+        False, "save the running mean of the LoRA's weights instead of the last ones, which jitter")
+    ema_decay: float = option(
+        0.99, "decay of that mean; 0.99 looks back some 100 steps", low=0, high=0.99999)
+    seed: int = option(
+        0, "of everything random; another one is another try, and 0 is one like any other")
     # Memory and speed
-    mixed_precision: str = option(AUTO, "precision of the frozen base; auto is bf16 or fp16 on a "
-                                  "GPU, no elsewhere", PRECISIONS)
-    gradient_checkpointing: bool = option(False,
-                                          "compute activations twice instead of keeping them: "
-                                          "slower, smaller")
+    mixed_precision: str = option(
+        AUTO, "precision of the frozen base; auto is bf16 or fp16 on a GPU, no elsewhere",
+        PRECISIONS)
+    gradient_checkpointing: bool = option(
+        False, "compute activations twice instead of keeping them: slower, smaller")
     cache_latents: bool = option(True, "encode each photo once, before training")
     pre_compute_text_embeddings: bool = option(True, "encode each prompt once, before training")
-    low_vram: bool = option(False, "keep the frozen UNet in 8 bits, checkpoint gradients, "
-                            "generate images one at a time: for cards of 4 GB and less")
+    low_vram: bool = option(
+        False, "keep the frozen UNet in 8 bits, checkpoint gradients, generate images one at a "
+        "time: for cards of 4 GB and less")
     allow_tf32: bool = option(False, "faster, coarser float32 products on NVIDIA GPUs since Ampere")
     compile: bool = option(False, "torch.compile the UNet: minutes of compiling, then faster steps")
     # Following the run
-    validation_prompt: list[str] = option([],
-                                          "generate these during the run, to see how long to train")
-    num_validation_images: int = option(4, "images a validation prompt; fewer are sooner done",
-                                        low=1)
-    validation_steps: int | None = option(None,
-                                          "generate every this many steps; without it, five times "
-                                          "a run", low=1)
-    validation_epochs: int | None = option(None, "generate every this many passes over the photos",
-                                           low=1)
-    num_report_images: int = option(4, "images a prompt in the report at the end, without the LoRA "
-                                    "and with it; 0 makes none, where that takes longer than "
-                                    "training", low=0)
-    report_to: str = option("tensorboard",
-                            "tracker, if it is installed; log.jsonl is always written",
-                            ("tensorboard", "wandb", "none"))
+    validation_prompt: list[str] = option(
+        [], "generate these during the run, to see how long to train")
+    num_validation_images: int = option(
+        4, "images a validation prompt; fewer are sooner done", low=1)
+    validation_steps: int | None = option(
+        None, "generate every this many steps; without it, five times a run", low=1)
+    validation_epochs: int | None = option(
+        None, "generate every this many passes over the photos", low=1)
+    num_report_images: int = option(
+        4, "images a prompt in the report at the end, without the LoRA and with it; "
+        "0 makes none, where that takes longer than training", low=0)
+    report_to: str = option(
+        "tensorboard", "tracker, if it is installed; log.jsonl is always written",
+        ("tensorboard", "wandb", "none"))
     logging_dir: str = option("logs", "folder of the tracker's files, within output_dir")
     # Keeping it
     output_dir: str = option("lora-dreambooth-model", "the run's folder")
     overwrite_output_dir: bool = option(False, "replace a finished run that is there")
-    checkpointing_steps: int = option(500, "save what resuming needs every this many steps; "
-                                      "a kill loses the rest", low=1)
-    checkpoints_total_limit: int | None = option(None, "keep only the newest of them, to save room",
-                                                 low=1)
+    checkpointing_steps: int = option(
+        500, "save what resuming needs every this many steps; a kill loses the rest", low=1)
+    checkpoints_total_limit: int | None = option(
+        None, "keep only the newest of them, to save room", low=1)
     resume_from_checkpoint: str | None = option(None, "latest, or a checkpoint's folder")
     push_to_hub: bool = option(False, "upload the LoRA and its card to the hub at the end")
     hub_model_id: str | None = option(None, "name there; without it, the name of output_dir")
-    hub_token: str | None = option(None, "better left out: log in with `hf auth login`",
-                                   secret=True)
+    hub_token: str | None = option(
+        None, "better left out: log in with `hf auth login`", secret=True)
 
     def __post_init__(self):
         coerce_and_check(self)
@@ -274,28 +276,28 @@ class GenerateConfig:
         None, "the base; without it, the one the first LoRA's run was trained on")
     revision: str | None = option(None, "branch, tag or commit of the base on the hub")
     variant: str | None = option(None, "which files of the base, such as fp16")
-    checkpoint_dir: list[str] = option([], "runs, checkpoints or LoRA files to put on the base; "
-                                       "none for the base alone")
+    checkpoint_dir: list[str] = option(
+        [], "runs, checkpoints or LoRA files to put on the base; none for the base alone")
     lora_scale: list[float] = option([1.0], "how much of each LoRA: 0 is none, 1 is as trained")
     prompt: list[str] = option([], "what to generate; several come in turn")
     negative_prompt: str = option("", "what to keep away from")
     num_images: int = option(4, "images a prompt", low=1)
     seed: int = option(0, "of the first image; the next has seed + 1, and so on")
-    num_inference_steps: AutoInt = option(AUTO, "denoising steps; "
-                                          "auto is the base's recommendation, else 25", low=1)
-    guidance_scale: AutoFloat = option(AUTO, "pull towards the prompt; "
-                                       "auto is the base's recommendation, else 7.5",
-                                       low=0)
-    scheduler: str = option(AUTO, "sampler: ddim, dpm++, euler, euler_a, unipc or ddpm; "
-                            "auto is the base's recommendation, else its own",
-                            (AUTO, "ddim", "dpm++", "euler", "euler_a", "unipc", "ddpm"))
+    num_inference_steps: AutoInt = option(
+        AUTO, "denoising steps; auto is the base's recommendation, else 25", low=1)
+    guidance_scale: AutoFloat = option(
+        AUTO, "pull towards the prompt; auto is the base's recommendation, else 7.5", low=0)
+    scheduler: str = option(
+        AUTO, "sampler: ddim, dpm++, euler, euler_a, unipc or ddpm; auto is the base's "
+        "recommendation, else its own",
+        (AUTO, "ddim", "dpm++", "euler", "euler_a", "unipc", "ddpm"))
     resolution: AutoInt = option(AUTO, "side of the images in pixels", low=8)
     batch_size: int = option(8, "images generated at a time", low=1)
-    mixed_precision: str = option(AUTO, "precision; auto is bf16 or fp16 on a GPU, no elsewhere",
-                                  PRECISIONS)
-    low_vram: bool = option(False,
-                            "keep the denoiser in 8 bits, encode prompts before it is there, "
-                            "generate images one at a time: for a small GPU")
+    mixed_precision: str = option(
+        AUTO, "precision; auto is bf16 or fp16 on a GPU, no elsewhere", PRECISIONS)
+    low_vram: bool = option(
+        False, "keep the denoiser in 8 bits, encode prompts before it is there, generate images "
+        "one at a time: for a small GPU")
     output_dir: str = option("pictures", "where the images and a grid go")
 
     def __post_init__(self):
@@ -499,8 +501,8 @@ def read_yaml(path: str | Path, cls: type) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: {error}") from None
     except yaml.YAMLError as error:
         # its own words would quote the line, and the line may hold a token
-        where = (f" in line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None)
-                 else "")
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
         raise ConfigError(f"--config {path} is no YAML{where}: "
                           "write one `name: value` a line") from None
     need(isinstance(found, dict), f"--config {path}: write one `name: value` a line")

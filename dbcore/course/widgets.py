@@ -468,8 +468,8 @@ class Dashboard:
         self._drawn = time.monotonic()
         self._cost = self._drawn - begun
         if final:
-            self.button.disabled, self.button.description = (True, "Stopped" if self.stopped
-                                                             else "Done")
+            self.button.disabled = True
+            self.button.description = "Stopped" if self.stopped else "Done"
 
     def _state(self, final):
         if not self.losses:

@@ -46,8 +46,8 @@ def target_modules(module: torch.nn.Module, layers: str,
     `layers`: "attention", "attention+ff" (see `presets`), "all" of them, or endings of names with
     commas. Raises ConfigError if nothing in the network has such a name.
     """
-    wanted = {**PRESETS, **presets}.get(layers) or [n.strip() for n in layers.split(",")
-                                                    if n.strip()]
+    named = [name.strip() for name in layers.split(",") if name.strip()]
+    wanted = {**PRESETS, **presets}.get(layers) or named
     endings = tuple("." + name for name in wanted)
     found = [name for name, m in module.named_modules()
              if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))

@@ -243,9 +243,8 @@ def evaluate(subjects: list[Subject], output_dir: str | Path, prompts: str | Non
     for subject in subjects:
         asked = lists[subject.name]
         encoders = encoders or load_encoders(subject.base)
-        generated = {which: generate_all(subject, which, asked, output_dir, num_images, seed,
-                                         batch_size)
-                     for which in ("floor", "adapter")}
+        how = asked, output_dir, num_images, seed, batch_size
+        generated = {which: generate_all(subject, which, *how) for which in ("floor", "adapter")}
         scores[subject.name] = measure(subject, generated, asked, num_images, encoders, distance)
     result = {"encoders": {e.name: e.note for e in encoders},
               "class_prompts": {subject.name: subject.class_prompt for subject in subjects},

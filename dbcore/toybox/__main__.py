@@ -116,13 +116,11 @@ class Toybox:
     def reader(self) -> None:
         from dbcore.toybox.reader import train_reader
 
-        # the reader must know what the base never saw: it also learns from the combinations held
-        # out
+        # the reader must know what the base never saw: it also learns what was held out
         others = render_corpus(self.work / "reader", SEED, READER_COUNT, sample_held_out,
                                self.device)
-        self.eye = train_reader(np.concatenate([self.pictures, others]),
-                                self.world
-                                + [sample_held_out(SEED, k) for k in range(READER_COUNT)],
+        held_out = [sample_held_out(SEED, k) for k in range(READER_COUNT)]
+        self.eye = train_reader(np.concatenate([self.pictures, others]), self.world + held_out,
                                 self.work, SEED, **self.budget("reader"))
 
     def subject(self) -> None:

@@ -301,9 +301,8 @@ def dreambooth_gates(folder: Path, work: Path, reader: Reader,
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list, subjects: np.ndarray
-            | None = None
-            ) -> list[Gate]:
+def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list,
+            subjects: np.ndarray | None = None) -> list[Gate]:
     """Every gate of the base in `folder`, printed as it is measured.
 
     `pictures`, uint8 (n, 64, 64, 3), and `scenes` are renders never trained on, `subjects` those

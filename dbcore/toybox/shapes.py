@@ -186,9 +186,8 @@ def teapot(c: Character) -> Built:
     ring = 0.20 + 0.12 * c.tail
     rows += [torus((-wide - ring * 0.45, middle + 0.04, 0), ring, 0.06, 2, ACCENT)]
     rows += [ellipsoid((0, middle + tall * 0.92, 0), (wide * 0.55, 0.10, wide * 0.55), ACCENT)]
-    option = 0.06 + 0.06 * c.ears
-    rows += [ellipsoid((0, middle + tall * 0.92 + 0.10 + option * 0.7, 0), (option, option, option),
-                       BEAK)]
+    knob = 0.06 + 0.06 * c.ears
+    rows += [ellipsoid((0, middle + tall * 0.92 + 0.10 + knob * 0.7, 0), (knob, knob, knob), BEAK)]
     return rows, (0.0, middle + tall * 0.92 + 0.06)
 
 

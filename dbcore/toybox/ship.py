@@ -70,9 +70,10 @@ def size_mib(folder: Path) -> float:
 
 def hours(work: Path) -> dict[str, float]:
     """Machine-hours of each training, from the checkpoints."""
-    return {name: torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)["seconds"]
-            / 3600
-            for name in ("autoencoder", "decoder", "clip", "unet", "reader", "subject")}
+    names = ("autoencoder", "decoder", "clip", "unet", "reader", "subject")
+    files = {name: torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)
+             for name in names}
+    return {name: file["seconds"] / 3600 for name, file in files.items()}
 
 
 def write_card(folder: Path, gates: list, work: Path, count: int, batch: int, machine: str) -> Path:
