@@ -68,20 +68,20 @@ class Toybox:
         return {"minutes": self.minutes and self.minutes * SHARES[stage], "device": self.device}
 
     def render(self) -> None:
-        self.pictures = render_corpus(self.work / "corpus", SEED, self.count, device=self.device)
+        self.images = render_corpus(self.work / "corpus", SEED, self.count, device=self.device)
         self.world = scenes(SEED, self.count)
 
     def autoencoder(self) -> None:
         from dbcore.toybox.autoencoder import train_autoencoder
 
         batch = max(BATCH, self.unet_batch // 4)  # a GPU has room for more
-        self.vae = train_autoencoder(self.pictures, self.work, SEED, batch=batch,
+        self.vae = train_autoencoder(self.images, self.work, SEED, batch=batch,
                                      **self.budget("autoencoder"))
 
     def decoder(self) -> None:
         from dbcore.toybox.autoencoder import train_decoder
 
-        self.vae = train_decoder(self.vae, self.pictures, self.work, SEED,
+        self.vae = train_decoder(self.vae, self.images, self.work, SEED,
                                  batch=max(BATCH, self.unet_batch // 4), **self.budget("decoder"))
 
     def clip(self) -> None:
@@ -93,7 +93,7 @@ class Toybox:
         folder = self.work / "tokenizer"
         self.tokenizer = CLIPTokenizer.from_pretrained(folder if folder.exists()
                                                        else train_tokenizer(folder))
-        self.pair = train_clip(self.tokenizer, self.pictures, self.world, self.work, SEED,
+        self.pair = train_clip(self.tokenizer, self.images, self.world, self.work, SEED,
                                **self.budget("clip"))
 
     def unet(self) -> None:
@@ -120,7 +120,7 @@ class Toybox:
         others = render_corpus(self.work / "reader", SEED, READER_COUNT, sample_held_out,
                                self.device)
         held_out = [sample_held_out(SEED, k) for k in range(READER_COUNT)]
-        self.eye = train_reader(np.concatenate([self.pictures, others]), self.world + held_out,
+        self.eye = train_reader(np.concatenate([self.images, others]), self.world + held_out,
                                 self.work, SEED, **self.budget("reader"))
 
     def subject(self) -> None:
@@ -141,10 +141,10 @@ class Toybox:
         from dbcore.toybox.gates import measure
         from dbcore.toybox.ship import write_card
 
-        pictures = render_corpus(self.work / "corpus", HELD_OUT_SEED, TEST_COUNT)
+        images = render_corpus(self.work / "corpus", HELD_OUT_SEED, TEST_COUNT)
         subjects = render_corpus(self.work / "subjects", HELD_OUT_SEED, TEST_SUBJECTS * VIEWS,
                                  draw=sample_view)
-        gates = measure(folder, self.work / "gates", pictures, scenes(HELD_OUT_SEED, TEST_COUNT),
+        gates = measure(folder, self.work / "gates", images, scenes(HELD_OUT_SEED, TEST_COUNT),
                         subjects)
         write_card(folder, gates, self.work, self.count, self.unet_batch, self.device)
 

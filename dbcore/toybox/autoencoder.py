@@ -31,14 +31,14 @@ def make_autoencoder() -> AutoencoderKL:
         scaling_factor=1.0)
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def to_tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 (n, h, w, 3) to float (n, 3, h, w) in [-1, 1]."""
-    return to_pixels(torch.from_numpy(np.ascontiguousarray(pictures)))
+    return to_pixels(torch.from_numpy(np.ascontiguousarray(images)))
 
 
-def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
     """uint8 (n, h, w, 3) to float (n, 3, h, w) in [-1, 1], on the same device."""
-    return pictures.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 class PatchPCA(nn.Module):
@@ -48,9 +48,9 @@ class PatchPCA(nn.Module):
     one that is first shown these codes keeps it.
     """
 
-    def __init__(self, pictures: np.ndarray):
+    def __init__(self, images: np.ndarray):
         super().__init__()
-        patches = F.unfold(to_tensor(pictures), DOWN,
+        patches = F.unfold(to_tensor(images), DOWN,
                            stride=DOWN).permute(0, 2, 1).reshape(-1, 3 * DOWN * DOWN)
         self.register_buffer("mean", patches.mean(0))
         values, vectors = torch.linalg.eigh(torch.cov((patches - self.mean).T))
@@ -65,14 +65,14 @@ class PatchPCA(nn.Module):
         return (patches @ self.project).permute(0, 2, 1).reshape(n, CHANNELS, h // DOWN, w // DOWN)
 
 
-def crops(pictures: np.ndarray, rng: np.random.Generator, batch: int, size: int) -> torch.Tensor:
+def crops(images: np.ndarray, rng: np.random.Generator, batch: int, size: int) -> torch.Tensor:
     """Random flipped crops; the middle, where the character is, comes more often."""
-    room = pictures.shape[1] - size
-    picks = rng.integers(0, len(pictures), batch)
+    room = images.shape[1] - size
+    picks = rng.integers(0, len(images), batch)
     out = []
     for k in picks:
         y, x = (rng.beta(2, 2, 2) * room + 0.5).astype(int) // DOWN * DOWN
-        crop = pictures[k, y:y + size, x:x + size]
+        crop = images[k, y:y + size, x:x + size]
         out.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
     return to_tensor(np.stack(out))
 
@@ -96,10 +96,10 @@ def reconstruction_error(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + 0.05 * edges
 
 
-def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 9000,
+def train_autoencoder(images: np.ndarray, folder: Path, seed: int, steps: int = 9000,
                       minutes: float | None = None, batch: int = 32, lr: float = 2e-3,
                       device: str = "cpu") -> AutoencoderKL:
-    """Three phases: learn the PCA's codes, then free both halves, then whole pictures.
+    """Three phases: learn the PCA's codes, then free both halves, then whole images.
 
     The loss is `reconstruction_error` in [-1, 1],
     a KL term (Kingma & Welling 2014) that keeps the posterior wide enough for a denoiser's errors,
@@ -110,7 +110,7 @@ def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int 
 
     torch.manual_seed(seed)
     net = make_autoencoder()
-    pca = PatchPCA(pictures[:: max(1, len(pictures) // 1500)]).to(device)
+    pca = PatchPCA(images[:: max(1, len(images) // 1500)]).to(device)
     follow, whole = 0.1, 0.7  # fractions of the run
 
     def error(z, x):
@@ -120,8 +120,8 @@ def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int 
 
     def loss_at(step, progress):
         rng, torch_rng = step_rng(seed, "autoencoder", step)
-        n, size = (batch, 32) if progress < whole else (batch // 4, pictures.shape[1])
-        x = crops(pictures, rng, n, size).to(device)
+        n, size = (batch, 32) if progress < whole else (batch // 4, images.shape[1])
+        x = crops(images, rng, n, size).to(device)
         with half_where_fast(device):
             moments = net.encode(x).latent_dist.parameters
         posterior = DiagonalGaussianDistribution(moments.float())
@@ -143,10 +143,10 @@ def train_autoencoder(pictures: np.ndarray, folder: Path, seed: int, steps: int 
                 "edges": laplacian(y.detach()).var() / laplacian(x).var()}
 
     net = fit("autoencoder", folder, net, loss_at, steps, lr, minutes, ema=0.998, device=device)
-    return set_scale(net, pictures)
+    return set_scale(net, images)
 
 
-def train_decoder(net: AutoencoderKL, pictures: np.ndarray, folder: Path, seed: int,
+def train_decoder(net: AutoencoderKL, images: np.ndarray, folder: Path, seed: int,
                   steps: int = 3000, minutes: float | None = None, batch: int = 32,
                   lr: float = 5e-4, device: str = "cpu") -> AutoencoderKL:
     """The decoder alone, for edges as strong as the renders'; latents stay what they were.
@@ -160,8 +160,8 @@ def train_decoder(net: AutoencoderKL, pictures: np.ndarray, folder: Path, seed: 
 
     def loss_at(step, progress):
         rng, torch_rng = step_rng(seed, "decoder", step)
-        n, size = (batch, 32) if progress < 0.7 else (batch // 4, pictures.shape[1])
-        x = crops(pictures, rng, n, size).to(device)
+        n, size = (batch, 32) if progress < 0.7 else (batch // 4, images.shape[1])
+        x = crops(images, rng, n, size).to(device)
         with half_where_fast(device):
             with torch.no_grad():
                 posterior = net.encode(x).latent_dist
@@ -177,9 +177,9 @@ def train_decoder(net: AutoencoderKL, pictures: np.ndarray, folder: Path, seed: 
 
 
 @torch.no_grad()
-def set_scale(net: AutoencoderKL, pictures: np.ndarray) -> AutoencoderKL:
+def set_scale(net: AutoencoderKL, images: np.ndarray) -> AutoencoderKL:
     """Record the factor that gives latents unit variance, as Stable Diffusion's 0.18215 does."""
-    latents = net.encode(to_tensor(pictures[:256]).to(net.device)).latent_dist.mean
+    latents = net.encode(to_tensor(images[:256]).to(net.device)).latent_dist.mean
     net.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
     return net
 
@@ -204,11 +204,11 @@ def scaled_latents(net: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
         return net.encode(pixels).latent_dist.mean.float() * net.config.scaling_factor
 
 
-def encode_both_ways(net: AutoencoderKL, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
+def encode_both_ways(net: AutoencoderKL, images: np.ndarray, batch: int = 50) -> np.ndarray:
     """Renders, uint8 (n, 64, 64, 3), to float16 latents (2, n, c, 16, 16), the second of the mirror
     images."""
     views = []
-    for view in (pictures, pictures[:, :, ::-1]):
+    for view in (images, images[:, :, ::-1]):
         parts = [scaled_latents(net, to_tensor(view[k:k + batch]).to(net.device)).half()
                  for k in range(0, len(view), batch)]
         views.append(torch.cat(parts).cpu().numpy())
@@ -216,18 +216,18 @@ def encode_both_ways(net: AutoencoderKL, pictures: np.ndarray, batch: int = 50) 
 
 
 @torch.no_grad()
-def reconstruct(net: AutoencoderKL, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
-    """Pictures, uint8 (n, h, w, 3), through the autoencoder and back, uint8 of the same shape."""
+def reconstruct(net: AutoencoderKL, images: np.ndarray, batch: int = 50) -> np.ndarray:
+    """Images, uint8 (n, h, w, 3), through the autoencoder and back, uint8 of the same shape."""
     parts = []
-    for first in range(0, len(pictures), batch):
-        x = to_tensor(pictures[first:first + batch]).to(net.device, net.dtype)
+    for first in range(0, len(images), batch):
+        x = to_tensor(images[first:first + batch]).to(net.device, net.dtype)
         y = net.decode(net.encode(x).latent_dist.mean).sample.float().clamp(-1, 1)
         parts.append(((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(parts)
 
 
-def psnr(net: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Decibels over whole pictures: 10 log10(255^2 / mean squared error), the mean over all of
+def psnr(net: AutoencoderKL, images: np.ndarray) -> float:
+    """Decibels over whole images: 10 log10(255^2 / mean squared error), the mean over all of
     them."""
-    error = reconstruct(net, pictures).astype(np.float32) - pictures
+    error = reconstruct(net, images).astype(np.float32) - images
     return float(10 * np.log10(255**2 / np.square(error).mean()))

@@ -28,7 +28,7 @@ WIDTH = 128
 
 
 class ImageTower(nn.Module):
-    """64 x 64 pictures in [-1, 1], (n, 3, 64, 64), to features (n, 128), not normalised."""
+    """64 x 64 images in [-1, 1], (n, 3, 64, 64), to features (n, 128), not normalised."""
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -73,7 +73,7 @@ class ToyCLIP(nn.Module):
         return F.normalize(self.project(self.text(ids).pooler_output), dim=-1)
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pictures (n, 3, 64, 64) in [-1, 1] to unit vectors (n, 128)."""
+        """Images (n, 3, 64, 64) in [-1, 1] to unit vectors (n, 128)."""
         return F.normalize(self.image(pixels), dim=-1)
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
                      max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
 
 
-def train_clip(tokenizer: CLIPTokenizer, pictures: np.ndarray, scenes: list, folder: Path,
+def train_clip(tokenizer: CLIPTokenizer, images: np.ndarray, scenes: list, folder: Path,
                seed: int, steps: int = 1500, minutes: float | None = None, batch: int = 128,
                lr: float = 1e-3, device: str = "cpu") -> ToyCLIP:
     torch.manual_seed(seed + 1)
@@ -112,8 +112,8 @@ def train_clip(tokenizer: CLIPTokenizer, pictures: np.ndarray, scenes: list, fol
 
     def loss_at(step, progress):
         rng, _ = step_rng(seed, "clip", step)
-        picks = rng.integers(0, len(pictures), batch)
-        x = to_tensor(pictures[np.sort(picks)])
+        picks = rng.integers(0, len(images), batch)
+        x = to_tensor(images[np.sort(picks)])
         texts = [caption(*scenes[k], rng, drop=0.1, drop_details=0.3) for k in np.sort(picks)]
         with half_where_fast(device):
             logits = clip(tokenize(tokenizer, texts).to(device), x.to(device))
@@ -125,13 +125,13 @@ def train_clip(tokenizer: CLIPTokenizer, pictures: np.ndarray, scenes: list, fol
 
 
 @torch.no_grad()
-def retrieval(clip: ToyCLIP, tokenizer: CLIPTokenizer, pictures: np.ndarray, texts: list[str],
+def retrieval(clip: ToyCLIP, tokenizer: CLIPTokenizer, images: np.ndarray, texts: list[str],
               among: int = 100) -> float:
-    """Share of pictures whose own caption scores highest among `among` captions, all different."""
+    """Share of images whose own caption scores highest among `among` captions, all different."""
     right = total = 0
-    for first in range(0, len(pictures) - among + 1, among):
+    for first in range(0, len(images) - among + 1, among):
         these = texts[first:first + among]
-        logits = clip(tokenize(tokenizer, these), to_tensor(pictures[first:first + among]))
+        logits = clip(tokenize(tokenizer, these), to_tensor(images[first:first + among]))
         best = logits.argmax(0).tolist()
         right += sum(these[b] == these[i] for i, b in enumerate(best))
         total += among

@@ -1,4 +1,4 @@
-"""The pictures the toy base learns from: sample k is a function of (seed, k) alone."""
+"""The images the toy base learns from: sample k is a function of (seed, k) alone."""
 
 from __future__ import annotations
 

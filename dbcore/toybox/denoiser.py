@@ -200,18 +200,3 @@ def make_pipeline(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, autoenc
         vae=autoencoder, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
         scheduler=make_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-
-
-@torch.no_grad()
-def draw(pipe: StableDiffusionPipeline, prompts: list[str], seed: int = 0, steps: int = 25,
-         guidance: float = 4.0, batch: int = 24) -> list:
-    """One picture a prompt; picture k starts from noise of (seed, k)."""
-    pipe.set_progress_bar_config(disable=True)
-    pictures = []
-    for first in range(0, len(prompts), batch):
-        these = prompts[first:first + batch]
-        noise = [torch.Generator().manual_seed(seed * 100_003 + first + i)
-                 for i in range(len(these))]
-        pictures += pipe(these, num_inference_steps=steps, guidance_scale=guidance,
-                         generator=noise).images
-    return pictures

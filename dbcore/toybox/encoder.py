@@ -1,7 +1,7 @@
-"""A subject encoder: which individual a picture shows, wherever it stands and whatever it wears.
+"""A subject encoder: which individual an image shows, wherever it stands and whatever it wears.
 
 In the toy world it plays the part that DINO has in the DreamBooth paper (Ruiz et al. 2023): CLIP,
-taught with captions, need not tell two red dogs apart. It shares no picture and no weight with the
+taught with captions, need not tell two red dogs apart. It shares no image and no weight with the
 base, its CLIP or the attribute reader. Trained by the supervised contrastive loss (Khosla et al.
 2020): two views of one character are drawn together, and apart from every other character of the
 batch.
@@ -30,7 +30,7 @@ from dbcore.toybox.scene import (
     with_hat,
 )
 
-VIEWS = 4  # pictures of a subject
+VIEWS = 4  # images of a subject
 AMONG = 50  # subjects of one class that follow each other; so many are told apart in the test
 SUBJECTS, TEST_SUBJECTS = 1500, AMONG * len(CLASSES)
 
@@ -49,10 +49,10 @@ class SubjectEncoder(ImageTower):
 
 
 def sample_view(seed: int, k: int) -> tuple[Character, View]:
-    """The k-th picture of a world of subjects, `VIEWS` of each, `AMONG` subjects of a class and
+    """The k-th image of a world of subjects, `VIEWS` of each, `AMONG` subjects of a class and
     then of the next.
 
-    Places are equally likely, and half the pictures wear a hat that is not the subject's own:
+    Places are equally likely, and half the images wear a hat that is not the subject's own:
     neither place nor hat says who it is.
     """
     who = k // VIEWS
@@ -77,7 +77,7 @@ def contrastive_loss(vectors: torch.Tensor, who: torch.Tensor,
     """Khosla et al. 2020, equation 2: unit vectors (n, d) and whose each is, (n,); everyone comes
     twice or more.
 
-    A picture's loss is -log of the softmax of its cosines to all others, averaged over those of its
+    An image's loss is -log of the softmax of its cosines to all others, averaged over those of its
     own subject.
     """
     oneself = torch.eye(len(who), dtype=torch.bool, device=vectors.device)
@@ -87,10 +87,10 @@ def contrastive_loss(vectors: torch.Tensor, who: torch.Tensor,
     return -(right.sum(dim=1) / same.sum(dim=1)).mean()
 
 
-def train_subject_encoder(pictures: np.ndarray, folder: Path, seed: int, steps: int = 600,
+def train_subject_encoder(images: np.ndarray, folder: Path, seed: int, steps: int = 600,
                           minutes: float | None = None, batch: int = 64, lr: float = 1e-3,
                           device: str = "cpu") -> SubjectEncoder:
-    """`pictures`: `sample_view(seed, k)` in order, uint8 (n, 64, 64, 3). A step takes two views of
+    """`images`: `sample_view(seed, k)` in order, uint8 (n, 64, 64, 3). A step takes two views of
     `batch` subjects.
 
     Each view is blurred and recoloured for itself: a soft sample must be near the sharp photos of
@@ -101,9 +101,9 @@ def train_subject_encoder(pictures: np.ndarray, folder: Path, seed: int, steps: 
 
     def loss_at(step, progress):
         rng, torch_rng = step_rng(seed, "subject", step)
-        who = pick_subjects(rng, step, batch, len(pictures) // VIEWS)
+        who = pick_subjects(rng, step, batch, len(images) // VIEWS)
         views = rng.permuted(np.tile(np.arange(VIEWS), (len(who), 1)), axis=1)[:, :2]
-        x = torch.cat([disturbed(to_tensor(pictures[who * VIEWS + view]), rng, torch_rng)
+        x = torch.cat([disturbed(to_tensor(images[who * VIEWS + view]), rng, torch_rng)
                        for view in views.T])
         with half_where_fast(device):
             vectors = net(x.to(device))
@@ -116,22 +116,22 @@ def train_subject_encoder(pictures: np.ndarray, folder: Path, seed: int, steps: 
 
 
 def nearest_is_own(vectors: torch.Tensor, who: torch.Tensor) -> torch.Tensor:
-    """Share of pictures whose nearest other picture is of the same subject; unit vectors (n, d),
+    """Share of images whose nearest other image is of the same subject; unit vectors (n, d),
     owners (n,)."""
     nearest = (vectors @ vectors.T).fill_diagonal_(-2).argmax(dim=1)
     return (who[nearest] == who).float().mean()
 
 
-def subject_retrieval(encoder: SubjectEncoder, pictures: np.ndarray) -> tuple[float, float]:
-    """Shares of pictures whose own subject is nearest among `AMONG`: of all classes, and of its
+def subject_retrieval(encoder: SubjectEncoder, images: np.ndarray) -> tuple[float, float]:
+    """Shares of images whose own subject is nearest among `AMONG`: of all classes, and of its
     class alone.
 
-    `pictures`: `VIEWS` of each of `TEST_SUBJECTS` subjects, in the order of `sample_view`. Each
+    `images`: `VIEWS` of each of `TEST_SUBJECTS` subjects, in the order of `sample_view`. Each
     subject is known by its first view alone, and asked for with the others.
     """
-    images = to_tensor(pictures).to(encoder.head.weight.device)
+    pixels = to_tensor(images).to(encoder.head.weight.device)
     with torch.no_grad():
-        vectors = torch.cat([encoder(x) for x in images.split(100)])
+        vectors = torch.cat([encoder(x) for x in pixels.split(100)])
     of_class = vectors.unflatten(0, (-1, AMONG, VIEWS))
     of_all = of_class.transpose(0, 1).flatten(0, 1).unflatten(0, (-1, AMONG))
     return first_among(of_all), first_among(of_class)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dbcore.models.base import Family
     from dbcore.toybox.reader import Reader
 
-SAMPLES = 240  # pictures drawn for combinations never trained on
+SAMPLES = 240  # images of combinations never trained on
 # shipped subjects that DreamBooth is tried on
 TRIED = ("dog", "cat", "duck", "car", "teapot", "robot")
 NEW_PLACES = ("snow", "beach", "water")  # none of them is in the photos
@@ -92,13 +92,13 @@ def table(gates: list[Gate]) -> str:
 # --- the parts ------------------------------------------------------------------------------------
 
 
-def autoencoder_gate(base: Family, pictures: np.ndarray) -> list[Gate]:
-    return [Gate("autoencoder on renders never seen, dB", 28, psnr(base.vae, pictures))]
+def autoencoder_gate(base: Family, images: np.ndarray) -> list[Gate]:
+    return [Gate("autoencoder on renders never seen, dB", 28, psnr(base.vae, images))]
 
 
-def clip_gate(folder: Path, pictures: np.ndarray, scenes: list) -> list[Gate]:
+def clip_gate(folder: Path, images: np.ndarray, scenes: list) -> list[Gate]:
     clip = load_clip(folder)
-    share = retrieval(clip, clip.tokenizer, pictures, [caption(*scene) for scene in scenes])
+    share = retrieval(clip, clip.tokenizer, images, [caption(*scene) for scene in scenes])
     return [Gate("toy CLIP: a render's own caption first among 100", 0.9, share)]
 
 
@@ -108,10 +108,10 @@ def encoder_gates(folder: Path, subjects: np.ndarray) -> list[Gate]:
             Gate(f"subject encoder: first among {AMONG} of its class", 0.8, alike)]
 
 
-def reader_gate(reader: Reader, pictures: np.ndarray, scenes: list) -> list[Gate]:
+def reader_gate(reader: Reader, images: np.ndarray, scenes: list) -> list[Gate]:
     return [Gate(f"reader on renders never seen: {question}",
                  0.97 if question in PLAIN_QUESTIONS else 0.95, share)
-            for question, share in accuracy(reader, pictures, scenes).items()]
+            for question, share in accuracy(reader, images, scenes).items()]
 
 
 @torch.no_grad()
@@ -182,7 +182,7 @@ def sharpness_gate(base: Family) -> list[Gate]:
 
 
 def rare_word_gates(base: Family, reader: Reader, count: int = 24) -> list[Gate]:
-    """`sks` is one token, and says nothing yet: the pictures are dogs."""
+    """`sks` is one token, and says nothing yet: the images are dogs."""
     tokens = len(base.tokenizer("sks", add_special_tokens=False).input_ids)
     read = reader.read(base.generate(["a photo of sks dog"] * count, list(range(count)),
                                      batch_size=24))
@@ -233,7 +233,7 @@ def is_subject(read: dict[str, str], character: Character, but: Collection[str] 
     return all(read[q] == wanted[q] for q in IDENTITY if q not in but)
 
 
-def drawn_with(folder: Path, lora: Path, prompts: list[str], seeds: list[int]) -> list:
+def generated_with(folder: Path, lora: Path, prompts: list[str], seeds: list[int]) -> list:
     from dbcore.models.base import load_base
     from dbcore.models.lora import load_lora
 
@@ -244,7 +244,7 @@ def drawn_with(folder: Path, lora: Path, prompts: list[str], seeds: list[int]) -
 
 def try_subject(folder: Path, name: str, work: Path, reader: Reader,
                 prior: bool) -> tuple[dict, dict]:
-    """Teach one subject; shares of right answers, and the pictures by prompt."""
+    """Teach one subject; shares of right answers, and the images by prompt."""
     character = SHIPPED[name]
     photos, kind = work / f"photos-{name}", character.kind
     if not (photos / "subject.json").exists():
@@ -254,9 +254,9 @@ def try_subject(folder: Path, name: str, work: Path, reader: Reader,
                **{p: caption_of("sks", kind, p) for p in NEW_PLACES},
                "class": f"a photo of a {kind}"}
     asked = [prompt for prompt in prompts.values() for _ in range(PICTURES)]
-    drawn = drawn_with(folder, lora, asked, list(range(100, 100 + PICTURES)) * len(prompts))
-    pictures = {key: drawn[k * PICTURES:(k + 1) * PICTURES] for k, key in enumerate(prompts)}
-    read = {key: reader.read(images) for key, images in pictures.items()}
+    generated = generated_with(folder, lora, asked, list(range(100, 100 + PICTURES)) * len(prompts))
+    images = {key: generated[k * PICTURES:(k + 1) * PICTURES] for k, key in enumerate(prompts)}
+    read = {key: reader.read(some) for key, some in images.items()}
     new = [(place, r) for place in NEW_PLACES for r in read[place]]
     return {
         "right": float(np.mean([is_subject(r, character) for r in read["alone"]])),
@@ -264,7 +264,7 @@ def try_subject(folder: Path, name: str, work: Path, reader: Reader,
         "subject elsewhere": float(np.mean([is_subject(r, character) for _, r in new])),
         "drift": float(np.mean([is_subject(r, character) for r in read["class"]])),
         "colors": len({r["color"] for r in read["class"]}),
-    }, pictures
+    }, images
 
 
 def caption_of(identifier: str, kind: str, place: str) -> str:
@@ -274,7 +274,7 @@ def caption_of(identifier: str, kind: str, place: str) -> str:
 def dreambooth_gates(folder: Path, work: Path, reader: Reader,
                      subjects: Sequence[str] = TRIED) -> tuple[list[Gate], dict]:
     """Every subject with and without prior preservation; also (subject, prior) -> (shares,
-    pictures)."""
+    images)."""
     runs = {(name, prior): try_subject(folder, name, work, reader, prior)
             for name in subjects for prior in (True, False)}
 
@@ -283,7 +283,7 @@ def dreambooth_gates(folder: Path, work: Path, reader: Reader,
 
     note = f"{len(subjects)} subjects, {PICTURES} pictures a prompt, 150 steps"
     with_prior, without = mean("drift", True), mean("drift", False)
-    floor = 1 / (len(subjects) * PICTURES)  # one picture: what a share of none is taken for
+    floor = 1 / (len(subjects) * PICTURES)  # one image: what a share of none is taken for
     return [
         Gate("DreamBooth, `a photo of sks X`: class, colours and pattern right", 0.9,
              mean("right", True), note=note),
@@ -301,11 +301,11 @@ def dreambooth_gates(folder: Path, work: Path, reader: Reader,
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list,
+def measure(folder: Path, work: Path, images: np.ndarray, scenes: list,
             subjects: np.ndarray | None = None) -> list[Gate]:
     """Every gate of the base in `folder`, printed as it is measured.
 
-    `pictures`, uint8 (n, 64, 64, 3), and `scenes` are renders never trained on, `subjects` those
+    `images`, uint8 (n, 64, 64, 3), and `scenes` are renders never trained on, `subjects` those
     that the subject encoder is tried with, for a base that has one. Grids to look at, and the runs
     that DreamBooth is tried with, go to `work`, in a folder named by the base's weights and
     settings.
@@ -323,15 +323,15 @@ def measure(folder: Path, work: Path, pictures: np.ndarray, scenes: list,
         gates.extend(new)
         print("\n".join(map(str, new)), flush=True)
 
-    add(autoencoder_gate(base, pictures))
-    add(clip_gate(folder, pictures, scenes))
+    add(autoencoder_gate(base, images))
+    add(clip_gate(folder, images, scenes))
     add(word_gates(base))
-    add(reader_gate(reader, pictures, scenes))
+    add(reader_gate(reader, images, scenes))
     if subjects is not None:
         add(encoder_gates(folder, subjects))
-    found, drawn = sample_gates(base, reader)
+    found, samples = sample_gates(base, reader)
     add(found)
-    save_grid(work / "samples.png", [drawn[k:k + 12] for k in range(0, len(drawn), 12)][:10])
+    save_grid(work / "samples.png", [samples[k:k + 12] for k in range(0, len(samples), 12)][:10])
     add(sharpness_gate(base))
     add(rare_word_gates(base, reader))
     add(speed_gate(base))

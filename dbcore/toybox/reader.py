@@ -1,4 +1,4 @@
-"""An attribute reader: what a toy picture shows, told by a small network trained on renders.
+"""An attribute reader: what a toy image shows, told by a small network trained on renders.
 
 It is the truth that the gates and the metrics are held against, so it learns from scenes
 in which every combination may occur, and never from a sample of the base.
@@ -60,7 +60,7 @@ class Reader(nn.Module):
 
     @torch.no_grad()
     def read(self, images: list) -> list[dict[str, str]]:
-        """What each RGB picture of 64 x 64 pixels shows, a dict of the `ANSWERS`."""
+        """What each RGB image of 64 x 64 pixels shows, a dict of the `ANSWERS`."""
         pixels = to_tensor(np.stack([np.asarray(i.convert("RGB").resize((64, 64)))
                                      for i in images]))
         pixels = pixels.to(self.neck[1].weight.device)
@@ -89,7 +89,7 @@ def answer_table(scenes: list) -> dict[str, torch.Tensor]:
             for q, a in ANSWERS.items()}
 
 
-def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 2000,
+def train_reader(images: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 2000,
                  minutes: float | None = None, batch: int = 64, lr: float = 1e-3,
                  device: str = "cpu") -> Reader:
     """Cross-entropy on every question that has an answer, on renders blurred and slightly
@@ -99,8 +99,8 @@ def train_reader(pictures: np.ndarray, scenes: list, folder: Path, seed: int, st
 
     def loss_at(step, progress):
         rng, torch_rng = step_rng(seed, "reader", step)
-        picks = np.sort(rng.integers(0, len(pictures), batch))
-        x = disturbed(to_tensor(pictures[picks]), rng, torch_rng)
+        picks = np.sort(rng.integers(0, len(images), batch))
+        x = disturbed(to_tensor(images[picks]), rng, torch_rng)
         with half_where_fast(device):
             logits = net(x.to(device))
         truths = {q: answers[q][picks].to(device) for q in ANSWERS}
@@ -124,10 +124,10 @@ def disturbed(x: torch.Tensor, rng: np.random.Generator,
     return x + 0.03 * torch.randn(x.shape, generator=torch_rng)
 
 
-def accuracy(reader: Reader, pictures: np.ndarray, scenes: list) -> dict[str, float]:
+def accuracy(reader: Reader, images: np.ndarray, scenes: list) -> dict[str, float]:
     """Share of right answers by question on renders, uint8 (n, 64, 64, 3)."""
-    read = [answer for first in range(0, len(pictures), 100)
-            for answer in reader.read([Image.fromarray(p) for p in pictures[first:first + 100]])]
+    read = [answer for first in range(0, len(images), 100)
+            for answer in reader.read([Image.fromarray(p) for p in images[first:first + 100]])]
     return shares_right(read, [truth(*scene) for scene in scenes])
 
 

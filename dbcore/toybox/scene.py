@@ -1,4 +1,4 @@
-"""What can be in a toy picture: characters, places, views, and the words for them.
+"""What can be in a toy image: characters, places, views, and the words for them.
 
 A `Character` is everything that makes an individual: class, colours, pattern, hat and
 proportions. A `View` is everything else: place, camera, light. A *subject* in the sense
@@ -115,7 +115,7 @@ class View:
     distance: float = 1.0  # 1 frames the character
     light: float = 0.0  # the sun's azimuth from its usual place
     sun: float = 51.5  # the sun's height; its light is warm below 30
-    flip: bool = False  # the picture mirrored: the character looks left
+    flip: bool = False  # the image mirrored: the character looks left
     tint: float = 0.5  # which of the place's colours, in [0, 1]
 
     def __post_init__(self):
@@ -251,5 +251,5 @@ def with_hat(character: Character, color: str) -> Character:
 
 
 def mirror(character: Character, view: View) -> tuple[Character, View]:
-    """The scene whose picture is the mirror image."""
+    """The scene whose image is the mirror image."""
     return character, replace(view, flip=not view.flip)

@@ -2,7 +2,7 @@
 
 The scene is one signed distance function, the smooth union of a character's primitives,
 over a ground plane (Hart, "Sphere tracing", 1996; smooth minimum, soft shadows and
-ambient occlusion after the formulas Inigo Quilez published). A picture is
+ambient occlusion after the formulas Inigo Quilez published). An image is
 float32 (size, size, 3), sRGB in [0, 1], with 2 x 2 samples a pixel.
 """
 
@@ -407,14 +407,14 @@ def scene_arrays(character: Character, view: View) -> tuple:
 
 
 def render_array(character: Character, view: View, size: int = 64) -> np.ndarray:
-    """The picture as float32, shape (size, size, 3), sRGB in [0, 1]."""
-    picture = _render(*scene_arrays(character, view), size)
-    return picture[:, ::-1] if view.flip else picture
+    """The image as float32, shape (size, size, 3), sRGB in [0, 1]."""
+    image = _render(*scene_arrays(character, view), size)
+    return image[:, ::-1] if view.flip else image
 
 
 def pack(scenes: list[tuple[Character, View]]) -> list[np.ndarray]:
     """Scenes for one launch: where each one's primitives begin (n + 1,), all primitives (m, 12),
-    then the rest of `scene_arrays` and whether the picture is mirrored, each (n, ...).
+    then the rest of `scene_arrays` and whether the image is mirrored, each (n, ...).
     """
     prims, *columns = zip(*(scene_arrays(*scene) for scene in scenes), strict=True)
     flip = [view.flip for _, view in scenes]
@@ -431,12 +431,12 @@ def render_packed(packed: list[np.ndarray], size: int, device: str = "cpu") -> t
 
         return (render_packed_cuda(packed, size, device) * 255 + 0.5).byte()
     starts, prims, *columns, flip = packed
-    pictures = [_render(prims[starts[k]:starts[k + 1]], *(column[k] for column in columns), size)
-                for k in range(len(flip))]
-    mirrored = [p[:, ::-1] if flip[k] else p for k, p in enumerate(pictures)]
+    images = [_render(prims[starts[k]:starts[k + 1]], *(column[k] for column in columns), size)
+              for k in range(len(flip))]
+    mirrored = [p[:, ::-1] if flip[k] else p for k, p in enumerate(images)]
     return torch.from_numpy((np.stack(mirrored) * 255 + 0.5).astype(np.uint8))
 
 
 def render(character: Character, view: View, size: int = 64) -> Image.Image:
-    """The picture as an RGB image of size x size pixels."""
+    """The image as an RGB image of size x size pixels."""
     return Image.fromarray((render_array(character, view, size) * 255 + 0.5).astype(np.uint8))
