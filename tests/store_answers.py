@@ -14,7 +14,7 @@ from pathlib import Path
 import dbcore
 from dbcore.__main__ import main
 from dbcore.tools.evaluate import cell
-from dbcore.tools.toybench import PROMPT, SUBJECT
+from dbcore.toybench.bench import PROMPT, SUBJECT
 
 RESULTS = dbcore.DATA / "toybench_results.json"
 WORK = "work_dirs/answers"

@@ -9,7 +9,7 @@ from store_answers import ANSWERS, QUESTIONS, RATE, RESULTS, summary
 
 import dbcore
 from dbcore.models.base import recommended
-from dbcore.tools.toybench import read_way
+from dbcore.toybench.bench import read_way
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
+from safetensors.torch import load, save
 
 from dbcore.config import need
 from dbcore.utils.devices import to_device
@@ -37,31 +37,24 @@ class TensorStore:
     def __init__(self):
         with writing(scratch()):
             self.file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the store
-        self.where = {}  # key -> [(name, offset, shape), ...]
+        self.where: dict[Hashable, tuple[int, int]] = {}  # first byte, and how many
 
     def __contains__(self, key):
         return key in self.where
 
     def put(self, key: Hashable, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep {name: tensor} under `key`, as float32."""
-        entry = []
-        self.file.seek(0, 2)
+        data = save({name: tensor.detach().float().cpu().contiguous()
+                     for name, tensor in tensors.items()})
         with writing(scratch()):
-            for name, tensor in tensors.items():
-                entry.append((name, self.file.tell(), tuple(tensor.shape)))
-                self.file.write(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self.where[key] = self.file.seek(0, 2), self.file.write(data)
             self.file.flush()
-        self.where[key] = entry
 
-    def get(self, key: Hashable, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-        """{name: tensor}, as it was put."""
-        tensors = {}
-        for name, offset, shape in self.where[key]:
-            self.file.seek(offset)
-            count = int(np.prod(shape))
-            numbers = np.frombuffer(bytearray(self.file.read(4 * count)), dtype=np.float32)
-            tensors[name] = torch.from_numpy(numbers).reshape(shape).to(device)
-        return tensors
+    def get(self, key: Hashable) -> dict[str, torch.Tensor]:
+        """{name: tensor}, as it was put, on the CPU."""
+        first, count = self.where[key]
+        self.file.seek(first)
+        return load(self.file.read(count))
 
 
 class PromptCache:

@@ -9,6 +9,7 @@ Compare numbers of one encoder only, and only between a floor (the base without 
 ceiling (real photos against each other).
 """
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -85,31 +86,26 @@ def load_encoders(base_or_name):
     own = [name for name in OWN if (folder / name).is_dir()]
     named = recommended(folder).get("metrics") or own or ENCODERS
     named = [named] if isinstance(named, str) else named
-    return [OWN[name](folder) if name in OWN else load_hub_encoder(name) for name in named]
+    return [load_own(name, folder) if name in OWN else load_hub_encoder(name) for name in named]
 
 
-def toy_clip(folder):
-    """The CLIP that was trained with the toy base's text encoder (Radford et al. 2021, in
-    miniature)."""
-    from dbcore.toybox.clip import load_clip
-
-    clip = load_clip(folder)
-    return Encoder("clip_image", clip.embed_images, clip.embed_texts,
-                   "its text tower is the base's own text encoder, so prompt fidelity is "
-                   "on the kind side")
+def load_own(name, folder):
+    """The encoder that a base brings in its folder `name`."""
+    loader, label, note = OWN[name]
+    encoder = pkgutil.resolve_name(loader)(folder)
+    return Encoder(label, encoder.embed_images, getattr(encoder, "embed_texts", None), note)
 
 
-def toy_subject(folder):
-    """The toy base's subject encoder: which individual it is; it shares no weight and no picture
-    with the base."""
-    from dbcore.toybox.encoder import load_subject_encoder
-
-    return Encoder("subject encoder", load_subject_encoder(folder).embed_images, None,
-                   "plays DINO's part: taught to tell renders of one character from "
-                   "those of all others")
-
-
-OWN = {"clip_image": toy_clip, "subject": toy_subject}  # folders that a base may bring
+OWN = {  # folder that a base may bring: (what loads it, its name in tables, what to know of it)
+    # a CLIP trained with the base's text encoder (Radford et al. 2021, in miniature)
+    "clip_image": ("dbcore.toybox.clip:load_clip", "clip_image",
+                   ("its text tower is the base's own text encoder, so prompt fidelity is "
+                   "on the kind side")),
+    # which individual it is; it shares no weight and no picture with the base
+    "subject": ("dbcore.toybox.encoder:load_subject_encoder", "subject encoder",
+                ("plays DINO's part: taught to tell renders of one character from "
+                "those of all others")),
+}
 
 
 def load_hub_encoder(name):

@@ -17,10 +17,10 @@ import dbcore
 from dbcore.config import ConfigError, TrainConfig, read_yaml
 from dbcore.engines import run_folder
 from dbcore.engines.checkpoint import checkpoints
-from dbcore.engines.finetune import finetune
 from dbcore.engines.processes import check_launch
 from dbcore.engines.run_folder import HOLDER, REPLACEMENT, complete, held
 from dbcore.engines.trainer import Interrupted, train
+from dbcore.toybench.finetune import finetune
 from dbcore.utils.errors import DBCoreError
 
 

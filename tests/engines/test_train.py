@@ -20,12 +20,12 @@ from dbcore.config import OPTIMIZERS, ConfigError, TrainConfig
 from dbcore.engines.advice import remedy
 from dbcore.engines.callbacks import Validation
 from dbcore.engines.checkpoint import TRAINING
-from dbcore.engines.finetune import finetune
 from dbcore.engines.losses import dreambooth_loss
 from dbcore.engines.trained import PACKAGES
 from dbcore.engines.trainer import Run, train
 from dbcore.models.lora_files import HEADER_KEY, read_safetensors
 from dbcore.models.stable_diffusion import StableDiffusion
+from dbcore.toybench.finetune import finetune
 from dbcore.utils.errors import Diverged, MemoryFull
 
 PROMPTS = ["a photo of sks dog", "a red car"]

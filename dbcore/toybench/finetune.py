@@ -8,23 +8,24 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
-from dbcore.config import need
-from dbcore.datasets.photos import gather_photos
+from dbcore.config import TrainConfig, need
+from dbcore.datasets.photos import Photo, gather_photos
 from dbcore.engines.callbacks import Callback, Divergence, Log, Validation
 from dbcore.engines.lengths import resolve_lengths
 from dbcore.engines.run_folder import held, holds_run, prepare_folder
 from dbcore.engines.trained import in_training
 from dbcore.engines.trainer import Run, tf32
-from dbcore.models.base import SETTINGS_FILE, resolve
+from dbcore.models.base import SETTINGS_FILE, Family, resolve
 from dbcore.utils.errors import Interrupted
 from dbcore.utils.files import whole_folder
 
 PIPELINE = "pipeline"  # in the run's folder
 
 
-def finetune(config):
+def finetune(config: TrainConfig) -> Path:
     """Teach the denoiser itself a subject as `config` (TrainConfig) says.
 
     Returns the folder of the new pipeline.
@@ -50,7 +51,7 @@ def finetune(config):
     return folder / PIPELINE
 
 
-def train_whole(config, photos, folder):
+def train_whole(config: TrainConfig, photos: list[Photo], folder: Path) -> None:
     """A run of the denoiser's own weights in its folder. Raises ConfigError for a LoRA's folder."""
     need(not holds_run(folder),
          f"--output_dir {folder} holds the run of a LoRA: choose another folder")
@@ -61,7 +62,7 @@ def train_whole(config, photos, folder):
     Run(config, accelerator, photos, folder, callbacks, inject=thaw).train(bool)
 
 
-def thaw(base, config):
+def thaw(base: Family, config: TrainConfig) -> dict[str, torch.nn.Module]:
     """What is trained, {name: network}: the denoiser itself."""
     denoiser = {base.roles["denoiser"][0]: base.denoiser.requires_grad_(True)}
     return in_training(denoiser, config)
@@ -70,7 +71,7 @@ def thaw(base, config):
 class WholePipeline(Callback):
     """The whole pipeline, with the base's recommendations; its folder appears whole."""
 
-    def after_train(self, run):
+    def after_train(self, run: Run) -> None:
         recommendations = Path(run.base.name) / SETTINGS_FILE
         run.base.text_encoders  # noqa: B018 - were let go once the prompts were encoded
         with run.trained.averaged(), whole_folder(run.folder / PIPELINE) as partial:

@@ -18,7 +18,8 @@ from dbcore.config import ConfigError, TrainConfig, read_yaml
 from dbcore.engines import evaluate as engine
 from dbcore.engines.trainer import Run
 from dbcore.models.stable_diffusion import StableDiffusion
-from dbcore.tools import evaluate, toybench
+from dbcore.tools import evaluate
+from dbcore.toybench import bench as toybench
 from dbcore.toybox.scene import CLASSES, Character
 from dbcore.toybox.subjects import HELD_OUT, bench_subjects, write_bench
 
