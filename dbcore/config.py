@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     AutoInt: TypeAlias = int
     AutoFloat: TypeAlias = float
     Asked: TypeAlias = str
+    Steps: TypeAlias = int
 else:
-    AutoInt, AutoFloat, Asked = int | str, float | str, str | None
+    AutoInt, AutoFloat, Asked, Steps = int | str, float | str, str | None, int | None
 PATHS = ("pretrained_model_name_or_path", "tokenizer_name", "instance_data_dir", "class_data_dir",
          "output_dir")
 
@@ -143,7 +144,7 @@ class TrainConfig:
         "more is steadier and slower", low=1)
     gradient_accumulation_steps: int = option(
         1, "batches a step: a larger batch in the memory of a small one", low=1)
-    max_train_steps: int | None = option(None, "steps; without it and num_train_epochs, 150", low=1)
+    max_train_steps: Steps = option(None, "steps; without it and num_train_epochs, 150", low=1)
     num_train_epochs: int | None = option(
         None, "passes over the photos; max_train_steps wins where both are given", low=1)
     optimizer: str = option(
@@ -187,7 +188,7 @@ class TrainConfig:
         [], "generate these during the run, to see how long to train")
     num_validation_images: int = option(
         4, "images a validation prompt; fewer are sooner done", low=1)
-    validation_steps: int | None = option(
+    validation_steps: Steps = option(
         None, "generate every this many steps; without it, five times a run", low=1)
     validation_epochs: int | None = option(
         None, "generate every this many passes over the photos", low=1)

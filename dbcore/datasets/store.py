@@ -37,7 +37,7 @@ class TensorStore:
     def __init__(self):
         with writing(scratch()):
             self.file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the store
-        self.where: dict[Hashable, tuple[int, int]] = {}  # first byte, and how many
+        self.where = {}  # key -> (first byte, how many)
 
     def __contains__(self, key):
         return key in self.where

@@ -4,14 +4,19 @@ Each is a `Callback`, and a run calls them in the order of its list, as the lear
 miniai does: the loop knows only the moments, a callback only the run.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import importlib.util
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dbcore.engines import checkpoint
 from dbcore.engines.hub import push
@@ -23,28 +28,34 @@ from dbcore.models.lora import save_lora
 from dbcore.utils.errors import Diverged
 from dbcore.utils.files import whole_folder, write_whole
 
+if TYPE_CHECKING:
+    from dbcore.config import TrainConfig
+    from dbcore.engines.trainer import Run
+
+Record = dict[str, Any]  # of a step
+Images = dict[str, list[Image.Image]]  # of prompts
 SKIPS = 10  # steps in a row with gradients that are no numbers; fp16's scale is found after fewer
 
 
 class Callback:
     """The moments of a run. Every process calls all of them; only the first one may write."""
 
-    def before_train(self, run) -> None:
+    def before_train(self, run: Run) -> None:
         """The run is set up, new or resumed, and no step of this process is done."""
 
-    def after_step(self, run) -> None:
+    def after_step(self, run: Run) -> None:
         """`run.trained.step` steps are done; their losses may still be on the device."""
 
-    def on_log(self, run, record: dict) -> None:
+    def on_log(self, run: Run, record: Record) -> None:
         """A step's numbers have been read: {"step", "loss", "lr", "timesteps", "losses"}."""
 
-    def on_images(self, run, images: dict) -> None:
+    def on_images(self, run: Run, images: Images) -> None:
         """Validation images of a step, {prompt: [PIL images]}; in the first process alone."""
 
-    def on_error(self, run, error: Exception) -> None:
+    def on_error(self, run: Run, error: Exception) -> None:
         """A callback has failed after a step; the step itself is done."""
 
-    def after_train(self, run) -> None:
+    def after_train(self, run: Run) -> None:
         """All steps are done."""
 
 
@@ -54,7 +65,7 @@ class Divergence(Callback):
     def __init__(self):
         self.skips = 0
 
-    def on_log(self, run, record):
+    def on_log(self, run: Run, record: Record) -> None:
         step, rate = record["step"], record["lr"]
         if not math.isfinite(record["loss"]):
             raise Diverged(blame(run, f"the loss is {record['loss']} at", step, rate))
@@ -66,7 +77,7 @@ class Divergence(Callback):
             raise Diverged(blame(run, what, step, rate))
 
 
-def blame(run, what, step, rate):
+def blame(run: Run, what: str, step: int, rate: float) -> str:
     """What has happened, the likely cause, and the checkpoint to go back to."""
     # the weights after a step are proved by the next step's loss
     good = [path for done, path in checkpoint.checkpoints(run.folder) if done < step - 1]
@@ -80,13 +91,13 @@ def blame(run, what, step, rate):
 class Log(Callback):
     """log.jsonl: a line a step. A resumed run takes over the lines up to its checkpoint."""
 
-    def before_train(self, run):
+    def before_train(self, run: Run) -> None:
         records = read_log(run.resume.parent) if run.resume else []
         if run.is_main:
             lines = [json.dumps(r) + "\n" for r in records if r["step"] <= run.trained.step]
             write_whole(run.folder / LOG, "".join(lines))
 
-    def on_log(self, run, record):
+    def on_log(self, run: Run, record: Record) -> None:
         if run.is_main:
             with open(run.folder / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -95,28 +106,29 @@ class Log(Callback):
 class Tracker(Callback):
     """TensorBoard or Weights & Biases, through accelerate."""
 
-    def before_train(self, run):
+    def before_train(self, run: Run) -> None:
         options = {field.name: getattr(run.config, field.name)
                    for field in dataclasses.fields(run.config) if field.name != "hub_token"}
         run.accelerator.init_trackers("dbcore", config={
             name: value if isinstance(value, (int, float, bool)) else shown(value)
             for name, value in options.items()})
 
-    def on_log(self, run, record):
+    def on_log(self, run: Run, record: Record) -> None:
         values = {name: record[name] for name in ("loss", "lr")}
         run.accelerator.log(values, step=record["step"])
 
-    def on_images(self, run, images):
-        arrays = {prompt: np.stack(row) for prompt, row in images.items()}
+    def on_images(self, run: Run, images: Images) -> None:
+        arrays = {prompt: np.stack([np.asarray(image) for image in row])
+                  for prompt, row in images.items()}
         for tracker in run.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images(arrays, step=run.trained.step, **layout)
 
-    def after_train(self, run):
+    def after_train(self, run: Run) -> None:
         run.accelerator.end_training()
 
 
-def tracker_of(config):
+def tracker_of(config: TrainConfig) -> str | None:
     """accelerate's name of the tracker, or None.
 
     TensorBoard, which nobody asked for by name, may be missing; Weights & Biases may not.
@@ -134,17 +146,17 @@ def tracker_of(config):
 class Notify(Callback):
     """Calls a user's function, such as a dashboard's, with what is known after a step."""
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[[Record], Any]):
         self.function = function
 
-    def on_log(self, run, record):
+    def on_log(self, run: Run, record: Record) -> None:
         self.call(run, step=record["step"], steps=run.config.max_train_steps,
                   loss=record["loss"], lr=record["lr"])
 
-    def on_images(self, run, images):
+    def on_images(self, run: Run, images: Images) -> None:
         self.call(run, step=run.trained.step, pictures=images)
 
-    def call(self, run, **what):
+    def call(self, run: Run, **what: Any) -> None:
         if run.is_main:
             self.function({**what, "seconds": run.count_seconds()})
 
@@ -152,7 +164,7 @@ class Notify(Callback):
 class Validation(Callback):
     """Images of the validation prompts every `validation_steps`, from the first process."""
 
-    def after_step(self, run):
+    def after_step(self, run: Run) -> None:
         c = run.config
         if not c.validation_prompt or run.trained.step % c.validation_steps:
             return
@@ -161,7 +173,7 @@ class Validation(Callback):
             run.notify("on_images", self.generate(run))
         run.accelerator.wait_for_everyone()
 
-    def generate(self, run):
+    def generate(self, run: Run) -> Images:
         """{prompt: [PIL images]}, which are in the run's folder too."""
         c, step = run.config, run.trained.step
         seeds = [c.seed + k for k in range(c.num_validation_images)]
@@ -174,7 +186,8 @@ class Validation(Callback):
         return dict(zip(c.validation_prompt, rows))
 
 
-def save_validation(folder, prompts, rows, step):
+def save_validation(folder: Path, prompts: list[str], rows: list[list[Image.Image]],
+                    step: int) -> None:
     """Each image, and the grid of all; the folder appears whole."""
     from dbcore.utils.grids import save_grid  # matplotlib, which the first step need not wait for
 
@@ -188,19 +201,19 @@ def save_validation(folder, prompts, rows, step):
 class Checkpoints(Callback):
     """A checkpoint every `checkpointing_steps`, at the end, and when the run is told to stop."""
 
-    def after_step(self, run):
+    def after_step(self, run: Run) -> None:
         step, c = run.trained.step, run.config
         if step % c.checkpointing_steps == 0 or step == c.max_train_steps or run.stopping:
             run.flush_log()
             self.save(run)
 
-    def on_error(self, run, error):
+    def on_error(self, run: Run, error: Exception) -> None:
         """Where validation has filled the memory, the steps until then are not lost."""
         if isinstance(error, torch.OutOfMemoryError):
             free_memory()
             self.save(run)
 
-    def save(self, run):
+    def save(self, run: Run) -> None:
         if not all(p.isfinite().all() for p in run.trained.parameters):
             rate = run.trained.optimizer.param_groups[0]["lr"]
             what = "the LoRA's weights are no longer numbers after"
@@ -215,7 +228,7 @@ class Checkpoints(Callback):
 class Result(Callback):
     """The LoRA under its final name and the report; if it was asked for, both on the hub."""
 
-    def after_train(self, run):
+    def after_train(self, run: Run) -> None:
         if not run.is_main:
             return
         with run.trained.averaged():

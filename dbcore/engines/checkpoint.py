@@ -12,11 +12,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dbcore.config import ConfigError, need
-from dbcore.engines.trained import copy_all
+from dbcore.engines.trained import Trained, copy_all
 from dbcore.models.lora import save_lora
 from dbcore.models.reading import first_line
 from dbcore.utils.files import FileError, whole_folder
@@ -30,7 +31,7 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be written, or cannot be gone on from."""
 
 
-def checkpoints(output_dir):
+def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     """[(step, folder)] of the whole checkpoints in a run's folder, oldest first.
 
     `.old` is one that a kill kept from being replaced; where its successor stands, that one counts.
@@ -42,7 +43,7 @@ def checkpoints(output_dir):
     return sorted(found.items())
 
 
-def find_checkpoint(output_dir, which):
+def find_checkpoint(output_dir: str | Path, which: str) -> Path | None:
     """The folder that `--resume_from_checkpoint` means, or None for `latest` where there is none
     yet.
 
@@ -68,23 +69,23 @@ def find_checkpoint(output_dir, which):
                           f"{output_dir}: {have}); give one of them, or latest")
 
 
-def last_good(output_dir):
+def last_good(output_dir: str | Path) -> str:
     """Words on what is left to go on from."""
     there = checkpoints(output_dir)
     return f"{there[-1][1].name} is intact" if there else "No checkpoint was written before"
 
 
-def steps_done(folder):
+def steps_done(folder: Path) -> int:
     """The steps that a checkpoint's run had done, whatever the folder is called."""
     return read_state(folder)["step"]
 
 
-def circumstances_of(folder):
+def circumstances_of(folder: Path) -> dict[str, Any]:
     """What a checkpoint's run depended on beside its options (`resume.circumstances`)."""
     return read_state(folder)["circumstances"]
 
 
-def read_state(folder):
+def read_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's state.json. Raises CheckpointError for one of an earlier version's."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if TRAINING not in state["sha256"]:
@@ -94,7 +95,7 @@ def read_state(folder):
     return state
 
 
-def is_sound(folder):
+def is_sound(folder: Path) -> bool:
     """Whether every file is there and is what was saved."""
     try:
         digests = json.loads((folder / STATE).read_text(encoding="utf-8"))["sha256"]
@@ -103,11 +104,12 @@ def is_sound(folder):
         return False
 
 
-def digest_of(path):
+def digest_of(path: Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def save_checkpoint(output_dir, trained, notes, circumstances, limit=None):
+def save_checkpoint(output_dir: str | Path, trained: Trained, notes: dict[str, str],
+                    circumstances: dict[str, Any], limit: int | None = None) -> None:
     """Write checkpoint-<step>, then remove the oldest beyond `limit`.
 
     `trained`: `Trained`. `notes`: texts in the LoRA's file. `circumstances`: see
@@ -134,13 +136,13 @@ def save_checkpoint(output_dir, trained, notes, circumstances, limit=None):
         remove(old)
 
 
-def remove(folder):
+def remove(folder: Path) -> None:
     """Take a checkpoint away; killed half-way, what is left is none."""
     (folder / STATE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def training_state(trained):
+def training_state(trained: Trained) -> bytes:
     """The bytes of training.pt."""
     file = io.BytesIO()  # written by ourselves: torch.save hides what a full disk says
     torch.save({"weights": [p.detach() for p in trained.parameters], "mean": trained.mean,
@@ -149,7 +151,7 @@ def training_state(trained):
     return file.getvalue()
 
 
-def load_checkpoint(folder, trained):
+def load_checkpoint(folder: Path, trained: Trained) -> None:
     """Give a `Trained`, set up as it was, what a checkpoint holds.
 
     Raises CheckpointError if it cannot be read, or the LoRA there is of another shape.
@@ -175,7 +177,7 @@ def load_checkpoint(folder, trained):
     trained.step, trained.seconds = state["step"], state["seconds"]
 
 
-def load_optimizer(optimizer, state):
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Give it what it had gathered; its options stay this run's, for those may have changed."""
     options = [{name: group[name] for name in OPTIONS if name in group}
                for group in optimizer.param_groups]

@@ -10,13 +10,15 @@ ceiling (real photos against each other).
 """
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.nn.functional import normalize
 
 from dbcore.config import ConfigError
@@ -26,6 +28,7 @@ from dbcore.models.reading import first_line, hub_answer, reading
 from dbcore.utils.errors import InputError
 from dbcore.utils.seeding import key
 
+Pictures: TypeAlias = list[Image.Image] | torch.Tensor  # or their vectors, made before
 ENCODERS = ("openai/clip-vit-base-patch32", "facebook/dino-vits16")  # for a base that brings none
 
 
@@ -45,12 +48,12 @@ class Encoder:
     note: str = ""
 
     @torch.no_grad()
-    def images(self, pictures, batch_size=32):
+    def images(self, pictures: Iterable[Image.Image], batch_size: int = 32) -> torch.Tensor:
         """(n, d) float32 unit vectors on the CPU. Raises ValueError if there is no picture."""
         return self._batches(self.embed_images, pictures, batch_size, "picture")
 
     @torch.no_grad()
-    def texts(self, prompts, batch_size=32):
+    def texts(self, prompts: Iterable[str], batch_size: int = 32) -> torch.Tensor:
         """(n, d) float32 unit vectors on the CPU.
 
         Raises ValueError for an encoder of pictures alone.
@@ -68,7 +71,7 @@ class Encoder:
         return normalize(torch.cat(parts).float().cpu(), dim=-1)
 
 
-def load_encoder(base_or_name):
+def load_encoder(base_or_name: Family | str | Path) -> Encoder:
     """One `Encoder`: the first for a base, or the one of that name.
 
     `base_or_name`: a `Family`, its folder, or a CLIP or a ViT (DINO) of transformers, as a folder
@@ -77,11 +80,10 @@ def load_encoder(base_or_name):
     return load_encoders(base_or_name)[0]
 
 
-def load_encoders(base_or_name):
+def load_encoders(base_or_name: Family | str | Path) -> list[Encoder]:
     """Every encoder for a base, the one that also reads prompts first; see `load_encoder`."""
-    is_base = isinstance(base_or_name, Family)
-    folder = Path(base_or_name.name if is_base else base_or_name)
-    if not is_base and not (folder / "model_index.json").is_file():
+    folder = Path(base_or_name.name if isinstance(base_or_name, Family) else base_or_name)
+    if not isinstance(base_or_name, Family) and not (folder / "model_index.json").is_file():
         return [load_hub_encoder(str(base_or_name))]
     own = [name for name in OWN if (folder / name).is_dir()]
     named = recommended(folder).get("metrics") or own or ENCODERS
@@ -89,7 +91,7 @@ def load_encoders(base_or_name):
     return [load_own(name, folder) if name in OWN else load_hub_encoder(name) for name in named]
 
 
-def load_own(name, folder):
+def load_own(name: str, folder: Path) -> Encoder:
     """The encoder that a base brings in its folder `name`."""
     loader, label, note = OWN[name]
     encoder = pkgutil.resolve_name(loader)(folder)
@@ -100,15 +102,15 @@ OWN = {  # folder that a base may bring: (what loads it, its name in tables, wha
     # a CLIP trained with the base's text encoder (Radford et al. 2021, in miniature)
     "clip_image": ("dbcore.toybox.clip:load_clip", "clip_image",
                    ("its text tower is the base's own text encoder, so prompt fidelity is "
-                   "on the kind side")),
+                    "on the kind side")),
     # which individual it is; it shares no weight and no picture with the base
     "subject": ("dbcore.toybox.encoder:load_subject_encoder", "subject encoder",
                 ("plays DINO's part: taught to tell renders of one character from "
-                "those of all others")),
+                 "those of all others")),
 }
 
 
-def load_hub_encoder(name):
+def load_hub_encoder(name: str) -> Encoder:
     """A CLIP, or a ViT such as DINO (Caron et al. 2021), of transformers.
 
     Raises ConfigError for another kind.
@@ -129,7 +131,7 @@ def load_hub_encoder(name):
         return make(name, "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def hub_clip(name, device):
+def hub_clip(name: str, device: str) -> Encoder:
     from transformers import AutoTokenizer, CLIPModel
 
     clip = CLIPModel.from_pretrained(name).eval().to(device)
@@ -145,7 +147,7 @@ def hub_clip(name, device):
     return Encoder(name, embed_images, embed_texts)
 
 
-def hub_vit(name, device):
+def hub_vit(name: str, device: str) -> Encoder:
     """Its [CLS] vector, as the paper takes it."""
     from transformers import AutoModel
 
@@ -154,10 +156,9 @@ def hub_vit(name, device):
                    lambda pictures: model(prepare(pictures).to(device)).last_hidden_state[:, 0])
 
 
-def preprocessing(name):
+def preprocessing(name: str) -> Callable[[list[Image.Image]], torch.Tensor]:
     """A function from PIL images to the pixels (n, 3, h, w) that the model of that name was trained
     on."""
-    from PIL import Image, ImageOps
     from transformers.image_processing_utils import BaseImageProcessor
 
     asked, _ = BaseImageProcessor.get_image_processor_dict(name)
@@ -176,13 +177,13 @@ def preprocessing(name):
 # --- measures -------------------------------------------------------------------------------------
 
 
-def features(pictures, encoder):
+def features(pictures: Pictures, encoder: Encoder) -> torch.Tensor:
     """(n, d) unit vectors of PIL images; vectors that `encoder.images` made before are taken as
     they are."""
     return pictures if torch.is_tensor(pictures) else encoder.images(pictures)
 
 
-def subject_fidelity(pictures, photos, encoder):
+def subject_fidelity(pictures: Pictures, photos: Pictures, encoder: Encoder) -> float:
     """Is it this one? Mean cosine over all pairs of a drawn picture and a real photo, in [-1, 1].
 
     With CLIP's image tower this is CLIP-I, with DINO it is DINO (Ruiz et al. 2023, section 4.1).
@@ -191,7 +192,7 @@ def subject_fidelity(pictures, photos, encoder):
     return float((features(pictures, encoder) @ features(photos, encoder).T).mean())
 
 
-def real_against_real(photos, encoder):
+def real_against_real(photos: Pictures, encoder: Encoder) -> float:
     """The ceiling of `subject_fidelity`: mean cosine over all pairs of different photos of the
     subject."""
     vectors = features(photos, encoder)
@@ -202,7 +203,7 @@ def real_against_real(photos, encoder):
     return float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
 
 
-def prompt_fidelity(pictures, prompts, encoder):
+def prompt_fidelity(pictures: Pictures, prompts: list[str], encoder: Encoder) -> float:
     """Does it show what was asked? Mean cosine of each picture and its prompt (CLIP-T), in [-1, 1].
 
     `prompts`: one a picture, or one for all, without the identifier: to CLIP it is a stray word.
@@ -218,7 +219,8 @@ def prompt_fidelity(pictures, prompts, encoder):
     return float((vectors * texts).sum(dim=1).mean())
 
 
-def prior_preservation_metric(class_pictures, photos, encoder):
+def prior_preservation_metric(class_pictures: Pictures, photos: Pictures,
+                              encoder: Encoder) -> float:
     """PRES: do others of its class now look like the subject? Mean cosine over all pairs; lower is
     better.
 
@@ -228,7 +230,7 @@ def prior_preservation_metric(class_pictures, photos, encoder):
     return subject_fidelity(class_pictures, photos, encoder)
 
 
-def diversity(pictures, encoder):
+def diversity(pictures: Pictures, encoder: Encoder) -> float:
     """DIV: how much pictures of one prompt differ, 1 - the mean cosine of different ones, in [0,
     2].
 
@@ -238,7 +240,7 @@ def diversity(pictures, encoder):
     return 1 - real_against_real(pictures, encoder)
 
 
-def load_lpips():
+def load_lpips() -> Callable:
     """LPIPS on AlexNet (Zhang et al. 2018): two (n, 3, h, w) in [-1, 1] -> n distances.
 
     Raises ConfigError without it.
@@ -254,7 +256,7 @@ def load_lpips():
 
 
 @torch.no_grad()
-def lpips_diversity(pictures, distance):
+def lpips_diversity(pictures: list[Image.Image], distance: Callable) -> float:
     """DIV as the paper has it: the mean LPIPS over all pairs of PIL images of one prompt; 0 for
     copies.
 
@@ -267,7 +269,8 @@ def lpips_diversity(pictures, distance):
     return float(distance(ones, others).mean())
 
 
-def nearest_photo(pictures, photos, encoder):
+def nearest_photo(pictures: Pictures, photos: Pictures,
+                  encoder: Encoder) -> tuple[list[int], list[float]]:
     """Is it a copy? (which, cosine) for each picture: the photo nearest to it, and how near, each
     (n,).
 
@@ -278,7 +281,7 @@ def nearest_photo(pictures, photos, encoder):
     return which.tolist(), cosines.tolist()
 
 
-def agreement(values, right):
+def agreement(values: Sequence[float], right: Sequence[bool]) -> float | None:
     """Does a metric see the truth? The chance that a right picture has a higher value than a wrong
     one, in [0, 1].
 
@@ -292,7 +295,8 @@ def agreement(values, right):
     return float(((good > bad) + 0.5 * (good == bad)).mean())
 
 
-def bootstrap_interval(values, seed=0, level=0.95, count=10_000):
+def bootstrap_interval(values: Sequence[float], seed: int = 0, level: float = 0.95,
+                       count: int = 10_000) -> tuple[float, float]:
     """(low, high) of the mean of `values`: the percentile bootstrap (Efron 1979), values drawn with
     return.
 

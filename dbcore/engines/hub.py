@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from dbcore.config import ConfigError
+from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines.run_folder import LORA_FILE
 
 SHARED = [LORA_FILE, "README.md", "report/*", "validation/*/grid.png"]
 
 
-def push(config):
+def push(config: TrainConfig) -> None:
     """Upload the LoRA and its card, but not config.yaml, which holds this machine's paths.
 
     The token comes from the login, or from `hub_token`, and is never shown. Raises ConfigError.

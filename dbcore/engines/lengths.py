@@ -1,14 +1,16 @@
 """How long a run is and how often it is validated, in steps."""
 
 import dataclasses
+from collections.abc import Callable
 
+from dbcore.config import TrainConfig
 from dbcore.datasets.dreambooth import steps_per_epoch
 
 STEPS = 150
 VALIDATIONS = 5  # over a run, unless told otherwise
 
 
-def resolve_lengths(config, photos, processes=1):
+def resolve_lengths(config: TrainConfig, photos: int, processes: int = 1) -> TrainConfig:
     """`config` (TrainConfig) with its length and its validations in steps.
 
     `photos`: how many; with the batch and the `processes`, they say how long an epoch is.
@@ -21,7 +23,7 @@ def resolve_lengths(config, photos, processes=1):
                                validation_epochs=None)
 
 
-def say_too_short(config, say):
+def say_too_short(config: TrainConfig, say: Callable[[str], None]) -> None:
     """A line for each option that wants a longer run than this is."""
     steps = config.max_train_steps
     if config.lr_warmup_steps >= steps:

@@ -1,7 +1,16 @@
 """DreamBooth's loss: how far the prediction is from the target, on the subject and on its class."""
 
+from collections.abc import Callable
+from typing import Any
 
-def batch_loss(process, batch, cond, predict, config):
+import torch
+
+from dbcore.config import TrainConfig
+from dbcore.models.process import Process
+
+
+def batch_loss(process: Process, batch: dict[str, Any], cond: dict[str, torch.Tensor],
+               predict: Callable, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, losses) of one batch, as `dreambooth_loss`.
 
     `process`: the base's `Process`. `batch`: from `DreamBoothData.batch`. `cond`: its encoded
@@ -15,7 +24,10 @@ def batch_loss(process, batch, cond, predict, config):
                            config.train_batch_size, config.prior_loss_weight)
 
 
-def dreambooth_loss(prediction, target, mask, weight, num_instance, prior_loss_weight):
+def dreambooth_loss(
+    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor,
+    num_instance: int, prior_loss_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """E |w (y - y_theta)|^2 over the subject + lambda E |w (y' - y'_theta)|^2 over the class.
 
     Equation 2 of Ruiz et al. 2023 (DreamBooth), with the network's own kind of target y.

@@ -7,6 +7,7 @@ while it lives: batch, resolution, precision and gradient checkpointing need no 
 
 import dataclasses
 import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dbcore.config import TrainConfig
 from dbcore.engines.losses import batch_loss
 from dbcore.engines.trained import inject
 from dbcore.models.base import evaluating, load_base, resolve, torch_dtype
@@ -57,7 +59,7 @@ class Forecast:
         return self.overhead + self.largest.total
 
 
-def forecast(config, device="cpu"):
+def forecast(config: TrainConfig, device: str = "cpu") -> Forecast:
     """What a run of `config` (TrainConfig) will hold on `device` ("cpu" or "cuda"), a `Forecast`.
 
     On a GPU the working space of its kernels and the allocator's fragments come on top, some 10 %.
@@ -71,7 +73,7 @@ def forecast(config, device="cpu"):
 # --- a run of shapes ----------------------------------------------------------------------------
 
 
-def phases_of(c, device):
+def phases_of(c: TrainConfig, device: str) -> Iterator[Phase]:
     """Each `Phase` of a run, `c` being its resolved config."""
     run = Shadow(c, c.mixed_precision)
     if device == "cpu" and c.low_vram:
@@ -97,7 +99,7 @@ def phases_of(c, device):
 class Shadow:
     """A base whose networks have shapes and no numbers, with LoRA where a run puts it."""
 
-    def __init__(self, config, precision):
+    def __init__(self, config: TrainConfig, precision: str):
         c, self.config = config, config
         self.base = load_base(
             c.pretrained_model_name_or_path, c.revision, c.variant, c.tokenizer_name, "meta",
@@ -115,7 +117,8 @@ class Shadow:
         self.parameters = [p for m in self.modules.values() for p in lora_parameters(m)]
         self.batch = c.train_batch_size * (2 if c.with_prior_preservation else 1)
 
-    def phase(self, name, roles, work, *args, optimizer=0):
+    def phase(self, name: str, roles: tuple[str, ...], work: Callable, *args: int,
+              optimizer: int = 0) -> Phase:
         """What `work(*args)` takes beside the weights of networks of these roles."""
         weights = sum(map(size, self.base.loaded(*set(roles)).values()))
         with self.fake, Live(self.base.loaded().values()) as live:
@@ -124,27 +127,27 @@ class Shadow:
             parameter.grad = None
         return Phase(name, weights, live.peak, optimizer)
 
-    def state(self, means):
+    def state(self, means: int) -> int:
         """Bytes of the optimizer's state, and of running means of the weights."""
         copies = 4 * means * self.config.use_ema
         return sum(state_bytes(self.config.optimizer, p) + copies * p.numel()
                    for p in self.parameters)
 
-    def loading(self):
+    def loading(self) -> Phase:
         """The denoiser, read whole before its weights are quantized."""
         count = sum(p.numel() for p in self.base.denoiser.parameters())
         return Phase("loading", count * self.base.dtype.itemsize, 0)
 
     @torch.no_grad()
-    def encode_prompt(self):
+    def encode_prompt(self) -> None:
         self.base.encode_text([""])
 
-    def encode_photos(self):
+    def encode_photos(self) -> None:
         c = self.config
         count = min(ENCODED, self.batch * c.gradient_accumulation_steps)
         self.base.encode_images(torch.empty(count, 3, c.resolution, c.resolution))
 
-    def step(self):
+    def step(self) -> None:
         """Forward and backward through all that is trained."""
         c, x0 = self.config, self.latents(self.batch)
         batch = {"x0": x0, "noise": torch.empty_like(x0), "t": self.timesteps(x0),
@@ -154,7 +157,7 @@ class Shadow:
         batch_loss(self.base.process, batch, cond, self.base.predict, c)[0].backward()
 
     @torch.no_grad()
-    def sample(self, count):
+    def sample(self, count: int) -> None:
         """A denoising step with guidance, and the images, of as many as are sampled at once."""
         if count:
             x_t = self.latents(2 * self.base.at_once(count))
@@ -162,21 +165,21 @@ class Shadow:
                 self.base.predict(x_t, self.timesteps(x_t), self.cond(len(x_t)))
             self.base.decode(x_t.chunk(2)[0])
 
-    def latents(self, count):
+    def latents(self, count: int) -> torch.Tensor:
         return torch.empty(count, *self.base.latent_shape(self.config.resolution))
 
-    def cond(self, count):
+    def cond(self, count: int) -> dict[str, torch.Tensor]:
         """Encoded prompts, from a cache."""
         return {name: torch.empty(count, *shape) for name, shape in self.words.items()}
 
-    def timesteps(self, x_t):
+    def timesteps(self, x_t: torch.Tensor) -> torch.Tensor:
         return self.base.process.timestep(torch.full((len(x_t),), 0.5), x_t[0, 0].numel())
 
 
 class Live(TorchDispatchMode):
     """Bytes of the tensors that are alive, but for `modules`': now, and at the highest point."""
 
-    def __init__(self, modules=()):
+    def __init__(self, modules: Iterable[torch.nn.Module] = ()):
         super().__init__()
         self.live = self.peak = 0
         held = [t for module in modules for t in (*module.parameters(), *module.buffers())]
@@ -189,7 +192,7 @@ class Live(TorchDispatchMode):
                 self.see(leaf.untyped_storage())
         return result
 
-    def see(self, storage):
+    def see(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self.sizes:  # a view, or written in place
             return
         self.sizes[storage._cdata] = storage.nbytes()
@@ -197,11 +200,11 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self.gone, storage._cdata)
 
-    def gone(self, address):
+    def gone(self, address: int) -> None:
         self.live -= self.sizes.pop(address)
 
 
-def state_bytes(optimizer, parameter):
+def state_bytes(optimizer: str, parameter: torch.nn.Parameter) -> int:
     """Bytes that an optimizer keeps for one parameter, beside its gradient, at most."""
     count = parameter.numel()
     if optimizer == "AdamW8bit":
@@ -212,6 +215,6 @@ def state_bytes(optimizer, parameter):
     return count * {"AdamW": 8, "Prodigy": 16}[optimizer]  # two float32, and with Prodigy four
 
 
-def size(module):
+def size(module: torch.nn.Module) -> int:
     """Bytes of a network's weights and buffers."""
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

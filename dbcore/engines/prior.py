@@ -9,14 +9,18 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
+from PIL import Image
 
-from dbcore.config import ConfigError
-from dbcore.datasets.photos import find_photos, gather_photos
+from dbcore.config import ConfigError, TrainConfig
+from dbcore.datasets.photos import Photo, Problem, find_photos, gather_photos
 from dbcore.datasets.store import PromptCache
-from dbcore.models.base import load_base, torch_dtype
+from dbcore.models.base import Family, load_base, torch_dtype
 from dbcore.models.replay import replayed
 from dbcore.utils.console import progress
 from dbcore.utils.files import home_folder, save_png, sweep, write_whole
@@ -28,7 +32,7 @@ TRIES = 3
 DAY = 86_400.0  # seconds after which no job can still be writing a picture
 
 
-def cache_dir():
+def cache_dir() -> Path:
     """Where class images are kept: $DBCORE_CACHE, or the user's cache folder, or that of temporary
     files."""
     cache = os.environ.get("XDG_CACHE_HOME") or (home_folder()
@@ -36,7 +40,7 @@ def cache_dir():
     return Path(os.environ.get("DBCORE_CACHE") or Path(cache, "dbcore")) / "class_images"
 
 
-def gather_class(base, config, accelerator):
+def gather_class(base: Family, config: TrainConfig, accelerator: Accelerator) -> list[Photo]:
     """Photos of the class for a run: the user's own, or images that are made now; [] without prior.
 
     Every process of the `accelerator` makes its share. What is wrong is said.
@@ -54,7 +58,7 @@ def gather_class(base, config, accelerator):
     return photos
 
 
-def make_class_images(base, config, accelerator):
+def make_class_images(base: Family, config: TrainConfig, accelerator: Accelerator) -> Path:
     """`class_images` by a run's base, in the precision for them."""
     if config.prior_generation_precision != config.mixed_precision:
         base = load_base(base.name, base.revision, base.variant, base.tokenizer_name, base.device,
@@ -69,7 +73,7 @@ def make_class_images(base, config, accelerator):
     return folder
 
 
-def describe(base, config):
+def describe(base: Family, config: TrainConfig) -> dict[str, Any]:
     """All that class images depend on, but their number: each picture hangs on its own index."""
     return {
         "base": base.fingerprint(), "prompt": config.class_prompt, "resolution": config.resolution,
@@ -79,7 +83,9 @@ def describe(base, config):
     }
 
 
-def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None):
+def class_images(base: Family, config: TrainConfig, rank: int = 0, world: int = 1,
+                 wait: Callable[[], Any] = lambda: None,
+                 progress: Callable[[list], Iterable] | None = None) -> Path:
     """The folder with at least `num_class_images` pictures of the class, made where they are
     missing.
 
@@ -97,7 +103,7 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     write_whole(folder / MANIFEST, json.dumps(about, indent=1))
     encode = base.encode_text
     if base.low_vram:
-        encode = PromptCache(base, [config.class_prompt, ""]).encode
+        encode = PromptCache(base, [str(config.class_prompt), ""]).encode
         base.release("text_encoders")
     size = config.sample_batch_size
     batches = [range(first, min(first + size, config.num_class_images))
@@ -112,7 +118,7 @@ def class_images(base, config, rank=0, world=1, wait=lambda: None, progress=None
     return folder
 
 
-def own_folder(config):
+def own_folder(config: TrainConfig) -> Path | None:
     """The folder of class photos that the user filled (photos and no manifest), or None; no network
     is needed for it."""
     folder = Path(config.class_data_dir or "")
@@ -120,7 +126,7 @@ def own_folder(config):
     return folder if filled and find_photos(folder) else None
 
 
-def refuse_others(folder, about):
+def refuse_others(folder: Path, about: dict[str, Any]) -> None:
     if not (folder / MANIFEST).is_file():
         return
     try:
@@ -135,13 +141,15 @@ def refuse_others(folder, about):
                               "choose another folder, or empty this one")
 
 
-def picture(folder, index):
+def picture(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.png"
 
 
-def draw_class(base, config, indices, encode):
+def draw_class(base: Family, config: TrainConfig, indices: list[int],
+               encode: Callable) -> list[Image.Image]:
     """Images of the class prompt, a blank one (overflow, a safety checker's black) made again."""
-    seeds, images = [key(config.seed, "class image", 0, index) for index in indices], {}
+    seeds = [key(config.seed, "class image", 0, index) for index in indices]
+    images: dict[int, Image.Image] = {}
     for attempt in range(TRIES):
         left = [k for k in range(len(indices)) if k not in images]
         drawn = base.generate([config.class_prompt] * len(left), [seeds[k] + attempt for k in left],
@@ -156,7 +164,7 @@ def draw_class(base, config, indices, encode):
                       "--class_data_dir")
 
 
-def class_photos(folder, config):
+def class_photos(folder: Path, config: TrainConfig) -> tuple[list[Photo], list[Problem]]:
     """(photos, problems) of the class: all of the user's own, the first `num_class_images` of those
     made."""
     photos, problems = gather_photos(folder, resolution=config.resolution)

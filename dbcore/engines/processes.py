@@ -36,7 +36,8 @@ def average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None:
         p.grad.copy_(part.view_as(p))
 
 
-def gather(loss, t, losses, batch_size: int, world: int):
+def gather(loss: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, batch_size: int,
+           world: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A step's losses over every process, as one process with the whole batch would have them.
 
     `loss`: (batches,), `t` and `losses`: (batches, samples of this process), of which the first

@@ -11,17 +11,22 @@ nobody waits for it.
 
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft.tuners.lora import LoraLayer
+from PIL import Image
 
+from dbcore.config import TrainConfig
+from dbcore.engines.trained import Modules
 from dbcore.utils.files import home_folder, write_whole
 
 # Mean difference of pictures with and without the adapter, in grey levels of 255. Two renderings of
@@ -29,6 +34,9 @@ from dbcore.utils.files import home_folder, write_whole
 # by 10 or more.
 VISIBLE = 2.0
 BANDS = 5
+Rows = list[list[Image.Image]]  # a row of images for each prompt
+Records = list[dict[str, Any]]  # of log.jsonl, one a step
+Draw = Callable[[list[str], list[int]], list[Image.Image]]
 SECRETS = {"hub_token"}
 
 
@@ -47,10 +55,10 @@ class Evidence:
     memory_of: str
 
     @property
-    def visible(self):
+    def visible(self) -> bool:
         return self.difference is not None and self.difference >= VISIBLE
 
-    def verdict(self):
+    def verdict(self) -> str:
         if self.difference is None:
             return ("No pictures were drawn, as num_report_images is 0. "
                     f"The update is {self.overall:.2%} of the adapted layers' weights; "
@@ -64,7 +72,8 @@ class Evidence:
                 "and check that the prompt you draw with holds the words of instance_prompt.")
 
 
-def write_report(modules, draw, config, output_dir, history, seconds):
+def write_report(modules: Modules, draw: Draw, config: TrainConfig, output_dir: str | Path,
+                 history: Records, seconds: float) -> Evidence:
     """Measure what the run did, write the model card, and return the `Evidence`.
 
     `modules`: {name: network with LoRA layers}, those that were trained;
@@ -91,14 +100,15 @@ def write_report(modules, draw, config, output_dir, history, seconds):
 
 # Evidence -----------------------------------------------------------------------------------------
 
-def report_prompts(config):
+def report_prompts(config: TrainConfig) -> list[str]:
     """The instance prompt, then the validation prompts, without repeats; at most four."""
     asked = config.validation_prompt or []
     asked = [asked] if isinstance(asked, str) else list(asked)
     return list(dict.fromkeys([config.instance_prompt, *asked]))[:4]
 
 
-def compare_pictures(path, modules, draw, prompts, seeds):
+def compare_pictures(path: Path, modules: Modules, draw: Draw, prompts: list[str],
+                     seeds: Sequence[int]) -> float:
     """Draw without the adapter and with it, save both as a grid, and return how far they are apart
     in grey levels."""
     from dbcore.utils.grids import save_grid
@@ -110,7 +120,8 @@ def compare_pictures(path, modules, draw, prompts, seeds):
     return pixel_difference(on, off)
 
 
-def draw_on_and_off(modules, draw, prompts, seeds):
+def draw_on_and_off(modules: Modules, draw: Draw, prompts: list[str],
+                    seeds: Sequence[int]) -> tuple[Rows, Rows]:
     """Two lists (adapter on, adapter off) of one list of PIL images a prompt, one image a seed."""
     def rows():
         return [draw([prompt] * len(seeds), list(seeds)) for prompt in prompts]
@@ -121,7 +132,7 @@ def draw_on_and_off(modules, draw, prompts, seeds):
 
 
 @contextmanager
-def adapters_off(modules):
+def adapters_off(modules: Modules) -> Iterator[None]:
     """Every LoRA layer answers as its frozen base layer does, until the block is left."""
     layers = [layer for _, layer in lora_layers(modules)]
     trained = [parameter.requires_grad for layer in layers for parameter in layer.parameters()]
@@ -137,14 +148,14 @@ def adapters_off(modules):
             parameter.requires_grad_(was)
 
 
-def lora_layers(modules):
+def lora_layers(modules: Modules) -> list[tuple[str, LoraLayer]]:
     """[(network and module as one name, peft layer)] of {name: network}."""
     return [(f"{part}.{name}", layer) for part, module in modules.items()
             for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
 
 
 @torch.no_grad()
-def update_sizes(modules):
+def update_sizes(modules: Modules) -> tuple[dict[str, float], float]:
     """({layer: ||s B A||_F / ||W||_F}, the same over all adapted layers together)."""
     sizes, change, weight = {}, 0.0, 0.0
     for name, layer in lora_layers(modules):
@@ -157,10 +168,10 @@ def update_sizes(modules):
     return sizes, (change / weight) ** 0.5
 
 
-def by_block(update):
+def by_block(update: dict[str, float]) -> dict[str, float]:
     """{block and kind: mean size}: the hundred layers of a large network do not fit in one readable
     plot."""
-    blocks = {}
+    blocks: dict[str, list[float]] = {}
     for name, size in update.items():
         parts = name.split(".")
         kinds = [part for part in parts if part.startswith(("attn", "ff"))]
@@ -170,7 +181,7 @@ def by_block(update):
     return {name: float(np.mean(sizes)) for name, sizes in blocks.items()}
 
 
-def pixel_difference(on, off):
+def pixel_difference(on: Rows, off: Rows) -> float:
     """Mean absolute difference in grey levels (0 to 255) of two equally shaped lists of lists of
     images."""
     pairs = [(a, b) for row_a, row_b in zip(on, off) for a, b in zip(row_a, row_b)]
@@ -178,7 +189,7 @@ def pixel_difference(on, off):
                           for a, b in pairs]))
 
 
-def loss_by_band(history, edges):
+def loss_by_band(history: Records, edges: Sequence[float]) -> dict[str, float]:
     """{band: mean loss} of the samples whose timestep lies in [edges[k], edges[k + 1]).
 
     The plain loss hardly falls in a DreamBooth run, because a step's loss depends far more on its
@@ -197,7 +208,7 @@ def loss_by_band(history, edges):
     return bands
 
 
-def band_edges(history):
+def band_edges(history: Records) -> list[float]:
     """Edges of `BANDS` equal bands of timesteps: whole numbers from 0, or in (0, 1), as they were
     logged."""
     times = [t for record in history for t in record.get("timesteps", [])]
@@ -206,12 +217,13 @@ def band_edges(history):
     return np.linspace(0, 1, BANDS + 1).tolist()
 
 
-def plot_loss(path, history, parts=6):
+def plot_loss(path: Path, history: Records, parts: int = 6) -> None:
     """Loss over the run, a line a band of timesteps; where no timesteps were logged, the plain
     loss."""
     from dbcore.utils.grids import line_plot, save_figure
 
-    edges, series = band_edges(history), {}
+    edges = band_edges(history)
+    series: dict[str, tuple[list[float], list[float]]] = {}
     for rows in np.array_split(np.arange(len(history)), min(parts, len(history))):
         piece = [history[row] for row in rows]
         bands = loss_by_band(piece,
@@ -223,7 +235,7 @@ def plot_loss(path, history, parts=6):
     save_figure(path, line_plot(series, "step", "loss", "Loss by timestep (low t: little noise)"))
 
 
-def peak_memory():
+def peak_memory() -> tuple[int, str]:
     """(bytes, "GPU" or "process") at the highest point so far."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated(), "GPU"
@@ -240,7 +252,8 @@ def peak_memory():
 
 # The model card -----------------------------------------------------------------------------------
 
-def model_card(config, output_dir, evidence, prompts):
+def model_card(config: TrainConfig, output_dir: Path, evidence: Evidence,
+               prompts: list[str]) -> str:
     """The text of README.md: front matter for the hub, then what was learned, how, from what."""
     base = base_facts(config.pretrained_model_name_or_path, config.revision)
     name = shown(config.pretrained_model_name_or_path)
@@ -261,7 +274,7 @@ def model_card(config, output_dir, evidence, prompts):
             + "\n")
 
 
-def front_matter(config, name, base, prompts):
+def front_matter(config: TrainConfig, name: str, base: dict[str, str], prompts: list[str]) -> str:
     """YAML in the hub's words (https://huggingface.co/docs/hub/model-cards)."""
     return ModelCardData(
         base_model=Path(name).name if Path(config.pretrained_model_name_or_path).is_dir() else name,
@@ -275,7 +288,7 @@ def front_matter(config, name, base, prompts):
     ).to_yaml()
 
 
-def base_facts(name_or_path, revision=None):
+def base_facts(name_or_path: str, revision: str | None = None) -> dict[str, str]:
     """{"license", "provenance"} as the base's own card states them; nothing is guessed."""
     folder = Path(name_or_path)
     try:
@@ -289,15 +302,15 @@ def base_facts(name_or_path, revision=None):
                                        "Its card does not state what it was trained on."))}
 
 
-def learned(evidence):
-    largest = max(evidence.update, key=evidence.update.get)
+def learned(evidence: Evidence) -> str:
+    largest = max(evidence.update, key=evidence.update.__getitem__)
     size = f"{evidence.overall:.2%} of the adapted layers' weights (Frobenius norms)"
     memory = f"at most {evidence.memory / 1e9:.2f} GB ({evidence.memory_of})"
     return (f"- Size of the update: {size}; largest in `{largest}` "
             f"({evidence.update[largest]:.2%}).\n- Cost: {evidence.seconds:.0f} s, {memory}.")
 
 
-def validation_links(output_dir):
+def validation_links(output_dir: Path) -> str:
     """A link a validation picture grid, in order of steps."""
     found = sorted(Path(output_dir).glob("validation/step-*/*grid*.png"))
     links = [f"[{path.parent.name.removeprefix('step-').lstrip('0') or '0'}]"
@@ -306,7 +319,7 @@ def validation_links(output_dir):
             else "No validation was asked for.")
 
 
-def usage(name, prompt):
+def usage(name: str, prompt: str) -> str:
     return f"""```python
 from diffusers import DiffusionPipeline  # run in this folder
 
@@ -316,19 +329,19 @@ pipeline({quoted(prompt)}).images[0]
 ```"""
 
 
-def quoted(text):
+def quoted(text: str) -> str:
     """Text as a Python string: JSON's escapes are Python's too."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def settings_table(config):
+def settings_table(config: TrainConfig) -> str:
     """One row a field of the config; secrets are left out, and no home folder is named."""
     rows = [f"| {field.name} | {shown(getattr(config, field.name))} |"
             for field in fields(config) if field.name not in SECRETS]
     return "\n".join(["| option | value |", "|---|---|", *rows])
 
 
-def shown(value):
+def shown(value: Any) -> str:
     """A value as text for others to read: paths in the working folder relative, below home from
     `~`, others by name."""
     text = str(value)

@@ -3,13 +3,17 @@ on."""
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dbcore.config import AUTO, TrainConfig, full_paths, need, read_yaml
+from dbcore.datasets.photos import Photo
 from dbcore.engines.checkpoint import circumstances_of, find_checkpoint, steps_done
 from dbcore.engines.run_folder import LORA_FILE, WRITTEN, goes_on, holds_run, home, place
 from dbcore.models.fingerprint import fingerprint
 
+Say = Callable[[str], None]
 # What cannot change; other changes are allowed and named.
 SHAPE = ("pretrained_model_name_or_path", "rank", "lora_layers", "use_dora", "use_rslora",
          "lora_alpha", "optimizer",
@@ -25,7 +29,7 @@ BY_CONTENT = {"pretrained_model_name_or_path", "revision", "variant", "instance_
 DIFFERS = "the rest of the run differs from an uninterrupted one."
 
 
-def find_resume(config, say):
+def find_resume(config: TrainConfig, say: Say) -> Path | None:
     """The checkpoint's folder to go on from, or None.
 
     Raises ConfigError for a LoRA of another shape, and for a folder with another run in it.
@@ -40,7 +44,7 @@ def find_resume(config, say):
     return resume
 
 
-def refuse_taken(folder, overwrite):
+def refuse_taken(folder: Path, overwrite: bool) -> None:
     """Raises ConfigError for a folder with another run in it, or with someone's own files."""
     need(overwrite or not holds_run(folder),
          f"--output_dir {folder} holds a run already: choose another folder, give "
@@ -52,14 +56,15 @@ def refuse_taken(folder, overwrite):
          "overwritten: choose another folder")
 
 
-def is_finished(config, resume):
+def is_finished(config: TrainConfig, resume: Path) -> bool:
     """Whether a checkpoint has all the steps of `config`, and their LoRA and report stand."""
     folder = Path(config.output_dir)
-    return (resume is not None and goes_on(folder, resume) and (folder / LORA_FILE).is_file()
-            and (folder / "README.md").is_file() and steps_done(resume) >= config.max_train_steps)
+    stands = (folder / LORA_FILE).is_file() and (folder / "README.md").is_file()
+    return stands and goes_on(folder, resume) and steps_done(resume) >= config.max_train_steps
 
 
-def circumstances(config, photos, class_photos, processes):
+def circumstances(config: TrainConfig, photos: list[Photo], class_photos: list[Photo],
+                  processes: int) -> dict[str, Any]:
     """All that a run depends on beside its options, for state.json: weights, photos, processes, and
     its length."""
     return {
@@ -70,19 +75,19 @@ def circumstances(config, photos, class_photos, processes):
     }
 
 
-def contents(photos, folder=None):
+def contents(photos: list[Photo], folder: str | None = None) -> dict[str, str]:
     """{a photo's name, within `folder`: a digest of its file, its caption and its mask}."""
     names = [os.path.relpath(photo.path, folder) if folder else photo.path.name for photo in photos]
     return {name: digest(photo) for name, photo in zip(names, photos)}
 
 
-def digest(photo):
+def digest(photo: Photo) -> str:
     files = [path.read_bytes() for path in (photo.path, photo.mask_path) if path]
     parts = [hashlib.sha256(part).digest() for part in [*files, (photo.caption or "").encode()]]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def compare(config, resume, say):
+def compare(config: TrainConfig, resume: Path, say: Say) -> None:
     """Refuse to resume on another base, or a LoRA of another shape; name every other option that
     has changed.
 
@@ -107,7 +112,8 @@ def compare(config, resume, say):
             say(f"{words}: {DIFFERS}")
 
 
-def say_changes(before, now, config, say):
+def say_changes(before: dict[str, Any], now: dict[str, Any], config: TrainConfig,
+                say: Say) -> None:
     """A line for each change between two `circumstances`."""
     for kind in ("photos", "class photos"):
         if words := difference(before[kind], now[kind]):
@@ -124,7 +130,7 @@ def say_changes(before, now, config, say):
             f"{now['steps']} now, on which {' and '.join(depends)} depends: {DIFFERS}")
 
 
-def difference(before, now):
+def difference(before: dict[str, str], now: dict[str, str]) -> str:
     """"2 added (a.png, b.png), 1 changed (c.png)" of two {name: digest}, "" where they are the
     same."""
     kinds = {"added": now.keys() - before.keys(), "taken away": before.keys() - now.keys(),

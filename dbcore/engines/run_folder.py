@@ -13,11 +13,14 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from accelerate import Accelerator
 from filelock import FileLock, Timeout  # comes with torch
 
-from dbcore.config import ConfigError, full_paths, write_yaml
+from dbcore.config import ConfigError, TrainConfig, full_paths, write_yaml
 from dbcore.engines.checkpoint import checkpoints
 from dbcore.utils.files import sweep, write_whole
 
@@ -30,7 +33,7 @@ LOCK, HOLDER = ".lock", ".running"
 
 
 @contextlib.contextmanager
-def held(folder):
+def held(folder: str | Path) -> Iterator[None]:
     """Keep other runs out of a folder, which is made if need be.
 
     Raises ConfigError that says which run has it.
@@ -59,14 +62,14 @@ def held(folder):
                 folder.rmdir()  # nothing was written
 
 
-def holder(folder):
+def holder(folder: Path) -> str:
     with contextlib.suppress(OSError):
         return (folder / HOLDER).read_text(encoding="utf-8").strip()
     return "it does not say which"
 
 
 @contextlib.contextmanager
-def writable(folder):
+def writable(folder: str | Path) -> Iterator[None]:
     """Within it, what the file system refuses is a ConfigError that names the option."""
     try:
         yield
@@ -77,11 +80,11 @@ def writable(folder):
         raise ConfigError(f"--output_dir {folder} cannot be written to: {reason}") from None
 
 
-def holds_run(folder):
+def holds_run(folder: Path) -> bool:
     return (folder / LORA_FILE).exists() or bool(checkpoints(folder))
 
 
-def read_log(folder):
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
     """The records of a run's log.jsonl, one a step; none where there is no such file."""
     path, records = Path(folder) / LOG, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -90,19 +93,19 @@ def read_log(folder):
     return records
 
 
-def home(output_dir):
+def home(output_dir: str | Path) -> Path:
     """Where the run to go on with is: in `replacement`, once that has a checkpoint, else in the
     folder itself."""
     replacement = Path(output_dir) / REPLACEMENT
     return replacement if checkpoints(replacement) else Path(output_dir)
 
 
-def goes_on(folder, resume):
+def goes_on(folder: str | Path, resume: Path | None) -> bool:
     """Whether `resume` (a checkpoint's folder, or None) is of the very run in a folder."""
     return resume is not None and resume.parent.resolve() == Path(folder).resolve()
 
 
-def place(output_dir, resume):
+def place(output_dir: str | Path, resume: Path | None) -> Path:
     """Where a run writes, given the checkpoint that it goes on from, or None."""
     folder = Path(output_dir)
     if goes_on(folder, resume) or not holds_run(folder):
@@ -110,7 +113,8 @@ def place(output_dir, resume):
     return folder / REPLACEMENT
 
 
-def prepare_folder(config, accelerator, resume, folder):
+def prepare_folder(config: TrainConfig, accelerator: Accelerator, resume: Path | None,
+                   folder: Path) -> None:
     """The run's folder with its config.yaml, and nothing of an earlier run unless it is gone on
     with."""
     accelerator.wait_for_everyone()
@@ -124,7 +128,7 @@ def prepare_folder(config, accelerator, resume, folder):
     accelerator.wait_for_everyone()
 
 
-def clear(folder):
+def clear(folder: Path) -> None:
     """Take an earlier run away; never what no run wrote."""
     for path in folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+(\.old)?", path.name):
@@ -136,7 +140,7 @@ def clear(folder):
             (folder / name).unlink(missing_ok=True)
 
 
-def replace_run(output_dir):
+def replace_run(output_dir: str | Path) -> Path:
     """Let a finished replacement take the earlier run's place; returns the folder."""
     folder = Path(output_dir)
     (folder / REPLACEMENT).rename(folder / FINISHED)
@@ -144,7 +148,7 @@ def replace_run(output_dir):
     return folder
 
 
-def complete(folder):
+def complete(folder: str | Path) -> None:
     """Move what a finished replacement wrote into the folder, the earlier run's files away
     before."""
     finished = Path(folder) / FINISHED

@@ -3,19 +3,23 @@
 import dataclasses
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from dbcore.config import ConfigError, read_run_config
+from PIL import Image
+
+from dbcore.config import ConfigError, GenerateConfig, read_run_config
 from dbcore.datasets.prompts import check_fit
 from dbcore.datasets.store import PromptCache
-from dbcore.models.base import best_device, load_base, resolve, torch_dtype
+from dbcore.models.base import Family, best_device, load_base, resolve, torch_dtype
 from dbcore.models.lora import load_lora, set_scale
 from dbcore.models.lora_files import read_adapter
 from dbcore.utils.files import write_beside, writing
 from dbcore.utils.grids import figure_png, image_grid
 
 
-def generate(config, base=None):
+def generate(config: GenerateConfig, base: Family | None = None) -> list[list[Image.Image]]:
     """A list for each prompt of `num_images` PIL images, with seeds config.seed, config.seed + 1,
     ...
 
@@ -39,7 +43,7 @@ def generate(config, base=None):
     return [pictures[first:first + len(seeds)] for first in range(0, len(pictures), len(seeds))]
 
 
-def check_prompts(config, base):
+def check_prompts(config: GenerateConfig, base: Family) -> None:
     """Say what of the prompts is beyond the token limit.
 
     Raises PromptError where the subject of a LoRA's run is.
@@ -50,13 +54,13 @@ def check_prompts(config, base):
     check_fit(base, texts, run.get("instance_prompt") or "", run.get("class_prompt"))
 
 
-def run_of(lora):
+def run_of(lora: str | Path) -> dict[str, Any]:
     """The options of the run that a LoRA, or a checkpoint's, lies in; {} where there is none."""
     first = Path(lora)
     return next(filter(None, map(read_run_config, (first, first.parent, first.parent.parent))), {})
 
 
-def with_base(config):
+def with_base(config: GenerateConfig) -> GenerateConfig:
     """`config` with the base that its first LoRA's run was trained on, if it names none."""
     if config.pretrained_model_name_or_path:
         return config
@@ -70,18 +74,18 @@ def with_base(config):
                       "give --pretrained_model_name_or_path as well")
 
 
-def base_with_loras(config):
+def base_with_loras(config: GenerateConfig) -> Family:
     """The base on the best device there is, with every LoRA of `checkpoint_dir` at its scale."""
     return add_loras(frozen_base(config), config)
 
 
-def frozen_base(config):
+def frozen_base(config: GenerateConfig) -> Family:
     return load_base(config.pretrained_model_name_or_path, config.revision, config.variant,
                      device=best_device(), dtype=torch_dtype(config.mixed_precision),
                      low_vram=config.low_vram)
 
 
-def add_loras(base, config):
+def add_loras(base: Family, config: GenerateConfig) -> Family:
     names = [f"lora_{k}" for k in range(len(config.checkpoint_dir))]
     for name, path in zip(names, config.checkpoint_dir):
         load_lora(base, path, name=name)
@@ -91,7 +95,7 @@ def add_loras(base, config):
     return base
 
 
-def encode_ahead(base, config):
+def encode_ahead(base: Family, config: GenerateConfig) -> Callable | None:
     """A cache's `encode` with all prompts in it; the text encoders are let go.
 
     None where a LoRA is to change what they say.
@@ -105,7 +109,7 @@ def encode_ahead(base, config):
     return cache.encode
 
 
-def generate_and_save(config):
+def generate_and_save(config: GenerateConfig) -> Path:
     """`generate`, then PNG files and a grid in `output_dir`, which is returned.
 
     Where other pictures have the names already, as of another LoRA or scale, all of these get a
@@ -125,14 +129,14 @@ def generate_and_save(config):
     return folder
 
 
-def png(image):
+def png(image: Image.Image) -> bytes:
     """A PIL image as the bytes of a PNG file."""
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
 
 
-def file_names(prompts):
+def file_names(prompts: list[str]) -> list[str]:
     """Each prompt as part of a file name; where two would be called the same, the later one gets a
     number."""
     names = []
@@ -144,6 +148,6 @@ def file_names(prompts):
     return names
 
 
-def slug(text):
+def slug(text: str) -> str:
     """Words as part of a file name."""
     return re.sub(r"\W+", "-", text.lower()).strip("-")[:60] or "picture"

@@ -1,9 +1,11 @@
 """What training changes, and nothing else: a checkpoint holds just this."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -82,7 +84,7 @@ class Trained:
             copy_all(now, self.parameters)
 
 
-def copy_all(sources, targets):
+def copy_all(sources: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -> None:
     for source, target in zip(sources, targets):
         target.data.copy_(source)
 
@@ -124,7 +126,7 @@ def inject(base: Family, config: TrainConfig) -> Modules:
     return in_training(modules, c)
 
 
-def in_training(modules, config):
+def in_training(modules: Modules, config: TrainConfig) -> Modules:
     """Networks in training mode, with gradient checkpointing if it is asked for; returns them."""
     for module in modules.values():
         module.train()
@@ -133,7 +135,7 @@ def in_training(modules, config):
     return modules
 
 
-def make_optimizer(config, groups):
+def make_optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer over [{"params", "lr"}]. Raises ConfigError for a missing package."""
     decay = config.adam_weight_decay
     adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
@@ -152,7 +154,7 @@ def make_optimizer(config, groups):
     return Adafactor(groups, scale_parameter=False, relative_step=False, weight_decay=decay)
 
 
-def optional(package, option):
+def optional(package: str, option: str) -> ModuleType:
     """The package that an option needs. Raises ConfigError, with the command to install it."""
     try:
         return importlib.import_module(package)
@@ -160,7 +162,8 @@ def optional(package, option):
         raise ConfigError(f"{option} needs one more package: pip install {package}") from None
 
 
-def make_schedule(config, optimizer):
+def make_schedule(config: TrainConfig,
+                  optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     """diffusers' schedule over optimizer steps, whatever the accumulation or the processes."""
     from diffusers.optimization import get_scheduler
 

@@ -8,14 +8,18 @@ state between them. All that is not the steps themselves is a callback (callback
 import contextlib
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from PIL import Image
 
-from dbcore.datasets.dreambooth import DreamBoothData, refuse_shared
-from dbcore.datasets.photos import gather_photos
+from dbcore.config import TrainConfig
+from dbcore.datasets.dreambooth import DreamBoothData, Sample, refuse_shared
+from dbcore.datasets.photos import Photo, gather_photos
 from dbcore.datasets.prompts import check_fit, texts_of
 from dbcore.datasets.store import PromptCache
 from dbcore.engines import checkpoint
@@ -38,8 +42,8 @@ from dbcore.engines.processes import agree, average_gradients, check_launch, gat
 from dbcore.engines.report import report_prompts
 from dbcore.engines.resume import circumstances, find_resume, is_finished, say_changes
 from dbcore.engines.run_folder import LORA_FILE, complete, held, place, prepare_folder
-from dbcore.engines.trained import PACKAGES, inject, optional, start_training
-from dbcore.models.base import best_device, load_base, resolve, torch_dtype
+from dbcore.engines.trained import PACKAGES, Modules, inject, optional, start_training
+from dbcore.models.base import Family, best_device, load_base, resolve, torch_dtype
 from dbcore.models.lora import set_dropout
 from dbcore.models.replay import faster
 from dbcore.utils.console import printable, progress
@@ -53,7 +57,8 @@ CHOSEN = ("resolution", "rank", "learning_rate", "lora_layers", "train_batch_siz
 SYNC_EVERY = 10  # steps between readings of the loss on a GPU, which waits for it each time
 
 
-def train(config, callback=None, should_stop=None):
+def train(config: TrainConfig, callback: Callable[[dict[str, Any]], Any] | None = None,
+          should_stop: Callable[[], Any] | None = None) -> Path:
     """Teach the base a subject as `config` (TrainConfig) says; returns the path of the LoRA file.
 
     `callback`: called after each step with {"step", "steps", "loss", "lr", "seconds"}, and after a
@@ -69,7 +74,7 @@ def train(config, callback=None, should_stop=None):
             return train_in_folder(config, accelerator, photos, callback, should_stop or bool)
 
 
-def check(config):
+def check(config: TrainConfig) -> tuple[TrainConfig, Accelerator, list[Photo]]:
     """(config without any `auto`, Accelerator, photos): all that needs no network is looked at."""
     config.check()
     check_launch()
@@ -90,7 +95,7 @@ def check(config):
     return config, accelerator, photos
 
 
-def make_accelerator(config):
+def make_accelerator(config: TrainConfig) -> Accelerator:
     logs = Path(config.output_dir, config.logging_dir)
     project = ProjectConfiguration(config.output_dir, logging_dir=str(logs))
     # several processes on CPUs are a group only if accelerate is told that CPUs are meant
@@ -99,7 +104,8 @@ def make_accelerator(config):
                        project_config=project)
 
 
-def train_in_folder(config, accelerator, photos, callback, should_stop):
+def train_in_folder(config: TrainConfig, accelerator: Accelerator, photos: list[Photo],
+                    callback: Callable | None, should_stop: Callable[[], Any]) -> Path:
     """`train`, once the options and photos are good and no other run has the folder."""
     output_dir, say = Path(config.output_dir), accelerator.print
     if accelerator.is_main_process:
@@ -107,7 +113,7 @@ def train_in_folder(config, accelerator, photos, callback, should_stop):
     accelerator.wait_for_everyone()
     resume = find_resume(config, say)
     asked, config = config, resolve_lengths(config, len(photos), accelerator.num_processes)
-    if is_finished(config, resume):
+    if resume and is_finished(config, resume):
         say(f"{output_dir} is finished ({resume.name}); nothing was changed. "
             "Give more --max_train_steps to go on.")
         if config.push_to_hub and accelerator.is_main_process:
@@ -122,7 +128,7 @@ def train_in_folder(config, accelerator, photos, callback, should_stop):
     return output_dir / LORA_FILE
 
 
-def make_callbacks(accelerator, function=None):
+def make_callbacks(accelerator: Accelerator, function: Callable | None = None) -> list[Callback]:
     """What follows a usual run, in the order in which it is called."""
     notify = [Notify(function)] if function else []
     tracker = [Tracker()] if accelerator.log_with else []
@@ -130,7 +136,7 @@ def make_callbacks(accelerator, function=None):
 
 
 @contextlib.contextmanager
-def explained(config, device, folder):
+def explained(config: TrainConfig, device: str, folder: Path) -> Iterator[None]:
     """A full disk or a full memory ends the block with what is left and what to do."""
     try:
         yield
@@ -151,7 +157,7 @@ def explained(config, device, folder):
 
 
 @contextlib.contextmanager
-def tf32(allowed):
+def tf32(allowed: bool) -> Iterator[None]:
     """TensorFloat-32 products in the block, if asked for; then the switches are as they were."""
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn) if allowed else ()
     before = [switch.allow_tf32 for switch in switches]
@@ -171,14 +177,16 @@ class Run:
     `inject(base, config)`: puts on the base what is trained; returns {name: network}.
     """
 
-    def __init__(self, config, accelerator, photos, folder, callbacks: list[Callback],
-                 resume=None, inject=inject):
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, photos: list[Photo],
+                 folder: str | Path, callbacks: list[Callback], resume: Path | None = None,
+                 inject: Callable[[Family, TrainConfig], Modules] = inject):
         self.began = time.monotonic()
         self.config, self.accelerator, self.callbacks = config, accelerator, callbacks
         self.folder, self.resume = Path(folder), resume
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.is_main, self.say = accelerator.is_main_process, accelerator.print
-        self.stopping, self.pending = False, []  # pending: steps whose losses were not read yet
+        self.stopping = False
+        self.pending: list[dict[str, Any]] = []  # steps whose losses were not read yet
         self.base = load_base(
             config.pretrained_model_name_or_path, config.revision, config.variant,
             config.tokenizer_name, accelerator.device, torch_dtype(config.mixed_precision),
@@ -197,7 +205,7 @@ class Run:
         if resume is not None:
             self.load(resume)
 
-    def encode_ahead(self, start):
+    def encode_ahead(self, start: int) -> None:
         """Latents and embeddings of all that the steps from `start` on meet, once.
 
         Then the encoders that are needed no more are let go.
@@ -215,7 +223,7 @@ class Run:
             if not c.validation_prompt:
                 self.base.release("autoencoder")
 
-    def load(self, resume):
+    def load(self, resume: Path) -> None:
         c = self.config
         checkpoint.load_checkpoint(resume, self.trained)
         say_changes(checkpoint.circumstances_of(resume), self.circumstances, c, self.say)
@@ -223,7 +231,7 @@ class Run:
 
     # --- the loop ---------------------------------------------------------------------------
 
-    def train(self, should_stop):
+    def train(self, should_stop: Callable[[], Any]) -> None:
         """All steps that are left. Raises Interrupted after a signal, or if `should_stop()`."""
         self.notify("before_train")
         with Signals() as signals:
@@ -231,7 +239,7 @@ class Run:
         self.notify("after_train")
         self.accelerator.wait_for_everyone()
 
-    def loop(self, should_stop):
+    def loop(self, should_stop: Callable[[], bool]) -> None:
         start, end = self.trained.step, self.config.max_train_steps
         bar = progress(range(start, end), self.is_main, initial=start, total=end, desc="steps")
         for step in bar:
@@ -246,7 +254,7 @@ class Run:
                     f"{self.folder}. Go on with --resume_from_checkpoint latest.")
         self.flush_log()
 
-    def step(self, step):
+    def step(self, step: int) -> dict[str, Any]:
         """One optimizer step over all its batches; returns its record, still on the device."""
         c, rate = self.config, self.trained.set_rates(step)
         records = [self.backward(step, micro) for micro in range(c.gradient_accumulation_steps)]
@@ -258,7 +266,7 @@ class Run:
         return {"step": step + 1, "loss": loss.mean(), "lr": rate, "timesteps": t.flatten(),
                 "losses": losses.flatten(), "skipped": skipped}
 
-    def backward(self, step, micro):
+    def backward(self, step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Add one batch's gradients; returns (its loss, timesteps, each sample's loss)."""
         c, samples = self.config, self.samples(step, micro)
         batch = self.data.batch(self.base, samples, step)
@@ -269,11 +277,11 @@ class Run:
         self.trained.scaler.scale(loss / c.gradient_accumulation_steps).backward()
         return loss.detach(), batch["t"], losses
 
-    def samples(self, step, micro):
+    def samples(self, step: int, micro: int) -> list[Sample]:
         """This process's samples of one batch."""
         return self.data.samples(step, micro, self.rank, self.world)
 
-    def encode(self, prompts, step):
+    def encode(self, prompts: list[str], step: int) -> dict[str, torch.Tensor]:
         """Embeddings of a batch; with gradients while the text encoder is being trained."""
         c = self.config
         trains = c.train_text_encoder and step < c.train_text_encoder_frac * c.max_train_steps
@@ -282,19 +290,19 @@ class Run:
 
     # --- between steps ----------------------------------------------------------------------
 
-    def notify(self, moment, *what):
+    def notify(self, moment: str, *what: Any) -> None:
         """Call each callback's method of that name."""
         for callback in self.callbacks:
             getattr(callback, moment)(self, *what)
 
-    def after_step(self):
+    def after_step(self) -> None:
         try:
             self.notify("after_step")
         except Exception as error:
             self.notify("on_error", error)
             raise
 
-    def flush_log(self):
+    def flush_log(self) -> float | None:
         """Read the losses that are still on the device, and log them; returns the last one."""
         pending, self.pending = self.pending, []
         record = {}
@@ -302,12 +310,12 @@ class Run:
             self.notify("on_log", record)
         return record.get("loss")
 
-    def generate(self, prompts, seeds, **more):
+    def generate(self, prompts: list[str], seeds: Iterable[int], **more: Any) -> list[Image.Image]:
         """PIL images with the modules as they are, one for each (prompt, seed) pair."""
         return self.base.generate(prompts, list(seeds), resolution=self.config.resolution,
                                   encode=self.prompts.encode, **more)
 
-    def count_seconds(self):
+    def count_seconds(self) -> float:
         """Seconds that the run has taken, its earlier parts included."""
         now = time.monotonic()
         self.trained.seconds += now - self.began
@@ -315,11 +323,11 @@ class Run:
         return self.trained.seconds
 
 
-def dropout_key(seed, step, sample):
+def dropout_key(seed: int, step: int, sample: Sample) -> int:
     return key(seed, ("class " if sample.is_class else "") + "dropout", step, sample.number)
 
 
-def to_numbers(record):
+def to_numbers(record: dict[str, Any]) -> dict[str, Any]:
     """A step's record as JSON takes it; `skipped` is in it only where the step changed nothing."""
     numbers = {name: value.tolist() if torch.is_tensor(value) else value
                for name, value in record.items()}

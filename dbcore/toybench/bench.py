@@ -308,7 +308,7 @@ def agree(generated: dict[str, list[Image.Image]], truths: dict[str, tuple[list[
     is_it, shows = ([truth for column in generated for truth in truths[column][which]]
                     for which in (0, 1))
     plain = [text for _, text in asked for _ in range(num_images)] * len(generated)
-    found = {}
+    found: dict[str, float | None] = {}
     for encoder in encoders:
         vectors = encoder.images(images)
         found[f"subject, {encoder.name}"] = agreement(

@@ -21,7 +21,7 @@ def printable() -> Iterator[None]:
             stream.reconfigure(errors=errors)
 
 
-def progress(items: Iterable[Any], is_main: bool = True, **options: Any) -> Iterable[Any]:
+def progress(items: Iterable[Any], is_main: bool = True, **options: Any) -> Any:
     """tqdm's progress bar; none but in the first process, and where TQDM_DISABLE is set."""
     from tqdm.auto import tqdm
 
