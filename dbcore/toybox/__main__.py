@@ -11,7 +11,9 @@ while it trains: for a GPU, which sees millions of samples in minutes.
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--unet_batch", type=int, default=None,
         help=f"samples a step of the UNet ({BATCH}; with --minutes on a GPU {GPU_BATCH})")
     add("--minutes", type=float, default=None,
-        help="minutes of training of all stages together, on all occasions; "
-             "without it, steps alone count")
+        help="minutes of training of all stages together, on all occasions, "
+             "setting up not counted; without it, steps alone count")
     add("--weights_dir", type=Path, default=None,
         help="where each stage's weights are put in half precision, in files under 16 MiB; "
              "what is there at the start is taken up")
@@ -149,22 +151,44 @@ class Toybox:
         write_card(folder, gates, self.work, self.count, self.unet_batch, self.device)
 
 
+@contextmanager
+def weights_kept(work: Path, folder: Path | None, every: float = 60.0) -> Iterator[None]:
+    """Take up the weights in `folder` at the start, and write those of the newest checkpoints.
+
+    Every so many seconds and at the end: a machine lent by the minute may be gone before.
+    """
+    from dbcore.toybox.weights import read_weights, write_weights
+
+    if folder is None:
+        yield
+        return
+
+    def write():
+        while not done.wait(every):
+            write_weights(work, folder)
+
+    read_weights(folder, work)
+    done, thread = threading.Event(), threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        write_weights(work, folder)
+
+
 def main(argv: list[str] | None = None) -> None:
     import torch
-
-    from dbcore.toybox.weights import read_weights, write_weights
 
     args = parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     batch = args.unet_batch or (GPU_BATCH if args.minutes and device != "cpu" else BATCH)
     torch.backends.cudnn.benchmark = True  # few shapes, each met thousands of times
-    if args.weights_dir:
-        read_weights(args.weights_dir, args.work_dir)
     toybox = Toybox(args.work_dir, args.count, args.unet_steps, batch, args.minutes, device)
-    for stage in STAGES[: STAGES.index(args.until) + 1]:
-        getattr(toybox, stage)(*([args.output_dir] if stage in ("save", "gates") else []))
-        if args.weights_dir and stage in SHARES:
-            write_weights(args.work_dir, args.weights_dir)
+    with weights_kept(args.work_dir, args.weights_dir):
+        for stage in STAGES[: STAGES.index(args.until) + 1]:
+            getattr(toybox, stage)(*([args.output_dir] if stage in ("save", "gates") else []))
 
 
 if __name__ == "__main__":

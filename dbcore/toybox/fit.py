@@ -101,20 +101,25 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """One step; the weights of a group together, since a GPU waits for each launch."""
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            updates = orthogonalised([self._momentum(weight, group["momentum"]).flatten(1)
-                                      for weight in weights])
-            for weight, update in zip(weights, updates):
-                size = 0.2 * max(update.shape) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.reshape(weight.shape), alpha=-group["lr"] * size)
+            momenta = self._momenta(weights, group["momentum"])
+            updates = orthogonalised([mean.flatten(1) for mean in momenta])
+            sizes = [0.2 * max(update.shape) ** 0.5 for update in updates]
+            torch._foreach_mul_(updates, sizes)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, [u.reshape(w.shape) for u, w in zip(updates, weights)],
+                                alpha=-group["lr"])
 
-    def _momentum(self, weight, momentum):
-        if weight not in self.state:
-            self.state[weight]["mean"] = torch.zeros_like(weight)
-        mean = self.state[weight]["mean"].lerp_(weight.grad, 1 - momentum)
-        return weight.grad.lerp(mean, momentum)
+    def _momenta(self, weights, momentum):
+        """Nesterov's: the running means of the gradients, and a step further."""
+        for weight in weights:
+            if weight not in self.state:
+                self.state[weight]["mean"] = torch.zeros_like(weight)
+        means, grads = [self.state[w]["mean"] for w in weights], [w.grad for w in weights]
+        torch._foreach_lerp_(means, grads, 1 - momentum)
+        return torch._foreach_lerp(grads, means, momentum)
 
 
 def make_optimizers(module: nn.Module, lr: float, muon: bool = False) -> list:

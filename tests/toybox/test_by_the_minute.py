@@ -1,6 +1,7 @@
 """The recipe by the minute, from nothing to a base, in sizes that a CPU makes in seconds."""
 
 import functools
+import time
 from concurrent.futures import Future
 
 import numpy as np
@@ -139,6 +140,22 @@ def test_greedy_noise_is_like_the_free_one_but_nearer():
         taken, offered = (x[32 * group:32 * group + 32].flatten(1) for x in (noise, free))
         assert torch.equal(taken.sort(0).values, offered.sort(0).values)
     assert (noise - z).square().mean() < 0.95 * (free - z).square().mean()
+
+
+def test_weights_are_written_while_a_stage_trains(tmp_path):
+    state = {"module": {"w": torch.ones(2)}, "average": None, "optimizers": [], "step": 3,
+             "seconds": 1.0}
+    (tmp_path / "work").mkdir()
+    torch.save(state, tmp_path / "work" / "unet.pt")
+    with toybox.weights_kept(tmp_path / "work", tmp_path / "weights", every=0.01):
+        for _ in range(500):
+            if list((tmp_path / "weights").glob("weights.*")):
+                break
+            time.sleep(0.01)
+        else:
+            pytest.fail("nothing is written before the end")
+    weights.read_weights(tmp_path / "weights", tmp_path / "other")
+    assert torch.load(tmp_path / "other" / "unet.pt", weights_only=True)["step"] == 3
 
 
 @pytest.mark.gpu
