@@ -278,8 +278,11 @@ def memory(args):
 # --- one case -------------------------------------------------------------------------------------
 
 
-def compare(case, script, args):
-    """The case's record: settings, every run of both programs in turn, and the medians."""
+def compare(case, script, args, tell=lambda side, found: None):
+    """The case's record: settings, every run of both programs in turn, and the medians.
+
+    `tell` is called after each run, as the next one may never end.
+    """
     base = args.toy if case.base == "toy" else args.sd15 or sd15_base(args.output_dir / "sd15")
     pictures = photos(args.output_dir / f"photos-{case.photos}", case.photos)
     record = {"name": case.name, "title": case.title, "both": {**BOTH, **case.options},
@@ -296,8 +299,9 @@ def compare(case, script, args):
             program = ["dbcore", "train"] if side == "dbcore" else [str(script)]
             # both ask accelerate for their device
             where = {} if args.gpu else {"ACCELERATE_USE_CPU": "true"}
-            record["runs"].setdefault(side,
-                                      []).append(costs(program + words(options), folder, where))
+            found = costs(program + words(options), folder, where)
+            record["runs"].setdefault(side, []).append(found)
+            tell(side, found)
     record["medians"] = {side: medians(runs) for side, runs in record["runs"].items()}
     return record
 

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -166,10 +167,18 @@ def in_turn(rows, args, cases):
             output_dir=args.work / "bench",
             gpu=not args.tiny,
         )
-        rows.attempt(
-            name, lambda case=case, settings=settings: compare(case, script, settings)["medians"]
-        )
+
+        def both(case=case, settings=settings):
+            tell = partial(told, rows, case.name)
+            return compare(case, script, settings, tell) and {}
+
+        rows.attempt(name, both)
     return rows.failed
+
+
+def told(rows, name, side, found):
+    """A row for one program's run, as it ends."""
+    rows.write(name=name, **{side: found})
 
 
 # --- dbcore alone -------------------------------------------------------------------------------

@@ -111,11 +111,34 @@ def test_the_report_sets_the_forecast_beside_the_measurement():
         ],
         "forecast": [{"name": "plain", "family": "sd15", "largest": "steps", "steps": 2.5}],
         "bases": [{"name": "machine", "machine": ["GPU 0"], "flops": 8e14}],
-        "plain": [{"name": "plain", "dbcore": {"steps/s": 30.0}, "script": {"steps/s": 10.0}}],
+        "plain": [{"name": "plain", "dbcore": {"steps/s": 30.0}},
+                  {"name": "plain", "script": {"steps/s": 10.0}}],
+        "script": [{"name": "prior", "dbcore": {"steps/s": 20.0}}],  # the script was cut short
     }
     text = markdown(
         {"tiny": False, "parts": {name: {"rows": rows[name], "outcome": "done"} for name in rows}}
     )
     assert "| sd15, plain | steps | 2.50 | 3.00 | 0.83 | 2.50 | 2.00 | 1.25 |" in text
     assert "| steps/s | 30 | 10 | 0.33 |" in text
+    assert "| steps/s | 20 |  |  |" in text
     assert "| plain | 50 | 3 | 2 |  |  |  | 11% |" in text  # of 800 TFLOP/s, at 1.78 TFLOP a step
+
+
+def test_each_program_has_its_row_before_the_next_one_begins(tmp_path, monkeypatch):
+    ended = []
+
+    def costs(program, folder, environment):
+        ended.append(program[0])
+        if program[0] != "dbcore":
+            raise RuntimeError("the script has failed")
+        return {"steps/s": 30.0}
+
+    script = tmp_path / "script.py"
+    script.touch()
+    monkeypatch.setattr("bench.__main__.costs", costs)
+    args = Namespace(work=tmp_path, tiny=True, script=script)
+    assert gpu_parts.plain(gpu_parts.Rows(tmp_path / "rows"), args)
+    first, second = gpu_check.rows_of(tmp_path / "rows")
+    assert ended == ["dbcore", str(script)]
+    assert first == {"name": "plain", "dbcore": {"steps/s": 30.0}}
+    assert "the script has failed" in second["error"]

@@ -160,6 +160,7 @@ def test_weights_are_written_while_a_stage_trains(tmp_path):
 
 @pytest.mark.gpu
 def test_no_step_on_a_gpu_waits_for_it(tmp_path, monkeypatch):
+    pytest.importorskip("numba_cuda")  # scenes are rendered on the GPU too
     from dbcore.toybox import denoiser
     from dbcore.toybox.autoencoder import make_autoencoder
     from dbcore.toybox.clip import make_text_encoder
