@@ -15,6 +15,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -288,6 +289,12 @@ class GenerateConfig:
         AUTO, "denoising steps; auto is the base's recommendation, else 25", low=1)
     guidance_scale: AutoFloat = option(
         AUTO, "pull towards the prompt; auto is the base's recommendation, else 7.5", low=0)
+    guidance_interval: list[float] = option(
+        [0.0, 1.0], "guide in this part of the steps only, two fractions of them: 0.1 0.8 leaves "
+        "more variety (arXiv 2404.07724)")
+    lora_interval: list[float] = option(
+        [0.0, 1.0], "use the LoRAs of the denoiser in this part of the steps only: 0.2 1 leaves "
+        "the composition to the base")
     scheduler: str = option(
         AUTO, "sampler: ddim, dpm++, euler, euler_a, unipc or ddpm; auto is the base's "
         "recommendation, else its own",
@@ -312,6 +319,8 @@ class GenerateConfig:
         need(len(self.lora_scale) in (1, len(self.checkpoint_dir)) or not self.checkpoint_dir,
              f"{len(self.lora_scale)} values of --lora_scale for {len(self.checkpoint_dir)} of "
              "--checkpoint_dir: give one, or one each")
+        check_interval("guidance_interval", self.guidance_interval)
+        check_interval("lora_interval", self.lora_interval)
 
 
 # Options of other scripts that no longer say anything; each is accepted and answered in one line.
@@ -344,6 +353,13 @@ def is_within(folder: str | Path | None, other: str | Path | None) -> bool:
     if folder is None or other is None:
         return False
     return Path(folder).resolve().is_relative_to(Path(other).resolve())
+
+
+def check_interval(name: str, interval: Sequence[float]) -> None:
+    """Raises ConfigError unless it is a part of the sampling steps: two fractions, in order."""
+    need(len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
+         f"--{name} {' '.join(map(str, interval))}: give two fractions of the steps, the smaller "
+         "first, of 0 (the first step) to 1 (all are done)")
 
 
 def help_of(cls: type, name: str) -> str:

@@ -39,7 +39,8 @@ def generate(config: GenerateConfig, base: Family | None = None) -> list[list[Im
         [prompt for prompt in config.prompt for _ in seeds], seeds * len(config.prompt),
         num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
         negative_prompt=config.negative_prompt, resolution=config.resolution,
-        scheduler=config.scheduler, batch_size=config.batch_size, encode=encode)
+        scheduler=config.scheduler, batch_size=config.batch_size, encode=encode,
+        guidance_interval=config.guidance_interval, lora_interval=config.lora_interval)
     return [pictures[first:first + len(seeds)] for first in range(0, len(pictures), len(seeds))]
 
 

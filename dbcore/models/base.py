@@ -27,6 +27,7 @@ from PIL import Image
 
 from dbcore.config import AUTO, ConfigError, need
 from dbcore.models.fingerprint import fingerprint
+from dbcore.models.intervals import Intervals
 from dbcore.models.quantize import quantize
 from dbcore.models.reading import first_line, hub_answer, not_finite, other_variant, reading
 from dbcore.utils.seeding import generator, normal
@@ -571,13 +572,15 @@ class Family(ABC):
                  num_inference_steps: int | None = None, guidance_scale: float | None = None,
                  negative_prompt: str = "", resolution: int | None = None, scheduler: str = AUTO,
                  stream: str = "picture", batch_size: int = 8, callback: Callable | None = None,
-                 encode: Callable | None = None) -> list[Image.Image]:
+                 encode: Callable | None = None, guidance_interval: Sequence[float] = (0.0, 1.0),
+                 lora_interval: Sequence[float] = (0.0, 1.0)) -> list[Image.Image]:
         """PIL images, one for each (prompt, seed) pair; image k depends on its own pair alone.
 
         `num_inference_steps`, `guidance_scale`, `resolution`: None is the base's recommendation.
         `callback`: as diffusers' callback_on_step_end. `encode`: a `PromptCache`'s, in place of
-        `encode_text`; what it holds needs no text encoder. Modules in training mode are set to
-        eval and back. Raises ConfigError unless both are lists of one length.
+        `encode_text`; what it holds needs no text encoder. `guidance_interval`, `lora_interval`:
+        the part of the steps in which they act, of 0 to 1 (intervals.py). Modules in training mode
+        are set to eval and back. Raises ConfigError unless both are lists of one length.
         """
         need(not isinstance(prompts, str) and len(prompts) == len(seeds),
              "generate takes a list of "
@@ -589,13 +592,17 @@ class Family(ABC):
         guidance = self.settings["guidance_scale"] if guidance_scale is None else guidance_scale
         side, batch_size = resolution or self.resolution, self.at_once(batch_size)
         pipeline, images = self.pipeline(scheduler), []
+        intervals = Intervals(self.denoiser, steps, guidance, guidance_interval, lora_interval,
+                              callback)
         with evaluating([self.denoiser, *self.loaded("text_encoders").values()]):
             for first in range(0, len(prompts), batch_size):
                 rows = slice(first, first + batch_size)
-                images += self.generate_batch(
-                    pipeline, encode or self.encode_text, prompts[rows], seeds[rows],
-                    negative_prompt, stream, height=side, width=side, num_inference_steps=steps,
-                    guidance_scale=guidance, callback_on_step_end=callback)
+                with intervals:
+                    images += self.generate_batch(
+                        pipeline, encode or self.encode_text, prompts[rows], seeds[rows],
+                        negative_prompt, stream, height=side, width=side, num_inference_steps=steps,
+                        guidance_scale=intervals.first_guidance,
+                        callback_on_step_end=intervals.after_step)
         return images
 
     def generate_batch(self, pipeline: Any, encode: Callable, prompts: Sequence[str],

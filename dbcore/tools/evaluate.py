@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dbcore
-from dbcore.config import ConfigError, need, read_run_config
+from dbcore.config import (
+    ConfigError,
+    GenerateConfig,
+    check_interval,
+    help_of,
+    need,
+    read_run_config,
+)
 from dbcore.datasets.prompts import check_fit
 from dbcore.utils.files import save_png, sweep, write_beside, write_whole
 from dbcore.utils.text import read_text
@@ -36,6 +43,8 @@ STREAM = "evaluation"
 DAY = 86_400.0
 PROMPT_FORM = '{"scenes": ["in the snow", ...], "looks": ["red", ...]}'
 ARTICLES = ("a", "an", "the", "my")
+# parts of the sampling steps: all of them
+WHOLE = {"guidance_interval": [0.0, 1.0], "lora_interval": [0.0, 1.0]}
 IDENTIFIERS = ("sks", "ohwx", "zwx")  # that can be nothing else
 
 
@@ -62,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of the first image of each prompt (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=8,
                         help="images generated at a time (%(default)s)")
+    for name in WHOLE:
+        parser.add_argument(f"--{name}", nargs=2, type=float, metavar=("LOW", "HIGH"),
+                            default=[0.0, 1.0], help=help_of(GenerateConfig, name))
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"),
                         help="images, evaluation.json and evaluation.md go there (%(default)s)")
 
@@ -77,7 +89,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"{subject.name}: {subject.instance_prompt!r}, compared with its class, "
               f"{subject.class_prompt!r}.")
     result = evaluate(subjects, args.output_dir, args.prompts, args.num_prompts, args.num_images,
-                      args.encoder, args.seed, args.batch_size, args.lpips)
+                      args.encoder, args.seed, args.batch_size, args.lpips,
+                      {name: getattr(args, name) for name in WHOLE})
     print(result_table(result))
     print(f"\nPictures, and these numbers as .json and .md, are in {args.output_dir}.")
 
@@ -219,7 +232,8 @@ def spread(prompts: Sequence[Any], count: int | None) -> Sequence[Any]:
 
 def evaluate(subjects: list[Subject], output_dir: str | Path, prompts: str | None = None,
              num_prompts: int | None = None, num_images: int = 4, encoder: list[str] | None = None,
-             seed: int = 0, batch_size: int = 8, lpips: bool = False) -> dict[str, Any]:
+             seed: int = 0, batch_size: int = 8, lpips: bool = False,
+             intervals: dict[str, list[float]] = WHOLE) -> dict[str, Any]:
     """Generate what is missing, measure everything, write evaluation.json and .md; returns the
     result, a dict.
 
@@ -233,6 +247,8 @@ def evaluate(subjects: list[Subject], output_dir: str | Path, prompts: str | Non
     from dbcore.engines.evaluate import load_encoder, load_encoders, load_lpips
 
     need(num_images >= 2, f"--num_images {num_images}: diversity needs 2 or more")
+    for name, interval in intervals.items():
+        check_interval(name, interval)
     output_dir, scores = Path(output_dir), {}
     encoders = [load_encoder(name) for name in encoder or ()]
     names = [subject.name for subject in subjects]
@@ -243,7 +259,7 @@ def evaluate(subjects: list[Subject], output_dir: str | Path, prompts: str | Non
     for subject in subjects:
         asked = lists[subject.name]
         encoders = encoders or load_encoders(subject.base)
-        how = asked, output_dir, num_images, seed, batch_size
+        how = asked, output_dir, num_images, seed, batch_size, intervals
         generated = {which: generate_all(subject, which, *how) for which in ("floor", "adapter")}
         scores[subject.name] = measure(subject, generated, asked, num_images, encoders, distance)
     result = {"encoders": {e.name: e.note for e in encoders},
@@ -276,13 +292,14 @@ def check_subject(subject: Subject, prompts: str | None,
 
 
 def generate_all(subject: Subject, which: str, asked: Sequence[tuple[str, str]], output_dir: Path,
-                 num_images: int, seed: int, batch_size: int) -> list[Image.Image]:
+                 num_images: int, seed: int, batch_size: int,
+                 intervals: dict[str, list[float]] = WHOLE) -> list[Image.Image]:
     """PIL images, `num_images` a prompt and then as many of the class, from the disk where they are
     there."""
     from PIL import Image
 
     texts = [prompt for prompt, _ in asked] + [subject.class_prompt]
-    what = about(subject, which, texts, seed)
+    what = about(subject, which, texts, seed, intervals)
     folder = output_dir / "pictures" / (subject.name if which == "adapter"
                                         else f"base-{digest(what)}")
     refuse_others(folder, what)
@@ -294,18 +311,21 @@ def generate_all(subject: Subject, which: str, asked: Sequence[tuple[str, str]],
     for first in range(0, len(missing), batch_size):
         places = missing[first:first + batch_size]
         images = base.generate([texts[p] for p, _ in places], [seed + k for _, k in places],
-                               stream=STREAM, batch_size=batch_size)
+                               stream=STREAM, batch_size=batch_size, **intervals)
         for place, image in zip(places, images):
             save_png(image, paths[place])
     return [Image.open(path).convert("RGB") for path in paths.values()]
 
 
-def about(subject: Subject, which: str, texts: list[str], seed: int) -> dict[str, Any]:
-    """All that the images depend on, but their number."""
+def about(subject: Subject, which: str, texts: list[str], seed: int,
+          intervals: dict[str, list[float]]) -> dict[str, Any]:
+    """All that the images depend on, but their number; intervals where they are not whole."""
     file = subject.lora if which == "adapter" else None
     lora = hashlib.sha256(file.read_bytes()).hexdigest() if file else None
+    parts = {name: interval for name, interval in intervals.items()
+             if list(interval) != WHOLE[name] and (file or name != "lora_interval")}
     return {"base": subject.base, "revision": subject.revision, "lora": lora, "prompts": texts,
-            "seed": seed}
+            "seed": seed, **parts}
 
 
 def digest(what: dict[str, Any]) -> str:
@@ -321,7 +341,7 @@ def refuse_others(folder: Path, what: dict[str, Any]) -> None:
     path = folder / "about.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name, value in what.items() if before.get(name) != value]
+        changed = [name for name in {**what, **before} if before.get(name) != what.get(name)]
         need(not changed, f"{folder} holds images of another {' and '.join(changed)}: "
              "remove it, or give another --output_dir")
     sweep(folder, age=DAY)
@@ -329,7 +349,6 @@ def refuse_others(folder: Path, what: dict[str, Any]) -> None:
 
 
 def load_subject(subject: Subject, which: str) -> Family:
-    from dbcore.config import GenerateConfig
     from dbcore.engines.sample import base_with_loras
     from dbcore.models.base import resolve
 

@@ -34,6 +34,8 @@ EFFECTS = {
     "seed": (1, "pictures", {}),
     "num_inference_steps": (3, "pictures", {}),
     "guidance_scale": (2.0, "pictures", {}),
+    "guidance_interval": ([0.5, 1], "pictures", {}),
+    "lora_interval": ([0.5, 1], "pictures", LORA),
     "scheduler": ("euler", "pictures", {}),
     "resolution": (48, "pictures", {}),
     "batch_size": (1, "batches", {}),
@@ -186,6 +188,14 @@ def test_each_lora_has_its_own_scale(world, tmp_path):
     both = [draw(checkpoint_dir=paths, lora_scale=scale) for scale in ([1, 1], [1, 0.5], [1])]
     assert same(both[0], both[2])
     assert not same(both[0], both[1])
+
+
+@pytest.mark.parametrize("interval", [[0.5], [0.5, 0.5], [0.8, 0.2], [-0.1, 1], [0, 1.5]])
+def test_an_interval_that_is_no_part_of_the_steps_is_refused(interval, world):
+    for name in ("guidance_interval", "lora_interval"):
+        with pytest.raises(ConfigError, match=f"--{name} .*: give two fractions of the steps"):
+            generate(GenerateConfig(pretrained_model_name_or_path=str(world / "base"),
+                                    prompt="a red dog", **{name: interval}))
 
 
 def test_the_command_says_where_its_pictures_are(world, tmp_path, capsys):

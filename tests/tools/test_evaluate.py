@@ -318,6 +318,18 @@ def test_one_class_prompt_a_run_is_used_and_shown(tmp_path, base_folder, encoder
         main([*words, "a", "b", "c"])
 
 
+def test_images_of_another_interval_are_not_taken_for_this_ones(tmp_path, base_folder, encoder,
+                                                                 prompts):
+    subject = tool.read_run(make_run(tmp_path, base_folder, "run", 0.0))
+    how = [("a dog", "a dog")], tmp_path / "out", 2, 0, 8
+    late = {**tool.WHOLE, "lora_interval": [0.5, 1]}
+    assert tool.about(subject, "floor", [], 0, late) == tool.about(subject, "floor", [], 0,
+                                                                   tool.WHOLE)
+    tool.generate_all(subject, "adapter", *how, late)
+    with pytest.raises(ConfigError, match="images of another lora_interval"):
+        tool.generate_all(subject, "adapter", *how)
+
+
 def test_photos_that_are_gone_are_missed_before_anything_is_drawn(tmp_path, base_folder, encoder,
                                                                   prompts):
     subject = tool.read_run(make_run(tmp_path, base_folder, "run", 0.0))
