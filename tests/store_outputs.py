@@ -50,7 +50,7 @@ def tidy(outputs):
 
 
 def main():
-    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")  # as in `make test`
+    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", DBCORE_STRICT="1")  # as in `make test`
     given = [Path(name) for name in sys.argv[1:]] or [NOTEBOOKS]
     for path in chain.from_iterable(sorted(one.glob("*.ipynb")) if one.is_dir() else [one]
                                     for one in given):

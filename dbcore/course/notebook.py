@@ -141,15 +141,26 @@ def find_base(name: str) -> str:
 
 
 def find_subject(name: str) -> tuple[Path, dict[str, str]]:
-    """(folder of photos, the contents of its subject.json) of a subject that ships, or of your own
-    folder.
+    """(folder of photos, what it shows) of a subject that ships, or of your own folder.
 
-    subject.json holds at least {"class_noun", "instance_prompt", "class_prompt"}. Raises
-    `SetupError`.
+    What it shows is in its subject.json, at least {"class_noun", "instance_prompt",
+    "class_prompt"}; for a folder of plain photos it is told by the folder's name, such as my_dog.
+    Raises `SetupError`.
     """
     for folder in (dbcore.SUBJECTS / name, Path(name)):
         if (folder / "subject.json").is_file():
             return folder, json.loads((folder / "subject.json").read_text(encoding="utf-8"))
+    if name and Path(name).is_dir() and any(file.is_file() for file in Path(name).iterdir()):
+        noun = (["thing"] + re.findall(r"[a-z]{2,}", Path(name).resolve().name.lower()))[-1]
+        about = describe_subject(noun)
+        print(f"{name} has no subject.json: taken as {about['class_prompt']}, from its name.")
+        return Path(name), about
     known = ", ".join(sorted(path.parent.name for path in dbcore.SUBJECTS.glob("*/subject.json")))
-    raise SetupError(f"no subject {name!r}: choose one of {known}, or a folder of photos with a "
-                     "subject.json in it")
+    raise SetupError(f"no subject {name!r}: choose one of {known}, or a folder of photos")
+
+
+def describe_subject(class_noun: str, identifier: str = "sks") -> dict[str, str]:
+    """What a subject.json holds: the class in a word or two, and the two prompts made of it."""
+    article = "an" if class_noun[:1].lower() in "aeiou" else "a"
+    return {"class_noun": class_noun, "instance_prompt": f"a photo of {identifier} {class_noun}",
+            "class_prompt": f"a photo of {article} {class_noun}"}

@@ -149,6 +149,26 @@ def test_subjects_that_ship_and_ones_own(tmp_path):
         notebook.find_subject("unicorn")
 
 
+@pytest.mark.parametrize(("name", "noun"), [("my_dog", "dog"), ("Ada's owl 2", "owl"),
+                                            ("2026", "thing")])
+def test_a_folder_of_plain_photos_is_a_subject(tmp_path, capsys, name, noun):
+    folder = tmp_path / name
+    folder.mkdir()
+    with pytest.raises(notebook.SetupError, match="no subject"):  # nothing is in it
+        notebook.find_subject(str(folder))
+    (folder / "IMG_0001.jpg").touch()
+    found, about = notebook.find_subject(str(folder))
+    assert (found, about["class_noun"]) == (folder, noun)
+    assert about == notebook.describe_subject(noun)
+    assert f"taken as {about['class_prompt']}, from its name" in capsys.readouterr().out
+
+
+def test_the_prompts_of_a_subject():
+    assert notebook.describe_subject("old teapot", "ohwx") == {
+        "class_noun": "old teapot", "instance_prompt": "a photo of ohwx old teapot",
+        "class_prompt": "a photo of an old teapot"}
+
+
 def test_nothing_but_the_standard_library_is_needed_to_import_it():
     code = ("import sys; import dbcore.course.notebook; print(sorted({'torch', 'numpy', 'PIL'} & "
             "set(sys.modules)))")
