@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from peft.utils import merge_utils
 
+from dbcore.utils import seeding
 from dbcore.utils.errors import InputError
 
 
@@ -63,15 +65,41 @@ class Adapter:
 
 
 def merge_adapters(
-    adapters: list[Adapter], weights: list[float], rank: int | None = None
+    adapters: list[Adapter], weights: list[float], rank: int | None = None,
+    method: str = "sum", density: float = 0.5, seed: int = 0,
 ) -> tuple[Adapter, float]:
     """The LoRA whose update is sum_i weights[i] * adapters[i], and the relative Frobenius error.
 
     Exact without `rank`: the factors are laid side by side, [up_1 up_2] @ [down_1; down_2], so that
     ranks add up. With `rank` each layer is its best approximation of that rank (Eckart and Young
-    1936). Raises `LoraFileError` unless there is one finite weight for each LoRA, and for DoRA,
-    whose update depends on the base.
+    1936). `method`: another than "sum" merges the updates by peft's function of that name, see
+    `_task_arithmetic`; without `rank` the result has the largest rank among them, as in peft.
+    Raises `LoraFileError` unless there is one finite weight for each LoRA, and for DoRA, whose
+    update depends on the base.
     """
+    _check_merge(adapters, weights)
+    layers: dict[str, dict[str, Layer]] = {}
+    lost, kept = 0.0, 0.0
+    for component, module in sorted({(c, m) for a in adapters for c, m, _ in a.every()}):
+        there = [adapter.layers.get(component, {}).get(module) for adapter in adapters]
+        pairs = [(layer, weight) for layer, weight in zip(there, weights) if layer is not None]
+        _check_sizes(pairs, module)
+        if method == "sum":
+            layer, dropped = _side_by_side(pairs), 0.0
+            if rank is not None and layer.rank > rank:
+                layer, dropped = truncate_rank(layer, rank)
+        else:
+            update = _task_arithmetic(pairs, method, density, seeding.key(seed, "merge " + module))
+            layer = extract_layer(update, rank or max(layer.rank for layer, _ in pairs))
+            dropped = float((update - layer.delta()).square().sum())
+        lost += dropped
+        kept += float(layer.delta().square().sum())
+        layers.setdefault(component, {})[module] = layer
+    error = math.sqrt(lost / (lost + kept)) if lost else 0.0
+    return Adapter(layers, _common_notes(adapters)), error
+
+
+def _check_merge(adapters, weights):
     if len(adapters) != len(weights):
         raise LoraFileError(f"{len(weights)} weights for {len(adapters)} LoRAs: give one each")
     if not all(math.isfinite(weight) for weight in weights):
@@ -79,18 +107,20 @@ def merge_adapters(
     if any(adapter.has_dora for adapter in adapters):
         raise LoraFileError("a DoRA does not add up with others: "
                             "export it with --format merged, then extract")
-    layers: dict[str, dict[str, Layer]] = {}
-    lost, kept = 0.0, 0.0
-    for component, module in sorted({(c, m) for a in adapters for c, m, _ in a.every()}):
-        there = [adapter.layers.get(component, {}).get(module) for adapter in adapters]
-        layer = _side_by_side([pair for pair in zip(there, weights) if pair[0] is not None], module)
-        if rank is not None and layer.rank > rank:
-            layer, dropped = truncate_rank(layer, rank)
-            lost += dropped
-        kept += float(layer.delta().square().sum())
-        layers.setdefault(component, {})[module] = layer
-    error = math.sqrt(lost / (lost + kept)) if lost else 0.0
-    return Adapter(layers, _common_notes(adapters)), error
+
+
+def _task_arithmetic(pairs, method, density, seed):
+    """The updates of [(layer, weight)] as one of the weight's shape, by a function of peft.
+
+    "ties" (Yadav et al. 2023, arXiv 2306.01708) keeps the largest `density` of each update's
+    numbers, and of these the ones that have the sign of most; "dare_linear" and "dare_ties" (Yu et
+    al. 2023, arXiv 2311.03099) keep a random `density`, scaled by its inverse; "magnitude_prune"
+    keeps the largest and adds them.
+    """
+    updates = [layer.delta() for layer, _ in pairs]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return getattr(merge_utils, method)(updates, torch.tensor([w for _, w in pairs]), density)
 
 
 def _common_notes(adapters):
@@ -102,11 +132,14 @@ def _common_notes(adapters):
     return {**notes, "base": bases[0]} if len(set(bases)) == 1 else notes
 
 
-def _side_by_side(pairs, module):
+def _check_sizes(pairs, module):
     shapes = {(layer.down.shape[1:], layer.up.shape[0]) for layer, _ in pairs}
     if len(shapes) > 1:
         raise LoraFileError(f"{module} has another size in one of the LoRAs: "
                             "they belong to different bases")
+
+
+def _side_by_side(pairs):
     ups = [layer.up.float() * (weight * layer.scale) for layer, weight in pairs]
     return Layer(torch.cat([layer.down.float() for layer, _ in pairs]), torch.cat(ups, dim=1), 1.0)
 

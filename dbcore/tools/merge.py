@@ -1,4 +1,5 @@
-"""`dbcore merge`: several LoRAs of one base -> one LoRA that is their weighted sum."""
+"""`dbcore merge`: several LoRAs of one base -> one LoRA that is their weighted sum, or another
+merge."""
 
 import argparse
 
@@ -6,6 +7,13 @@ from dbcore.tools.export import add_overwrite, finite, free_path
 from dbcore.utils.errors import InputError
 
 HELP = "add several LoRAs, each with a weight, into one"
+METHODS = {
+    "sum": "the plain sum",
+    "ties": "the largest numbers of each, where most agree in sign (arXiv 2306.01708)",
+    "dare_linear": "random numbers of each, scaled up to make good for the rest (arXiv 2311.03099)",
+    "dare_ties": "such random ones, where most agree in sign",
+    "magnitude_prune": "the largest numbers of each, added",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the new .safetensors file, in diffusers' format")
     parser.add_argument(
         "--rank", type=int,
-        help="truncate to this rank by SVD; without it the ranks add up, exactly"
+        help="truncate to this rank by SVD; without it ranks add up, exactly; with a --method "
+        "other than sum it is the largest rank of the LoRAs"
     )
+    methods = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
+    parser.add_argument("--method", choices=METHODS, default="sum",
+                        help=f"{methods} (default: %(default)s)")
+    parser.add_argument("--density", type=finite,
+                        help="the share of numbers that a method other than sum keeps, more than 0 "
+                        "and less than 1; 0.5 if left out")
+    parser.add_argument("--seed", type=int, default=0, help="which ones dare keeps (%(default)s)")
     parser.add_argument("--pretrained_model_name_or_path",
                         help="the base's folder, to read kohya's names")
     add_overwrite(parser)
@@ -31,10 +47,16 @@ def main(args: argparse.Namespace) -> None:
 
     if args.rank is not None and args.rank < 1:
         raise InputError(f"--rank {args.rank}: give 1 or more, or leave it out to add the ranks up")
+    if args.density is not None and args.method == "sum":
+        raise InputError("--density does nothing with --method sum, which keeps all numbers: "
+                         "leave it out, or choose another method")
+    density = 0.5 if args.density is None else args.density
+    if not 0 < density < 1:
+        raise InputError(f"--density {density:g}: give more than 0 and less than 1")
     output = free_path(args.output, args.overwrite)
     weights = args.weights if args.weights is not None else [1.0] * len(args.lora)
     adapters = [read_adapter(path, args.pretrained_model_name_or_path) for path in args.lora]
-    merged, error = merge_adapters(adapters, weights, args.rank)
+    merged, error = merge_adapters(adapters, weights, args.rank, args.method, density, args.seed)
     save_diffusers(merged, output)
     ranks = sorted({layer.rank for _, _, layer in merged.every()})
     terms = " + ".join(f"{weight:g} x {path}" for path, weight in zip(args.lora, weights))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from pipelines import make_flux2_miniature, make_sdxl_miniature, make_tiny_pipeline
 from runs import make_hub
@@ -18,7 +18,7 @@ from dbcore.models import adapter as A
 from dbcore.models import kohya as K
 from dbcore.models import lora_files as X
 from dbcore.models.base import load_base
-from dbcore.models.lora import load_lora, lora_layers
+from dbcore.models.lora import copy_weights, load_lora, lora_layers
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CASES = {
@@ -689,3 +689,49 @@ def test_the_same_lora_is_the_same_file(adapter, tmp_path):
     noted = A.Adapter(adapter.layers, {"base": "b", "trigger_words": "sks", "more": "x"})
     files = {X.save_diffusers(noted, tmp_path / f"{k}.safetensors").read_bytes() for k in range(6)}
     assert len(files) == 1
+
+
+# --- merging as peft does -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [torch.nn.Linear(12, 10), torch.nn.Conv2d(6, 8, 3)], ids=str)
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
+def test_a_merge_of_updates_is_pefts_own(method, module, monkeypatch):
+    def bernoulli(input):  # theirs draws a new LoRA first, and other numbers after that
+        return (torch.rand(input.shape, generator=torch.Generator().manual_seed(7)) < input).float()
+
+    monkeypatch.setattr(torch, "bernoulli", bernoulli)
+    adapters, tuned = [], None
+    generator = torch.Generator().manual_seed(0)
+    out, *into = module.weight.shape
+    for name, rank in (("1", 2), ("2", 4)):
+        layer = A.Layer(torch.randn(rank, *into, generator=generator),
+                        torch.randn(out, rank, *[1] * (len(into) - 1), generator=generator), 0.5)
+        adapters.append(A.Adapter({"unet": {"a": layer}}))
+        config = X.lora_config({"a": layer})
+        if tuned is None:
+            tuned = get_peft_model(torch.nn.ModuleDict({"a": module}), config, name)
+        else:
+            tuned.add_adapter(name, config)
+        copy_weights(tuned.base_model.model["a"], layer, name)
+    tuned.add_weighted_adapter(["1", "2"], [0.7, -0.4], "both", f"{method}_svd", density=0.3)
+    wanted = tuned.base_model.model["a"].get_delta_weight("both")
+    tuned.unload()
+    merged, error = A.merge_adapters(adapters, [0.7, -0.4], method=method, density=0.3)
+    summed, _ = A.merge_adapters(adapters, [0.7, -0.4])
+    layer = merged.layers["unet"]["a"]
+    assert layer.rank == 4
+    assert 0 < error < 1
+    assert torch.allclose(layer.delta(), wanted, atol=1e-4)
+    assert not torch.allclose(wanted, summed.layers["unet"]["a"].delta(), atol=1e-1)
+
+
+def test_what_dare_keeps_is_drawn_by_the_seed_alone(adapter):
+    def updates(seed):
+        torch.rand(1)
+        merged, _ = A.merge_adapters([adapter, adapter], [1, 1], method="dare_linear", seed=seed)
+        return [layer.delta() for _, _, layer in merged.every()]
+
+    first, again, other = updates(1), updates(1), updates(2)
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))

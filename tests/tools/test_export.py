@@ -217,9 +217,20 @@ def test_merge(tmp_path, base, capsys):
                           atol=1e-5)
     run(merge, *words, "--output", tmp_path / "short.safetensors", "--rank", 2)
     assert read_adapter(tmp_path / "short.safetensors").layers["unet"][name].rank == 2
-    for wrong in [["--rank", 0], ["--weights", 1]]:
+    run(merge, *words, "--output", tmp_path / "ties.safetensors", "--method", "ties", "--density",
+        0.3)
+    ties = read_adapter(tmp_path / "ties.safetensors").layers["unet"][name]
+    assert ties.rank == 3
+    assert not torch.allclose(ties.delta(), merged.delta(), atol=0.1)
+    for wrong in [["--rank", 0], ["--weights", 1], ["--method", "ties", "--density", 0],
+                  ["--method", "dare_ties", "--density", 1.5]]:
         with pytest.raises(ValueError, match="give"):
             run(merge, "--lora", first, second, "--output", tmp_path / "x.safetensors", *wrong)
+
+
+def test_a_density_that_would_do_nothing_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--density does nothing with --method sum"):
+        run(merge, "--lora", "a", "--output", tmp_path / "x.safetensors", "--density", 0.5)
 
 
 def test_extract(base, tmp_path, capsys):
