@@ -7,7 +7,7 @@ every base and sampler: step k of n is in [low, high) where k / n is. 0 is pure 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Intervals:
     """
 
     def __init__(self, denoiser: torch.nn.Module, steps: int, guidance_scale: float,
-                 guidance_interval: tuple[float, float], lora_interval: tuple[float, float],
+                 guidance_interval: Sequence[float], lora_interval: Sequence[float],
                  callback: Callable | None = None):
         self.layers = [module for module in denoiser.modules()
                        if isinstance(module, BaseTunerLayer) and not module.disable_adapters]
