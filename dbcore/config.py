@@ -91,8 +91,13 @@ class TrainConfig:
     # Prior preservation
     with_prior_preservation: bool = option(
         False, "also learn from images of the class, so that it stays as it is")
+    prior_prediction: bool = option(
+        False, "keep the class without images of it: each photo, with class_prompt in place of "
+        "instance_prompt, is to be predicted as the base without LoRA predicts it (output "
+        "preservation, learning without forgetting, arXiv 1606.09282)")
     prior_loss_weight: float = option(
-        1.0, "lambda of the class images' loss; higher keeps the class better", low=0)
+        1.0, "lambda of the loss of the class images, or of prior_prediction; higher keeps the "
+        "class better", low=0)
     num_class_images: int = option(
         100, "class images to have; more keep more of the class's variety", low=1)
     sample_batch_size: int = option(
@@ -221,13 +226,7 @@ class TrainConfig:
         for name in ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt"):
             need(str(getattr(self, name) or "").strip(),
                  f"--{name} is missing: {help_of(TrainConfig, name)}")
-        if self.with_prior_preservation:
-            need(self.class_prompt,
-                 "--with_prior_preservation needs --class_prompt, such as 'a photo of a dog'")
-        for given in ("class_prompt", "class_data_dir"):
-            need(self.with_prior_preservation or not getattr(self, given),
-                 f"--{given} does nothing without --with_prior_preservation: "
-                 "add that, or leave this out")
+        self.check_prior()
         for given in ("adam_beta1", "adam_beta2", "adam_epsilon"):
             need(self.optimizer != "Adafactor"
                  or getattr(self, given) == getattr(TrainConfig, given),
@@ -268,6 +267,22 @@ class TrainConfig:
         need(not (self.hub_token and self.report_to == "wandb"),
              "--hub_token would be sent to Weights & Biases with the options: "
              "log in with `hf auth login` instead")
+
+    def check_prior(self) -> None:
+        """Raises ConfigError where what keeps the class is said in part, or twice."""
+        for prior in ("with_prior_preservation", "prior_prediction"):
+            need(self.class_prompt or not getattr(self, prior),
+                 f"--{prior} needs --class_prompt, such as 'a photo of a dog'")
+        need(not (self.with_prior_preservation and self.prior_prediction),
+             "--with_prior_preservation and --prior_prediction both keep the class: give one")
+        need(self.with_prior_preservation or not self.class_data_dir,
+             "--class_data_dir does nothing without --with_prior_preservation: "
+             "add that, or leave this out")
+        for given in ("class_prompt", "prior_loss_weight"):
+            need(self.with_prior_preservation or self.prior_prediction
+                 or getattr(self, given) == getattr(TrainConfig, given),
+                 f"--{given} does nothing without --with_prior_preservation or "
+                 "--prior_prediction: add one of them, or leave this out")
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from dbcore.datasets.photos import Photo, PhotoError, crop_to_square, shown, square_box
+from dbcore.datasets.prompts import without_identifier
 from dbcore.datasets.store import TensorStore
 from dbcore.utils.devices import to_device
 from dbcore.utils.seeding import integer, normal, permutation, uniform
@@ -61,7 +62,11 @@ class Sample:
 
 
 class DreamBoothData:
-    """Photos of the subject, and, with prior preservation, of its class."""
+    """Photos of the subject, and, with prior preservation, of its class.
+
+    With prior prediction the class's samples are the subject's own, noise and all, without the
+    identifier.
+    """
 
     def __init__(self, config: TrainConfig, photos: Iterable[Photo],
                  class_photos: Iterable[Photo] = ()):
@@ -69,7 +74,7 @@ class DreamBoothData:
         self.latents = TensorStore()
 
     def samples(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> list[Sample]:
-        """The batch of one process: instance samples first, then as many of the class.
+        """The batch of one process: instance samples first, then as many for the class.
 
         `micro` counts the batches of one optimizer step, `rank` of `world` the processes.
         """
@@ -79,7 +84,13 @@ class DreamBoothData:
         rows = [self._sample(step, number, first + number, False) for number in numbers]
         if self.class_photos:
             rows += [self._sample(step, number, first + number, True) for number in numbers]
+        if self.config.prior_prediction:
+            rows += [replace(row, prompt=self._class_words(row.prompt)) for row in rows]
         return rows
+
+    def _class_words(self, prompt):
+        return without_identifier(prompt, self.config.instance_prompt,
+                                  str(self.config.class_prompt))
 
     def _sample(self, step, number, count, is_class):
         photos, stream = (self.class_photos, "class") if is_class else (self.photos, "instance")
@@ -98,6 +109,8 @@ class DreamBoothData:
         """Every text that a run can meet."""
         own = [photo.caption or self.config.instance_prompt for photo in self.photos]
         of_class = [str(self.config.class_prompt)] if self.class_photos else []
+        if self.config.prior_prediction:
+            of_class = [self._class_words(prompt) for prompt in own]
         return list(dict.fromkeys(own + of_class))
 
     def encode(self, base: Family, samples: Iterable[Sample]) -> None:

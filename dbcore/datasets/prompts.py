@@ -63,6 +63,27 @@ def calling_words(instance_prompt: str, class_prompt: str | None = None) -> set[
     return words(instance_prompt) - COMMON - words(class_prompt or "")
 
 
+def check_identifier(instance_prompt: str, class_prompt: str) -> None:
+    """Raises PromptError where nothing of the instance prompt calls the subject alone."""
+    if not calling_words(instance_prompt, class_prompt):
+        raise PromptError(
+            f"--instance_prompt {instance_prompt!r} has no word that --class_prompt "
+            f"{class_prompt!r} has not, so --prior_prediction would forbid what is to be learnt: "
+            "put an identifier, such as sks, into the instance prompt alone"
+        )
+
+
+def without_identifier(text: str, instance_prompt: str, class_prompt: str) -> str:
+    """A photo's words without those that call the subject.
+
+    The class prompt stands for the instance prompt, and for a caption of no other words or without
+    the identifier.
+    """
+    calling = calling_words(instance_prompt, class_prompt)
+    kept = " ".join(word for word in text.split() if not words(word) & calling)
+    return class_prompt if text == instance_prompt or kept in ("", text) else kept
+
+
 def words(text: str) -> set[str]:
     return {word.strip(".,;:!?\"'()").lower() for word in text.split()}
 

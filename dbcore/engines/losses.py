@@ -10,18 +10,25 @@ from dbcore.models.process import Process
 
 
 def batch_loss(process: Process, batch: dict[str, Any], cond: dict[str, torch.Tensor],
-               predict: Callable, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
+               predict: Callable, config: TrainConfig,
+               predict_frozen: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, losses) of one batch, as `dreambooth_loss`.
 
     `process`: the base's `Process`. `batch`: from `DreamBoothData.batch`. `cond`: its encoded
-    prompts. `predict`: as `Family.predict`. `config`: TrainConfig.
+    prompts. `predict`: as `Family.predict`. `config`: TrainConfig. `predict_frozen(x_t, t, prompts,
+    geometry)`: the base's own prediction, which is then the class samples' target (Li and Hoiem
+    2016, learning without forgetting).
     """
-    t = batch["t"]
+    t, num_instance = batch["t"], config.train_batch_size
     x_t = process.corrupt(batch["x0"], batch["noise"], t)
     target = process.target(batch["x0"], batch["noise"], t)
+    if predict_frozen is not None:  # before the activations of the step are in memory
+        prior = predict_frozen(*(batch_part[num_instance:] for batch_part in (
+            x_t, t, batch["prompts"], batch["geometry"])))
+        target = torch.cat([target[:num_instance], prior])
     prediction = predict(x_t, t, cond, batch["geometry"])
     return dreambooth_loss(prediction, target, batch["mask"], process.weight(t, config.snr_gamma),
-                           config.train_batch_size, config.prior_loss_weight)
+                           num_instance, config.prior_loss_weight)
 
 
 def dreambooth_loss(

@@ -115,7 +115,8 @@ class Shadow:
                 getattr(network, "tie_weights", tuple)()  # a language model's head is its table
             self.words = {k: v.shape[1:] for k, v in self.base.encode_text([""]).items()}
         self.parameters = [p for m in self.modules.values() for p in lora_parameters(m)]
-        self.batch = c.train_batch_size * (2 if c.with_prior_preservation else 1)
+        keeps_class = c.with_prior_preservation or c.prior_prediction
+        self.batch = c.train_batch_size * (2 if keeps_class else 1)
 
     def phase(self, name: str, roles: tuple[str, ...], work: Callable, *args: int,
               optimizer: int = 0) -> Phase:

@@ -11,8 +11,7 @@ nobody waits for it.
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +26,7 @@ from PIL import Image
 
 from dbcore.config import TrainConfig
 from dbcore.engines.trained import Modules
+from dbcore.models.lora import adapters_off
 from dbcore.utils.files import home_folder, write_whole
 
 # Mean difference of pictures with and without the adapter, in grey levels of 255. Two renderings of
@@ -129,23 +129,6 @@ def draw_on_and_off(modules: Modules, draw: Draw, prompts: list[str],
     on = rows()
     with adapters_off(modules):
         return on, rows()
-
-
-@contextmanager
-def adapters_off(modules: Modules) -> Iterator[None]:
-    """Every LoRA layer answers as its frozen base layer does, until the block is left."""
-    layers = [layer for _, layer in lora_layers(modules)]
-    trained = [parameter.requires_grad for layer in layers for parameter in layer.parameters()]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        # peft's switch also thaws and freezes; leave each parameter as it was.
-        for parameter, was in zip((p for layer in layers for p in layer.parameters()), trained):
-            parameter.requires_grad_(was)
 
 
 def lora_layers(modules: Modules) -> list[tuple[str, LoraLayer]]:

@@ -20,7 +20,7 @@ from PIL import Image
 from dbcore.config import TrainConfig
 from dbcore.datasets.dreambooth import DreamBoothData, Sample, refuse_shared
 from dbcore.datasets.photos import Photo, gather_photos
-from dbcore.datasets.prompts import check_fit, texts_of
+from dbcore.datasets.prompts import check_fit, check_identifier, texts_of
 from dbcore.datasets.store import PromptCache
 from dbcore.engines import checkpoint
 from dbcore.engines.callbacks import (
@@ -44,7 +44,7 @@ from dbcore.engines.resume import circumstances, find_resume, is_finished, say_c
 from dbcore.engines.run_folder import LORA_FILE, complete, held, place, prepare_folder
 from dbcore.engines.trained import PACKAGES, Modules, inject, optional, start_training
 from dbcore.models.base import Family, best_device, load_base, resolve, torch_dtype
-from dbcore.models.lora import set_dropout
+from dbcore.models.lora import adapters_off, set_dropout
 from dbcore.models.replay import faster
 from dbcore.utils.console import printable, progress
 from dbcore.utils.errors import Interrupted, MemoryFull
@@ -77,6 +77,8 @@ def train(config: TrainConfig, callback: Callable[[dict[str, Any]], Any] | None 
 def check(config: TrainConfig) -> tuple[TrainConfig, Accelerator, list[Photo]]:
     """(config without any `auto`, Accelerator, photos): all that needs no network is looked at."""
     config.check()
+    if config.prior_prediction:
+        check_identifier(config.instance_prompt, str(config.class_prompt))
     check_launch()
     if config.optimizer in PACKAGES:  # now, and not after the class images are made
         optional(PACKAGES[config.optimizer], f"--optimizer {config.optimizer}")
@@ -273,7 +275,8 @@ class Run:
         if c.lora_dropout:
             set_dropout(self.trained.modules, [dropout_key(c.seed, step, s) for s in samples])
         cond = self.encode(batch["prompts"], step)
-        loss, losses = batch_loss(self.base.process, batch, cond, self.predict, c)
+        loss, losses = batch_loss(self.base.process, batch, cond, self.predict, c,
+                                  self.predict_frozen if c.prior_prediction else None)
         self.trained.scaler.scale(loss / c.gradient_accumulation_steps).backward()
         return loss.detach(), batch["t"], losses
 
@@ -287,6 +290,13 @@ class Run:
         trains = c.train_text_encoder and step < c.train_text_encoder_frac * c.max_train_steps
         with torch.set_grad_enabled(trains):
             return self.prompts.encode(prompts)
+
+    @torch.no_grad()
+    def predict_frozen(self, x_t: torch.Tensor, t: torch.Tensor, prompts: list[str],
+                       geometry: torch.Tensor) -> torch.Tensor:
+        """As `Family.predict`, without what is trained: of strings, whose encoder may be too."""
+        with adapters_off(self.trained.modules):
+            return self.base.predict(x_t, t, self.prompts.encode(prompts), geometry)
 
     # --- between steps ----------------------------------------------------------------------
 

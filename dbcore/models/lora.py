@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.utils.parametrize import is_parametrized
 
 from dbcore.config import need
@@ -251,6 +253,23 @@ def set_scale(base, scales):
             layer.scaling[name] = layer.trained_scaling[name] * scales[name]
         layer.set_adapter(there)
         layer.requires_grad_(False)
+
+
+@contextmanager
+def adapters_off(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+    """In the block, {component: network} answer as the frozen base does."""
+    layers = [layer for module in modules.values() for layer in module.modules()
+              if isinstance(layer, BaseTunerLayer)]
+    trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, was in trained:  # peft's switch also thaws and freezes
+            parameter.requires_grad_(was)
 
 
 def merge_lora(module: torch.nn.Module) -> None:

@@ -54,7 +54,7 @@ OURS = {*PATHS, "seed"}
 # the bench's own options of a way to train
 NUM_PHOTOS, FULL_FINETUNING = OWN = "num_photos", "full_finetuning"
 LORA_ALONE = ("rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_layers",
-              "train_text_encoder",
+              "train_text_encoder", "prior_prediction",
               "low_vram")
 SUBJECT, PROMPT, PRES = "truth: subject", "truth: prompt", "truth: PRES"
 LABELS = {"floor": "base alone", "ceiling": "photos"}  # beside the names of the ways to train
@@ -230,9 +230,10 @@ class Case:
         from dbcore.models.base import recommended
 
         given: dict[str, Any] = {"instance_prompt": self.alone.instance_prompt, "report_to": "none"}
+        if options.get("with_prior_preservation") or options.get("prior_prediction"):
+            given |= {"class_prompt": self.alone.class_prompt}
         if options.get("with_prior_preservation"):
-            given |= {"class_prompt": self.alone.class_prompt,
-                      "num_class_images": recommended(self.base).get("num_class_images", 100)}
+            given |= {"num_class_images": recommended(self.base).get("num_class_images", 100)}
         given |= {option: value.replace("{class}", self.character.kind) if isinstance(value, str)
                   else value
                   for option, value in options.items() if option not in OWN}

@@ -8,7 +8,7 @@ from pipelines import MAX_TOKENS, make_tiny_pipeline
 from runs import make_options
 
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig
-from dbcore.datasets.prompts import PromptError, calling_words, check_fit
+from dbcore.datasets.prompts import PromptError, calling_words, check_fit, without_identifier
 from dbcore.engines.sample import generate
 from dbcore.engines.trainer import train
 from dbcore.models.base import load_base
@@ -117,3 +117,21 @@ def test_generating_shows_what_is_cut_and_stops_for_a_run_s_identifier(tmp_path,
         generate(
             GenerateConfig(**options, prompt=[f"{LONG} sks dog"], checkpoint_dir=[str(tmp_path)])
         )
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("a photo of sks dog", "a photo of a dog"),  # the instance prompt: the class prompt as given
+    ("a photo of sks dog, in snow", "a photo of dog, in snow"),
+    ("Sks", "a photo of a dog"),
+    ("a dog in snow", "a photo of a dog"),
+    ("", "a photo of a dog"),
+])
+def test_the_identifier_is_left_out_of_a_photos_words(text, says):
+    assert without_identifier(text, "a photo of sks dog", "a photo of a dog") == says
+
+
+def test_prior_prediction_needs_an_identifier_in_the_instance_prompt_alone(tmp_path):
+    config = TrainConfig("base", instance_data_dir=str(tmp_path), prior_prediction=True,
+                         instance_prompt="a photo of a dog", class_prompt="photo of the dog")
+    with pytest.raises(PromptError, match=r"--instance_prompt .* put an identifier"):
+        train(config)

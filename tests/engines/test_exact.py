@@ -35,6 +35,7 @@ KINDS = {
     # 4 of 3 photos a step: mid-epoch
     "accumulation": {"train_batch_size": 2, "gradient_accumulation_steps": 2},
     "prior preservation": PRIOR,
+    "prior prediction": {"prior_prediction": True, "class_prompt": "a photo of a dog"},
     "EMA": {"use_ema": True, "ema_decay": 0.5},
     "text encoder": {"train_text_encoder": True, "train_text_encoder_frac": 0.75},
     "dropout": {"lora_dropout": 0.5},

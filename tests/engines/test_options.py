@@ -163,6 +163,7 @@ EFFECTS = {
         colours(Image.open(path)) for path in (w / "photos").glob("?.png")))),
     "use_masks": (False, {}, lambda f, *_: all((batch["mask"] == 1).all() for batch in f.batches)),
     "with_prior_preservation": (True, {"num_class_images": 3}, None),
+    "prior_prediction": (True, {}, None),
     "prior_loss_weight": (0.5, PRIOR, lambda f, *_: loss_is(f, prior=0.5)),
     "num_class_images": (1, PRIOR, lambda f, *_: len(f.run.data.class_photos) == 1),
     "sample_batch_size": (1, {**PRIOR, "class_data_dir": "classes"},
@@ -458,9 +459,22 @@ def test_an_option_has_its_own_effect(name, outcome, world):
 def test_prior_preservation_learns_as_many_pictures_of_the_class(outcome):
     more = {"class_prompt": "a photo of a dog", "num_class_images": 3}
     assert "--class_prompt does nothing without --with_prior_preservation" in outcome(**more).error
+    assert "--prior_loss_weight does nothing" in outcome(prior_loss_weight=0.5).error
     after = outcome(**more, with_prior_preservation=True)
     assert [sample.is_class for sample in after.samples] == [False, True] * 3
     assert loss_is(after)
+
+
+def test_prior_prediction_learns_the_same_noisy_photo_under_the_class_prompt(outcome):
+    prior = {"class_prompt": "a photo of a dog", "prior_prediction": True}
+    after = outcome(**prior)
+    assert [sample.prompt for sample in after.samples] == ["a photo of sks dog",
+                                                           "a photo of a dog"] * 3
+    assert all((rows[0] == rows[1]).all() for batch in after.batches
+               for rows in (batch["x0"], batch["noise"], batch["t"]))
+    assert loss_is(after)
+    assert loss_is(outcome(**prior, prior_loss_weight=0.5), prior=0.5)
+    assert after.class_batches == []
 
 
 def test_a_finished_run_is_guarded_replaced_or_gone_on_with(outcome):

@@ -46,18 +46,21 @@ with open(f"{notes}/{rank}.json", "w") as file:
     json.dump(written, file)
 """
 STEPS = 3
+CLASS = {"class_prompt": "a photo of a dog"}
+KINDS = {
+    "class images": {**CLASS, "with_prior_preservation": True, "num_class_images": 3},
+    "prior prediction": {**CLASS, "prior_prediction": True},
+}
 
 
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
+@pytest.fixture(scope="module", params=KINDS)
+def options(request, tmp_path_factory):
     # epsilon keeps Adam from blowing up the rounding of gradients near 0
     return make_options(
         tmp_path_factory.mktemp("world"), max_train_steps=STEPS, learning_rate=1e-3 / 4,
         scale_lr=True, adam_epsilon=1e-4,
-        class_prompt="a photo of a dog", num_class_images=3, sample_batch_size=1,
-        gradient_accumulation_steps=2,
+        **KINDS[request.param], sample_batch_size=1, gradient_accumulation_steps=2,
         lora_dropout=0.2, train_text_encoder=True, text_encoder_lr=1e-3 / 4,
-        with_prior_preservation=True,
         validation_prompt=["a red car"], num_validation_images=1)  # fmt: skip
 
 
@@ -114,19 +117,19 @@ def test_the_log_is_that_of_one_process(pair, single):
     batch."""
     two, one = (read_run(folder / "run")["log"] for folder in (pair, single))
     assert [record["timesteps"] for record in two] == [record["timesteps"] for record in one]
-    assert len(two[0]["losses"]) == 8  # 2 batches of 2 photos, each with a picture of the class
+    assert len(two[0]["losses"]) == 8  # 2 batches of 2 photos, each with its part of the class
     for ours, theirs in zip(two, one):
         assert (ours["step"], ours["lr"]) == (theirs["step"], theirs["lr"])
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
 
 
-def test_class_images_are_shared_out_and_the_same(pair, single):
+def test_class_images_are_shared_out_and_the_same(options, pair, single):
     two, one = ({path.relative_to(folder).as_posix(): path.read_bytes()
                  for path in sorted((folder / "cache").rglob("*"))
                  if path.is_file()} for folder in (pair, single))
     assert two == one
-    assert sum(name.endswith(".png") for name in one) == 3
+    assert sum(name.endswith(".png") for name in one) == options.get("num_class_images", 0)
 
 
 def test_only_the_first_process_writes(pair):
