@@ -422,16 +422,16 @@ class Dashboard:
         return self.stopped
 
     def update(self, record: Mapping[str, Any]) -> None:
-        """The run's callback: {"step", "steps", "loss"} after a step, {"step", "pictures": {prompt:
+        """The run's callback: {"step", "steps", "loss"} after a step, {"step", "images": {prompt:
         [PIL]}}."""
         now = time.monotonic()
         if "loss" in record:
             self._begun = self._begun or (now, record["step"])
             self.steps = record["steps"]
             self.losses[record["step"]] = record["loss"]
-        if "pictures" in record:
-            self.images, self.validated = record["pictures"], record["step"]
-        if "pictures" in record or now - self._drawn > max(self.every, min(5.0, 10 * self._cost)):
+        if "images" in record:
+            self.images, self.validated = record["images"], record["step"]
+        if "images" in record or now - self._drawn > max(self.every, min(5.0, 10 * self._cost)):
             self._draw()
 
     def seconds_left(self) -> float | None:

@@ -154,7 +154,7 @@ class Notify(Callback):
                   loss=record["loss"], lr=record["lr"])
 
     def on_images(self, run: Run, images: Images) -> None:
-        self.call(run, step=run.trained.step, pictures=images)
+        self.call(run, step=run.trained.step, images=images)
 
     def call(self, run: Run, **what: Any) -> None:
         if run.is_main:

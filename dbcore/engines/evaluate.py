@@ -1,10 +1,10 @@
 """Did it learn, in numbers: the measures of the DreamBooth paper (Ruiz et al. 2023, section 4.1 and
 4.3).
 
-Every measure is a mean cosine between feature vectors. What it says hangs on the encoder that made
-them: CLIP's image tower sees kind, colour and place; DINO, trained to tell pictures apart without
-words, sees more of the individual. A base's folder may bring encoders of its own world, or name
-others (`metrics` in its recommended.json).
+Every measure is a mean cosine between feature vectors. What it says depends on the encoder that
+made them: CLIP's image tower sees kind, colour and place; DINO, trained to tell images apart
+without words, sees more of the individual. A base's folder may bring encoders of its own world, or
+name others (`metrics` in its recommended.json).
 Compare numbers of one encoder only, and only between a floor (the base without adapter) and a
 ceiling (real photos against each other).
 """
@@ -28,7 +28,7 @@ from dbcore.models.reading import first_line, hub_answer, reading
 from dbcore.utils.errors import InputError
 from dbcore.utils.seeding import key
 
-Pictures: TypeAlias = list[Image.Image] | torch.Tensor  # or their vectors, made before
+Images: TypeAlias = list[Image.Image] | torch.Tensor  # or their vectors, made before
 ENCODERS = ("openai/clip-vit-base-patch32", "facebook/dino-vits16")  # for a base that brings none
 
 
@@ -37,7 +37,7 @@ ENCODERS = ("openai/clip-vit-base-patch32", "facebook/dino-vits16")  # for a bas
 
 @dataclass
 class Encoder:
-    """Pictures, and for some encoders texts, to unit vectors.
+    """Images, and for some encoders texts, to unit vectors.
 
     `note` says what to keep in mind of it.
     """
@@ -48,18 +48,18 @@ class Encoder:
     note: str = ""
 
     @torch.no_grad()
-    def images(self, pictures: Iterable[Image.Image], batch_size: int = 32) -> torch.Tensor:
-        """(n, d) float32 unit vectors on the CPU. Raises ValueError if there is no picture."""
-        return self._batches(self.embed_images, pictures, batch_size, "picture")
+    def images(self, images: Iterable[Image.Image], batch_size: int = 32) -> torch.Tensor:
+        """(n, d) float32 unit vectors on the CPU. Raises ValueError if there is no image."""
+        return self._batches(self.embed_images, images, batch_size, "image")
 
     @torch.no_grad()
     def texts(self, prompts: Iterable[str], batch_size: int = 32) -> torch.Tensor:
         """(n, d) float32 unit vectors on the CPU.
 
-        Raises ValueError for an encoder of pictures alone.
+        Raises ValueError for an encoder of images alone.
         """
         if self.embed_texts is None:
-            raise InputError(f"{self.name} reads pictures and no text: "
+            raise InputError(f"{self.name} reads images and no text: "
                              "take a CLIP for prompt fidelity")
         return self._batches(self.embed_texts, prompts, batch_size, "prompt")
 
@@ -102,8 +102,8 @@ OWN = {  # folder that a base may bring: (what loads it, its name in tables, wha
     # a CLIP trained with the base's text encoder (Radford et al. 2021, in miniature)
     "clip_image": ("dbcore.toybox.clip:load_clip", "clip_image",
                    ("its text tower is the base's own text encoder, so prompt fidelity is "
-                    "on the kind side")),
-    # which individual it is; it shares no weight and no picture with the base
+                    "biased upward")),
+    # which individual it is; it shares no weight and no image with the base
     "subject": ("dbcore.toybox.encoder:load_subject_encoder", "subject encoder",
                 ("plays DINO's part: taught to tell renders of one character from "
                  "those of all others")),
@@ -137,8 +137,8 @@ def hub_clip(name: str, device: str) -> Encoder:
     clip = CLIPModel.from_pretrained(name).eval().to(device)
     tokenizer, prepare = AutoTokenizer.from_pretrained(name), preprocessing(name)
 
-    def embed_images(pictures):
-        return clip.visual_projection(clip.vision_model(prepare(pictures).to(device)).pooler_output)
+    def embed_images(images):
+        return clip.visual_projection(clip.vision_model(prepare(images).to(device)).pooler_output)
 
     def embed_texts(prompts):
         ids = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device)
@@ -153,7 +153,7 @@ def hub_vit(name: str, device: str) -> Encoder:
 
     model, prepare = AutoModel.from_pretrained(name).eval().to(device), preprocessing(name)
     return Encoder(name,
-                   lambda pictures: model(prepare(pictures).to(device)).last_hidden_state[:, 0])
+                   lambda images: model(prepare(images).to(device)).last_hidden_state[:, 0])
 
 
 def preprocessing(name: str) -> Callable[[list[Image.Image]], torch.Tensor]:
@@ -166,9 +166,9 @@ def preprocessing(name: str) -> Callable[[list[Image.Image]], torch.Tensor]:
     side = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
     mean, std = (torch.tensor(asked[which]).view(3, 1, 1) for which in ("image_mean", "image_std"))
 
-    def prepare(pictures):
+    def prepare(images):
         squares = [ImageOps.fit(p.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-                   for p in pictures]
+                   for p in images]
         return torch.stack([((to_pixels(square) + 1) / 2 - mean) / std for square in squares])
 
     return prepare
@@ -177,67 +177,67 @@ def preprocessing(name: str) -> Callable[[list[Image.Image]], torch.Tensor]:
 # --- measures -------------------------------------------------------------------------------------
 
 
-def features(pictures: Pictures, encoder: Encoder) -> torch.Tensor:
+def features(images: Images, encoder: Encoder) -> torch.Tensor:
     """(n, d) unit vectors of PIL images; vectors that `encoder.images` made before are taken as
     they are."""
-    return pictures if torch.is_tensor(pictures) else encoder.images(pictures)
+    return images if torch.is_tensor(images) else encoder.images(images)
 
 
-def subject_fidelity(pictures: Pictures, photos: Pictures, encoder: Encoder) -> float:
-    """Is it this one? Mean cosine over all pairs of a drawn picture and a real photo, in [-1, 1].
+def subject_fidelity(images: Images, photos: Images, encoder: Encoder) -> float:
+    """Is it this one? Mean cosine over all pairs of a generated image and a real photo, in [-1, 1].
 
     With CLIP's image tower this is CLIP-I, with DINO it is DINO (Ruiz et al. 2023, section 4.1).
     Copies of the photos score highest: read it beside `prompt_fidelity` and `nearest_photo`.
     """
-    return float((features(pictures, encoder) @ features(photos, encoder).T).mean())
+    return float((features(images, encoder) @ features(photos, encoder).T).mean())
 
 
-def real_against_real(photos: Pictures, encoder: Encoder) -> float:
+def real_against_real(photos: Images, encoder: Encoder) -> float:
     """The ceiling of `subject_fidelity`: mean cosine over all pairs of different photos of the
     subject."""
     vectors = features(photos, encoder)
     count = len(vectors)
     if count < 2:
-        raise InputError("one picture alone cannot be compared: give two or more")
+        raise InputError("one image alone cannot be compared: give two or more")
     cosines = vectors @ vectors.T
     return float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
 
 
-def prompt_fidelity(pictures: Pictures, prompts: list[str], encoder: Encoder) -> float:
-    """Does it show what was asked? Mean cosine of each picture and its prompt (CLIP-T), in [-1, 1].
+def prompt_fidelity(images: Images, prompts: list[str], encoder: Encoder) -> float:
+    """Does it show what was asked? Mean cosine of each image and its prompt (CLIP-T), in [-1, 1].
 
-    `prompts`: one a picture, or one for all, without the identifier: to CLIP it is a stray word.
+    `prompts`: one an image, or one for all, without the identifier: to CLIP it is a stray word.
     Raises ValueError if the numbers differ, or the encoder reads no text.
     """
-    vectors = features(pictures, encoder)
+    vectors = features(images, encoder)
     prompts = [prompts] * len(vectors) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(vectors):
-        raise InputError(f"{len(prompts)} prompts for {len(vectors)} pictures: "
-                         "give one a picture, or one for all")
+        raise InputError(f"{len(prompts)} prompts for {len(vectors)} images: "
+                         "give one an image, or one for all")
     unique = list(dict.fromkeys(prompts))
     texts = encoder.texts(unique)[[unique.index(prompt) for prompt in prompts]]
     return float((vectors * texts).sum(dim=1).mean())
 
 
-def prior_preservation_metric(class_pictures: Pictures, photos: Pictures,
+def prior_preservation_metric(class_images: Images, photos: Images,
                               encoder: Encoder) -> float:
     """PRES: do others of its class now look like the subject? Mean cosine over all pairs; lower is
     better.
 
-    `class_pictures`: drawn for the class prompt, without the identifier, after training. The number
-    of the untrained base is what a perfect prior would keep (Ruiz et al. 2023, section 4.3).
+    `class_images`: generated for the class prompt, without the identifier, after training. The
+    number of the untrained base is what a perfect prior would keep (Ruiz et al. 2023, section 4.3).
     """
-    return subject_fidelity(class_pictures, photos, encoder)
+    return subject_fidelity(class_images, photos, encoder)
 
 
-def diversity(pictures: Pictures, encoder: Encoder) -> float:
-    """DIV: how much pictures of one prompt differ, 1 - the mean cosine of different ones, in [0,
+def diversity(images: Images, encoder: Encoder) -> float:
+    """DIV: how much images of one prompt differ, 1 - the mean cosine of different ones, in [0,
     2].
 
     The paper takes LPIPS between them (`lpips_diversity`); this is the encoder's own distance.
-    Higher is better while the subject is kept. Raises ValueError for fewer than two pictures.
+    Higher is better while the subject is kept. Raises ValueError for fewer than two images.
     """
-    return 1 - real_against_real(pictures, encoder)
+    return 1 - real_against_real(images, encoder)
 
 
 def load_lpips() -> Callable:
@@ -256,37 +256,37 @@ def load_lpips() -> Callable:
 
 
 @torch.no_grad()
-def lpips_diversity(pictures: list[Image.Image], distance: Callable) -> float:
+def lpips_diversity(images: list[Image.Image], distance: Callable) -> float:
     """DIV as the paper has it: the mean LPIPS over all pairs of PIL images of one prompt; 0 for
     copies.
 
     `distance`: from `load_lpips`. Raises InputError for fewer than two images.
     """
-    pairs = list(combinations([to_pixels(picture.convert("RGB")) for picture in pictures], 2))
+    pairs = list(combinations([to_pixels(image.convert("RGB")) for image in images], 2))
     if not pairs:
-        raise InputError("one picture alone cannot be compared: give two or more")
+        raise InputError("one image alone cannot be compared: give two or more")
     ones, others = (torch.stack(side).to(best_device()) for side in zip(*pairs))
     return float(distance(ones, others).mean())
 
 
-def nearest_photo(pictures: Pictures, photos: Pictures,
+def nearest_photo(images: Images, photos: Images,
                   encoder: Encoder) -> tuple[list[int], list[float]]:
-    """Is it a copy? (which, cosine) for each picture: the photo nearest to it, and how near, each
+    """Is it a copy? (which, cosine) for each image: the photo nearest to it, and how near, each
     (n,).
 
     A cosine above what photos of the subject reach among themselves, with a place that was not
     asked for, is a memorised photo.
     """
-    cosines, which = (features(pictures, encoder) @ features(photos, encoder).T).max(dim=1)
+    cosines, which = (features(images, encoder) @ features(photos, encoder).T).max(dim=1)
     return which.tolist(), cosines.tolist()
 
 
 def agreement(values: Sequence[float], right: Sequence[bool]) -> float | None:
-    """Does a metric see the truth? The chance that a right picture has a higher value than a wrong
+    """Does a metric see the truth? The chance that a right image has a higher value than a wrong
     one, in [0, 1].
 
-    `values`: one a picture; `right`: the truth of each, booleans. It is the area under the ROC
-    curve: 1 is full agreement, 0.5 a coin. None if all pictures are right, or none is.
+    `values`: one an image; `right`: the truth of each, booleans. It is the area under the ROC
+    curve: 1 is full agreement, 0.5 a coin. None if all images are right, or none is.
     """
     values, right = np.asarray(values, dtype=float), np.asarray(right, dtype=bool)
     good, bad = values[right][:, None], values[~right]
@@ -300,7 +300,7 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, level: float = 0.
     """(low, high) of the mean of `values`: the percentile bootstrap (Efron 1979), values drawn with
     return.
 
-    Give one value a subject: pictures of one subject are not independent. One value gives (value,
+    Give one value a subject: images of one subject are not independent. One value gives (value,
     value). Raises ValueError if there is none.
     """
     values = np.asarray(values, dtype=float)

@@ -1,7 +1,8 @@
-"""Class images: what the base itself draws of the class, kept so that training cannot forget it.
+"""Class images: what the base itself generates of the class, kept so that training cannot forget
+it.
 
 They are kept under a name made of everything they depend on (base, prompt, sampler, size, seed),
-with a manifest that says so: pictures of another class or base are refused, never taken for these.
+with a manifest that says so: images of another class or base are refused, never taken for these.
 A folder of the user's own class photos has no manifest and is taken as it is.
 """
 
@@ -27,9 +28,9 @@ from dbcore.utils.files import home_folder, save_png, sweep, write_whole
 from dbcore.utils.seeding import key
 
 MANIFEST = "manifest.json"
-BLANK = 2.0  # standard deviation in grey levels below which a picture shows nothing
+BLANK = 2.0  # standard deviation in grey levels below which an image shows nothing
 TRIES = 3
-DAY = 86_400.0  # seconds after which no job can still be writing a picture
+DAY = 86_400.0  # seconds after which no job can still be writing an image
 
 
 def cache_dir() -> Path:
@@ -51,9 +52,9 @@ def gather_class(base: Family, config: TrainConfig, accelerator: Accelerator) ->
     photos, problems = class_photos(folder, config)
     for problem in problems:
         if problem.skipped:
-            accelerator.print(f"  class picture {problem}")
+            accelerator.print(f"  class image {problem}")
     if len(photos) < config.num_class_images:
-        accelerator.print(f"{folder} holds {len(photos)} class pictures of "
+        accelerator.print(f"{folder} holds {len(photos)} class images of "
                           f"{config.num_class_images} asked for: these are used.")
     return photos
 
@@ -74,7 +75,7 @@ def make_class_images(base: Family, config: TrainConfig, accelerator: Accelerato
 
 
 def describe(base: Family, config: TrainConfig) -> dict[str, Any]:
-    """All that class images depend on, but their number: each picture hangs on its own index."""
+    """All that class images depend on, but their number: each image depends on its own index."""
     return {
         "base": base.fingerprint(), "prompt": config.class_prompt, "resolution": config.resolution,
         "num_inference_steps": base.settings["num_inference_steps"], "seed": config.seed,
@@ -86,10 +87,10 @@ def describe(base: Family, config: TrainConfig) -> dict[str, Any]:
 def class_images(base: Family, config: TrainConfig, rank: int = 0, world: int = 1,
                  wait: Callable[[], Any] = lambda: None,
                  progress: Callable[[list], Iterable] | None = None) -> Path:
-    """The folder with at least `num_class_images` pictures of the class, made where they are
+    """The folder with at least `num_class_images` images of the class, made where they are
     missing.
 
-    Processes share the work: whole batches go round, so the pictures are those one process would
+    Processes share the work: whole batches go round, so the images are those one process would
     make. `wait` returns when every process has called it. Raises ConfigError for a folder made for
     another base, prompt or size.
     """
@@ -110,10 +111,10 @@ def class_images(base: Family, config: TrainConfig, rank: int = 0, world: int = 
                for first in range(0, config.num_class_images, size)]
     # by number, so that no process takes another's unfinished work for its own
     mine = batches[rank::world]
-    missing = [batch for batch in mine if not all(picture(folder, k).is_file() for k in batch)]
+    missing = [batch for batch in mine if not all(image_path(folder, k).is_file() for k in batch)]
     for batch in (progress or (lambda x: x))(missing):
-        for index, image in zip(batch, draw_class(base, config, list(batch), encode)):
-            save_png(image, picture(folder, index))
+        for index, image in zip(batch, generate_class(base, config, list(batch), encode)):
+            save_png(image, image_path(folder, index))
     wait()
     return folder
 
@@ -141,25 +142,25 @@ def refuse_others(folder: Path, about: dict[str, Any]) -> None:
                               "choose another folder, or empty this one")
 
 
-def picture(folder: Path, index: int) -> Path:
+def image_path(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.png"
 
 
-def draw_class(base: Family, config: TrainConfig, indices: list[int],
-               encode: Callable) -> list[Image.Image]:
+def generate_class(base: Family, config: TrainConfig, indices: list[int],
+                   encode: Callable) -> list[Image.Image]:
     """Images of the class prompt, a blank one (overflow, a safety checker's black) made again."""
     seeds = [key(config.seed, "class image", 0, index) for index in indices]
     images: dict[int, Image.Image] = {}
     for attempt in range(TRIES):
         left = [k for k in range(len(indices)) if k not in images]
-        drawn = base.generate([config.class_prompt] * len(left), [seeds[k] + attempt for k in left],
-                              resolution=config.resolution, stream="class image", encode=encode,
-                              batch_size=config.sample_batch_size)
-        images |= {k: image for k, image in zip(left, drawn)
+        made = base.generate([config.class_prompt] * len(left), [seeds[k] + attempt for k in left],
+                             resolution=config.resolution, stream="class image", encode=encode,
+                             batch_size=config.sample_batch_size)
+        images |= {k: image for k, image in zip(left, made)
                    if np.asarray(image, np.float32).std() > BLANK}
         if len(images) == len(indices):
             return [images[k] for k in range(len(indices))]
-    raise ConfigError(f"{config.class_prompt!r} was drawn blank {TRIES} times: "
+    raise ConfigError(f"{config.class_prompt!r} came out blank {TRIES} times: "
                       "try --prior_generation_precision no, or give your own photos with "
                       "--class_data_dir")
 
@@ -169,6 +170,6 @@ def class_photos(folder: Path, config: TrainConfig) -> tuple[list[Photo], list[P
     made."""
     photos, problems = gather_photos(folder, resolution=config.resolution)
     if (folder / MANIFEST).is_file():  # a killed run may have left a half-named file there
-        made = {picture(folder, k) for k in range(config.num_class_images)}
+        made = {image_path(folder, k) for k in range(config.num_class_images)}
         photos = [photo for photo in photos if photo.path in made]
     return photos, problems

@@ -1,8 +1,8 @@
 """Did it learn? What a run leaves beside its weights: evidence, costs, and a model card.
 
 The commonest complaint about LoRA training is a run that ends without an error and changes nothing.
-So every run ends with the same prompts and seeds drawn with the adapter on and off, the size of the
-update in every layer, and the loss where it matters (by timestep), in `README.md` in the run's
+So every run ends with the same prompts and seeds generated with the adapter on and off, the size of
+the update in every layer, and the loss where it matters (by timestep), in `README.md` in the run's
 folder.
 
 matplotlib, behind `dbcore.utils.grids`, is imported where it draws: when the LoRA is saved, and
@@ -29,14 +29,14 @@ from dbcore.engines.trained import Modules
 from dbcore.models.lora import adapters_off
 from dbcore.utils.files import home_folder, write_whole
 
-# Mean difference of pictures with and without the adapter, in grey levels of 255. Two renderings of
-# one picture in half and single precision differ by well under 1; a subject that is there differs
+# Mean difference of images with and without the adapter, in grey levels of 255. Two renderings of
+# one image in half and single precision differ by well under 1; a subject that is there differs
 # by 10 or more.
 VISIBLE = 2.0
 BANDS = 5
 Rows = list[list[Image.Image]]  # a row of images for each prompt
 Records = list[dict[str, Any]]  # of log.jsonl, one a step
-Draw = Callable[[list[str], list[int]], list[Image.Image]]
+Generate = Callable[[list[str], list[int]], list[Image.Image]]
 SECRETS = {"hub_token"}
 
 
@@ -44,7 +44,7 @@ SECRETS = {"hub_token"}
 class Evidence:
     """What the report measured.
 
-    `difference`: grey levels, None without pictures; `update`: {layer: ||dW||_F / ||W||_F}.
+    `difference`: grey levels, None without images; `update`: {layer: ||dW||_F / ||W||_F}.
     """
 
     difference: float | None
@@ -60,24 +60,24 @@ class Evidence:
 
     def verdict(self) -> str:
         if self.difference is None:
-            return ("No pictures were drawn, as num_report_images is 0. "
+            return ("No images were generated, as num_report_images is 0. "
                     f"The update is {self.overall:.2%} of the adapted layers' weights; "
-                    "draw some to see what that does.")
+                    "make some to see what that does.")
         words = ("the same prompts and seeds with the adapter on and off differ by "
                  f"{self.difference:.1f} of 255")
         if self.visible:
-            return f"Yes, it changed the pictures: {words} grey levels on average."
+            return f"Yes, it changed the images: {words} grey levels on average."
         return (f"WARNING: nothing visible was learned: {words} grey levels on average "
                 f"(visible: {VISIBLE:g}). Train for more steps, raise learning_rate or rank, "
-                "and check that the prompt you draw with holds the words of instance_prompt.")
+                "and check that the prompt you generate with holds the words of instance_prompt.")
 
 
-def write_report(modules: Modules, draw: Draw, config: TrainConfig, output_dir: str | Path,
+def write_report(modules: Modules, generate: Generate, config: TrainConfig, output_dir: str | Path,
                  history: Records, seconds: float) -> Evidence:
     """Measure what the run did, write the model card, and return the `Evidence`.
 
     `modules`: {name: network with LoRA layers}, those that were trained;
-    `draw(prompts, seeds) -> list of PIL images`, one a pair, with the modules as they are;
+    `generate(prompts, seeds) -> list of PIL images`, one a pair, with the modules as they are;
     `config`: the run's TrainConfig; `history`: the records of log.jsonl, each {"step", "loss"} and,
     for the plot by band, "timesteps" and "losses", one value a sample; `seconds`: wall time of the
     run.
@@ -87,8 +87,8 @@ def write_report(modules: Modules, draw: Draw, config: TrainConfig, output_dir: 
     output_dir = Path(output_dir)
     prompts = report_prompts(config)
     seeds = range(config.num_report_images)
-    difference = compare_pictures(output_dir / "report" / "on_off.png", modules, draw, prompts,
-                                  seeds) if seeds else None
+    difference = compare_images(output_dir / "report" / "on_off.png", modules, generate, prompts,
+                                seeds) if seeds else None
     update, overall = update_sizes(modules)
     evidence = Evidence(difference, update, overall, seconds, *peak_memory())
     save_figure(output_dir / "report" / "update_by_layer.png",
@@ -107,24 +107,24 @@ def report_prompts(config: TrainConfig) -> list[str]:
     return list(dict.fromkeys([config.instance_prompt, *asked]))[:4]
 
 
-def compare_pictures(path: Path, modules: Modules, draw: Draw, prompts: list[str],
-                     seeds: Sequence[int]) -> float:
-    """Draw without the adapter and with it, save both as a grid, and return how far they are apart
-    in grey levels."""
+def compare_images(path: Path, modules: Modules, generate: Generate, prompts: list[str],
+                   seeds: Sequence[int]) -> float:
+    """Generate without the adapter and with it, save both as a grid, and return how far they are
+    apart in grey levels."""
     from dbcore.utils.grids import save_grid
 
-    on, off = draw_on_and_off(modules, draw, prompts, seeds)
-    rows = [pictures for pair in zip(off, on) for pictures in pair]
+    on, off = generate_on_and_off(modules, generate, prompts, seeds)
+    rows = [images for pair in zip(off, on) for images in pair]
     labels = [f"{prompt}, {state}" for prompt in prompts for state in ("before", "after")]
     save_grid(path, rows, labels, [f"seed {seed}" for seed in seeds])
     return pixel_difference(on, off)
 
 
-def draw_on_and_off(modules: Modules, draw: Draw, prompts: list[str],
-                    seeds: Sequence[int]) -> tuple[Rows, Rows]:
+def generate_on_and_off(modules: Modules, generate: Generate, prompts: list[str],
+                        seeds: Sequence[int]) -> tuple[Rows, Rows]:
     """Two lists (adapter on, adapter off) of one list of PIL images a prompt, one image a seed."""
     def rows():
-        return [draw([prompt] * len(seeds), list(seeds)) for prompt in prompts]
+        return [generate([prompt] * len(seeds), list(seeds)) for prompt in prompts]
 
     on = rows()
     with adapters_off(modules):
@@ -240,11 +240,11 @@ def model_card(config: TrainConfig, output_dir: Path, evidence: Evidence,
     """The text of README.md: front matter for the hub, then what was learned, how, from what."""
     base = base_facts(config.pretrained_model_name_or_path, config.revision)
     name = shown(config.pretrained_model_name_or_path)
-    pictures = ["![before and after](report/on_off.png)"] if config.num_report_images else []
+    images = ["![before and after](report/on_off.png)"] if config.num_report_images else []
     sections = [
         f"# {config.instance_prompt}: a LoRA for {Path(name).name}",
         "Trained with DreamBooth and LoRA by dbcore.",
-        "## Did it learn?", evidence.verdict(), *pictures, learned(evidence),
+        "## Did it learn?", evidence.verdict(), *images, learned(evidence),
         "![loss](report/loss_by_timestep.png)", "![update](report/update_by_layer.png)",
         "## On the way", validation_links(output_dir),
         "## Use it", usage(name, config.instance_prompt),
@@ -294,11 +294,11 @@ def learned(evidence: Evidence) -> str:
 
 
 def validation_links(output_dir: Path) -> str:
-    """A link a validation picture grid, in order of steps."""
+    """A link a validation image grid, in order of steps."""
     found = sorted(Path(output_dir).glob("validation/step-*/*grid*.png"))
     links = [f"[{path.parent.name.removeprefix('step-').lstrip('0') or '0'}]"
              f"({path.relative_to(output_dir).as_posix()})" for path in found]
-    return ("Validation pictures after step " + ", ".join(links) if links
+    return ("Validation images after step " + ", ".join(links) if links
             else "No validation was asked for.")
 
 

@@ -1,4 +1,4 @@
-"""Pictures from a base and any number of LoRAs, and the grid they are looked at in."""
+"""Images from a base and any number of LoRAs, and the grid they are looked at in."""
 
 import dataclasses
 import io
@@ -35,13 +35,13 @@ def generate(config: GenerateConfig, base: Family | None = None) -> list[list[Im
         encode = encode_ahead(base, config) if base.low_vram else None
         add_loras(base, config)
     seeds = [config.seed + k for k in range(config.num_images)]
-    pictures = base.generate(
+    images = base.generate(
         [prompt for prompt in config.prompt for _ in seeds], seeds * len(config.prompt),
         num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
         negative_prompt=config.negative_prompt, resolution=config.resolution,
         scheduler=config.scheduler, batch_size=config.batch_size, encode=encode,
         guidance_interval=config.guidance_interval, lora_interval=config.lora_interval)
-    return [pictures[first:first + len(seeds)] for first in range(0, len(pictures), len(seeds))]
+    return [images[first:first + len(seeds)] for first in range(0, len(images), len(seeds))]
 
 
 def check_prompts(config: GenerateConfig, base: Family) -> None:
@@ -113,7 +113,7 @@ def encode_ahead(base: Family, config: GenerateConfig) -> Callable | None:
 def generate_and_save(config: GenerateConfig) -> Path:
     """`generate`, then PNG files and a grid in `output_dir`, which is returned.
 
-    Where other pictures have the names already, as of another LoRA or scale, all of these get a
+    Where other images have the names already, as of another LoRA or scale, all of these get a
     number. Raises FileError where the folder cannot be written to.
     """
     folder = Path(config.output_dir)
@@ -126,7 +126,7 @@ def generate_and_save(config: GenerateConfig) -> Path:
     files["grid.png"] = figure_png(image_grid(rows, config.prompt,
                                               [f"seed {seed}" for seed in seeds]))
     if mark := write_beside(folder, files):
-        print(f"Other pictures have these names already: the new ones end in {mark}.")
+        print(f"Other images have these names already: the new ones end in {mark}.")
     return folder
 
 

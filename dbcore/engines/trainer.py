@@ -62,7 +62,7 @@ def train(config: TrainConfig, callback: Callable[[dict[str, Any]], Any] | None 
     """Teach the base a subject as `config` (TrainConfig) says; returns the path of the LoRA file.
 
     `callback`: called after each step with {"step", "steps", "loss", "lr", "seconds"}, and after a
-    validation with {"step", "pictures": {prompt: [PIL images]}, "seconds"}. `should_stop()`: True
+    validation with {"step", "images": {prompt: [PIL images]}, "seconds"}. `should_stop()`: True
     ends the run after the step. Raises ConfigError (also for data), CheckpointError, Interrupted
     after Ctrl-C, SIGTERM or `should_stop`, Diverged when the loss is no longer a number, and
     MemoryFull.

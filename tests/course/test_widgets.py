@@ -260,7 +260,7 @@ def trainer(dashboard, steps, begun=None, gate=None):
                 gate.wait(5)
             if dashboard.should_stop():
                 return step
-        dashboard.update({"step": steps, "pictures": {"a dog": [swatch(200)]}})
+        dashboard.update({"step": steps, "images": {"a dog": [swatch(200)]}})
         return steps
     return train
 

@@ -64,7 +64,7 @@ def test_prompt_fidelity_compares_each_picture_with_its_own_prompt(encoder):
     assert evaluate.prompt_fidelity(pictures, ["a blue dog", "a red dog"],
                                     encoder) == pytest.approx(0, abs=1e-6)
     assert evaluate.prompt_fidelity(pictures, "a red dog", encoder) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="3 prompts for 2 pictures"):
+    with pytest.raises(ValueError, match="3 prompts for 2 images"):
         evaluate.prompt_fidelity(pictures, ["red"] * 3, encoder)
 
 
@@ -110,9 +110,9 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 def test_an_encoder_of_pictures_alone_refuses_text_and_none_takes_nothing(encoder):
     blind = evaluate.Encoder("eyes", mean_colour)
-    with pytest.raises(ValueError, match="eyes reads pictures and no text"):
+    with pytest.raises(ValueError, match="eyes reads images and no text"):
         blind.texts(["red"])
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         encoder.images([])
 
 
@@ -169,7 +169,7 @@ def test_a_vit_gives_its_cls_vector_and_reads_no_text(tmp_path):
         truth = model(torch.full((1, 3, 16, 16), 2.0)).last_hidden_state[:, 0]
     vector = encoder.images([Image.new("RGB", (40, 16), (255, 255, 255))])  # a wide one is cropped
     assert torch.allclose(vector, truth / truth.norm(), atol=1e-5)
-    with pytest.raises(ValueError, match="reads pictures and no text"):
+    with pytest.raises(ValueError, match="reads images and no text"):
         encoder.texts(["dog"])
 
 

@@ -15,4 +15,4 @@ def test_the_shipped_base_learns_a_subject_so_that_it_is_seen(tmp_path):
         instance_prompt="a photo of sks dog", max_train_steps=60, report_to="none",
         output_dir=tmp_path / "run"))
     card = (path.parent / "README.md").read_text(encoding="utf-8")
-    assert "Yes, it changed the pictures" in card
+    assert "Yes, it changed the images" in card
