@@ -241,7 +241,7 @@ def test_pictures_that_stay_blank_stop_the_run(base, config, monkeypatch):
     monkeypatch.setattr(base, "generate",
                         lambda prompts, seeds, **more: [Image.new("RGB", (32, 32), "grey")]
                         * len(seeds))
-    with pytest.raises(ConfigError, match=r"came out blank 3 times.*--prior_generation_precision no"):
+    with pytest.raises(ConfigError, match=r"came out blank 3 times.*--prior_generation_precision"):
         class_images(base, config)
 
 
