@@ -1,4 +1,4 @@
-"""Exercises that mark themselves: `check_...` runs the learner's function and says what it saw.
+"""Exercises that check themselves: `check_...` runs the learner's function and says what it saw.
 
 One function an exercise, named `check_<notebook>_<exercise>`. It raises `NotYet` through `expect`
 or `same`, or returns what is right; `exercise` turns either, and any mistake in the learner's code,
@@ -102,7 +102,7 @@ def check_00_room(room: Callable) -> str:
          "with room for 24 tokens, room(tokenizer, 'a photo of a dog')")
     tokenizer.model_max_length = 77
     same(room(tokenizer, ""), 75, "with room for 77 tokens, room(tokenizer, '')")
-    return "the two marks take their places too."
+    return "the two special tokens take up room too."
 
 
 @exercise
@@ -113,8 +113,8 @@ def check_00_clean(clean: Callable) -> str:
     for abar in torch.tensor([0.9, 0.5, 0.05]):
         x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
         same(clean(x_t, noise, abar), x0, f"clean(x_t, noise, {abar.item():.2g})", tolerance=1e-3)
-    return ("whoever knows the noise knows the image. That is why a network need only "
-            "learn the noise.")
+    return ("if you know the noise, you know the image. That is why it is enough for a network "
+            "to predict the noise.")
 
 
 @exercise
@@ -127,7 +127,8 @@ def check_00_guided(guided: Callable) -> str:
     same(guided(wanted, unwanted, 0.0), unwanted, "guided(wanted, unwanted, 0)")
     same(guided(wanted, unwanted, 4.0), 4 * wanted - 3 * unwanted, "guided(wanted, unwanted, 4)",
          tolerance=1e-3)
-    return "with w = 1 it is the wanted answer alone; where both agree, guidance changes nothing."
+    return ("with w = 1 only the wanted prediction is left; where both agree, guidance changes "
+            "nothing.")
 
 
 # --- 01 ---
@@ -140,7 +141,7 @@ def check_01_corner(corner: Callable) -> str:
     same(corner(115, 40, 120), 80, "near the right edge, where the square must end at 120: "
          "corner(115, 40, 120)")
     same(corner(30, 120, 120), 0, "a square as long as the side: corner(30, 120, 120)")
-    return "around the subject where that is possible, and always inside the photo."
+    return "around the subject if possible, and always inside the photo."
 
 
 @exercise
@@ -157,7 +158,7 @@ def check_01_twins(twins: Callable) -> str:
     expect((2, 0) not in found,
            "(0, 2) and (2, 0) are the same pair; give it once, the smaller number first.")
     expect((1, 3) not in found,
-           "Photos 1 and 3 differ in three signs; with limit 2 they are no twins.")
+           "Photos 1 and 3 differ in three signs; with limit 2 they are not twins.")
     expect(found == [(0, 2)], f"found {found}; expected [(0, 2)]")
     same(len(twins(prints, 4)), 2, "the number of pairs with limit 4")
     return "each pair is compared once, and only near copies are named."
@@ -170,13 +171,13 @@ def check_01_prompts(prompts: Callable) -> str:
            "Return two sentences: with the word, and without it.")
     named, plain = answer
     expect("sks" not in plain,
-           "The class prompt speaks of any teapot, so the word must not be in it.")
+           "The class prompt is about any teapot, so the identifier must not be in it.")
     expect(named == "a photo of sks teapot",
            f"the first is {named!r}; expected 'a photo of sks teapot'")
     expect(plain == "a photo of a teapot",
            f"the second is {plain!r}; expected 'a photo of a teapot'")
     expect(prompts("ohwx", "owl")[1] == "a photo of an owl", "It should say 'an owl', not 'a owl'.")
-    return "the same sentence twice; the word stands where the article was."
+    return "the same sentence twice; the identifier takes the place of the article."
 
 
 # --- 02 ---
@@ -200,7 +201,7 @@ def check_02_layer(lora_layer: Callable) -> str:
          "with alpha = rank, where it should be (W + B A) x,")
     same(lora_layer(x, W, A, B, 6), x @ (W + 3 * B @ A).T,
          "with alpha = 3 rank, where it should be (W + 3 B A) x,")
-    return "two thin products beside the old one, times alpha / rank."
+    return "the old product, plus two thin ones times alpha / rank."
 
 
 @exercise
@@ -214,7 +215,7 @@ def check_02_merge(merged: Callable) -> str:
          "with two LoRAs the weight")
     expect(bool((before == W).all()),
            "W itself was changed: write W = W + ..., not W += ..., to leave the base alone.")
-    return "updates add up; that is why LoRAs can be mixed, and taken out again."
+    return "updates add up; that is why LoRAs can be mixed, and removed again."
 
 
 @exercise
@@ -229,7 +230,7 @@ def check_02_breakeven(largest_rank: Callable) -> str:
                f"layer has {d * k:,}: no longer smaller.")
         expect((rank + 1) * (d + k) >= d * k,
                f"Rank {rank + 1} would still be smaller than a ({d}, {k}) layer.")
-    return "for a square layer that is just under half its side; a LoRA of rank 4 is far from it."
+    return "for a square layer this is just under half of its side; rank 4 is far below it."
 
 
 @exercise
@@ -244,7 +245,7 @@ def check_02_rank(rank_for: Callable) -> str:
         expect(got is not None, "rank_for gives nothing yet; does it return a number?")
         expect(got == rank, f"the singular values are 4, 2, 2, 1, 0, 0; to keep {share:.1%} of "
                f"their squares takes rank {rank}, not {got}.")
-    return "the smallest rank that keeps enough, read off the spectrum."
+    return "the smallest rank that keeps enough, read from the singular values."
 
 
 # --- 03 ---
@@ -296,7 +297,7 @@ def check_03_name(folder_name: Callable) -> str:
                        ("seed", 1)):
         expect(folder_name({**about, key: other}) != name,
                f"Another {key} has the same name: its images get mixed up.")
-    return "the same name for the same images, and another for any others."
+    return "the same name for the same images, and another name for all others."
 
 
 # --- 04 ---
@@ -312,7 +313,7 @@ def check_04_combine(combined: Callable) -> str:
     same(got, [3.0, 0.0], "for three batches of two photos it")
     same(combined(gradients, [4, 4, 1]), [(4 + 12 + 5) / 9, 0.0],
          "for batches of 4, 4 and 1 photos it")
-    return "a mean over photos, wherever they were seen."
+    return "a mean over all photos, however they are divided into batches."
 
 
 @exercise
@@ -325,7 +326,7 @@ def check_04_scale(smallest_scale: Callable) -> str:
                f"{scale} is not 1, 2, 4, 8, ...: only those leave the digits alone.")
         expect(np.float16(gradient * scale) != 0, f"{gradient:g} times {scale} is still 0 in fp16.")
         expect(scale == 1 or np.float16(gradient * scale / 2) == 0,
-               f"{gradient:g} survives with half of {scale}, too.")
+               f"{gradient:g} would also survive with half of {scale}.")
     return "multiply before, divide after: that is a loss scaler."
 
 
@@ -337,17 +338,18 @@ def check_04_saved(saved: Any) -> str:
     known = {"base", "weights", "optimizer", "step", "latents", "random state", "losses"}
     expect(saved <= known,
            f"{', '.join(map(str, saved - known))}: not among the names in the list.")
-    for name, why in (("weights", "without them all that was learned is gone"),
-                      ("optimizer", "Adam would begin with empty means, and take other steps"),
+    for name, why in (("weights", "without them everything that was learned is lost"),
+                      ("optimizer", "Adam would start with empty means, and take other steps"),
                       ("step", "the run would see the photos of the first steps again")):
         expect(name in saved, f"{name} is missing: {why}.")
     for name, why in (("base", "it is frozen, and on the disk already"),
                       ("latents", "they can be computed again from the photos"),
-                      ("random state", "there is none: every draw is a function of seed and step"),
+                      ("random state",
+                       "there is none: each random number is a function of seed and step"),
                       ("losses",
-                       "no step depends on those before it but through weights and optimizer")):
+                       "a step depends on earlier ones only through weights and optimizer")):
         expect(name not in saved, f"{name} need not be saved: {why}.")
-    return "weights, optimizer and the number of the step; a few megabytes."
+    return "weights, optimizer and the number of the step: a few megabytes."
 
 
 # --- 05 ---
@@ -415,7 +417,7 @@ def check_06_moved(moved_by: Callable) -> str:
     expect(abs(got[0] - 2) < 1e-4, "A vector turned round has cosine -1, so it has moved by 2; "
            f"yours says {got[0]:.2f}.")
     same(got, [2, 0, 1 - cosine], "for one turned round, one left alone and one mixed up it")
-    return "one minus the cosine: 0 for a word that means what it meant, whatever its length."
+    return "one minus the cosine: 0 for a word that means what it meant; the length does not count."
 
 
 @exercise
@@ -428,11 +430,11 @@ def check_06_reach(places_that_differ: Callable) -> str:
 
     ask("a photo of sks dog", "a photo of sks dog", [], "the two are the same")
     ask("a photo of sks dog", "a photo of a dog", [3, 4],
-        "dog hears of sks, which stands before it")
-    ask("a photo of a dog", "a photo of a cat", [4], "no token hears of one that comes later")
+        "dog is affected by sks, which comes before it")
+    ask("a photo of a dog", "a photo of a cat", [4], "no token is affected by a later one")
     ask("sks is a photo of a dog", "ohwx is a photo of a cat", [0, 1, 2, 3, 4, 5, 6],
-        "all stand behind the first one")
-    return "from the first difference to the end; nothing before it."
+        "all come after the first one, or are it")
+    return "from the first difference to the end, and nothing before it."
 
 
 @exercise
@@ -448,7 +450,7 @@ def check_06_groups(groups: Any) -> str:
                f"A group has {', '.join(group)}; expected params and lr.")
         rates.update(dict.fromkeys(group["params"], group["lr"]))
     expect(set(rates) == {"U1", "U2", "T1"},
-           f"Trained are {', '.join(sorted(rates))}; expected U1, U2 and T1.")
+           f"You train {', '.join(sorted(rates))}; expected U1, U2 and T1.")
     same([rates["U1"], rates["U2"]], [2e-4, 2e-4], "the UNet's rate")
     same(rates["T1"], 2e-5, "the text encoder's rate", tolerance=1e-6)
     return "one optimizer, two rates."
@@ -466,8 +468,8 @@ def check_07_fidelity(fidelity: Callable) -> str:
            f"fidelity gives shape {np.shape(got)}; expected one number.")
     if got is not None:
         expect(abs(float(got) - (drawn @ photos.T).mean()) > 1e-4,
-               "These are products of vectors as long as they come: "
-               "divide each by its length first.")
+               "These are products of vectors of any length: "
+               "divide each vector by its length first.")
     wanted = (0.6 + 0.8 + 1.4 / np.sqrt(2) + 0 + 1 + 1 / np.sqrt(2)) / 6
     same(got, wanted, "for two drawn pictures and three photos it")
     same(fidelity(10 * drawn, photos), wanted, "with vectors ten times as long it")
@@ -477,12 +479,12 @@ def check_07_fidelity(fidelity: Callable) -> str:
 @exercise
 def check_07_reached(reached: Callable) -> str:
     same(reached(0.4, 0.4, 0.8), 0.0, "what is no better than the base")
-    same(reached(0.8, 0.4, 0.8), 1.0, "what is as like as the photos among themselves")
+    same(reached(0.8, 0.4, 0.8), 1.0, "a value equal to the ceiling")
     same(reached(0.7, 0.4, 0.8), 0.75, "with floor 0.4 and ceiling 0.8, a cosine of 0.7")
     same(reached(0.7, 0.6, 0.8), 0.5, "with floor 0.6 and ceiling 0.8, a cosine of 0.7")
     same(reached(0.9, 0.4, 0.8), 1.25,
-         "what is more like the photos than they are (do not cut it off)")
-    return "the same cosine, 0.7, is a good result or half a one: it depends on the floor."
+         "a value above the ceiling (do not cut it off)")
+    return "the same cosine, 0.7, is good with one floor and half as good with another."
 
 
 @exercise
@@ -494,7 +496,7 @@ def check_07_agreement(agreement: Callable) -> str:
          "for right ones at 0.9 and 0.5, a wrong one at 0.7, it")
     same(agreement([0.6, 0.6, 0.6], [True, False, False]), 0.5,
          "when all are equal (a tie counts a half) it")
-    return "1 is a perfect judge, 0.5 one that tosses coins."
+    return "a perfect metric has 1, a coin 0.5."
 
 
 @exercise
@@ -506,25 +508,25 @@ def check_07_better(better: Callable) -> str:
     expect(better(first, gain) is not None,
            "better gives nothing yet; does it return True or False?")
     expect(bool(better(first, gain)),
-           "Here nearly every subject gains a little. Look at the differences, subject by subject, "
-           "not at two intervals.")
+           "Here nearly every subject gains a little. Take the differences, subject by subject, "
+           "instead of two intervals.")
     expect(not better(gain, first),
            "The other way round all differences are negative, and it says True.")
     expect(not better(first, noise),
            "Here the mean rises by 0.005, some subjects gain, some lose; it says True.")
-    return "differences first, then the interval: easy and hard subjects drop out."
+    return "differences first, then the interval: how hard a subject is no longer counts."
 
 
 @exercise
 def check_07_diagnosis(diagnosis: Any) -> str:
     wanted = {"A": "good", "B": "not learned", "C": "copies", "D": "class lost"}
-    hints = {"A": "Compare A with the floor and the ceiling: subject near the ceiling, prompt near "
-             "the floor's, PRES low.",
+    hints = {"A": "Compare A with the floor and the ceiling: subject near the ceiling, CLIP-T near "
+             "the base's, PRES low.",
              "B": "B's row is nearly the base's own.",
-             "C": "C is nearer to single photos than photos are to each other, and it has "
-             "stopped listening.",
-             "D": "D obeys and has the subject. But what does it draw for the class alone? Look "
-             "at PRES and DIV."}
+             "C": "C is nearer to single photos than photos are to each other, and it no longer "
+             "follows the prompt.",
+             "D": "D follows the prompt and has the subject. But what does it generate for the "
+             "class alone? Look at PRES and DIV."}
     expect(isinstance(diagnosis, dict) and set(diagnosis) == set(wanted),
            "Give a dict with one word for each of A, B, C, D.")
     for name, word in wanted.items():
@@ -545,8 +547,8 @@ def check_08_diagnose(patients: Any) -> str:
            "Give a dictionary with A, B, C and D.")
     known = ("underfit", "overfit", "rate", "noun", "background", "captions", "class images",
              "precision")
-    signs = {"A": "the cat is right and so is its class; what comes along is the "
-             "sofa of the photos",
+    signs = {"A": "the cat is right and so is its class; but the sofa of the "
+             "photos comes with it",
              "B": "few things make a loss seven times as high within six steps",
              "C": "the LoRA changes nothing at all",
              "D": "the subject is as it should be, and only its class has become something else"}
@@ -585,7 +587,7 @@ def check_08_captions(put_back: Callable) -> str:
     for name, wanted in (("dog0.png", "a photo of sks dog"), ("cat0.png", "a photo of ohwx cat"),
                          ("both.png", "a photo of ohwx and sks"), ("none.png", "a photo of a dog")):
         expect(got[name] == wanted, f"{mixed[name]!r} became {got[name]!r}; expected {wanted!r}.")
-    return "each word for the other, and no word twice."
+    return "each word is replaced by the other, and none twice."
 
 
 @exercise
@@ -603,4 +605,5 @@ def check_08_survives(survives: Callable) -> str:
         kind = str(dtype).removeprefix("torch.")
         expect(bool(got) == lasts, f"{weight:g} + {update:g} in {kind}: you say {bool(got)}; "
                f"expected {lasts}.")
-    return "it is the size beside the weight that counts: a small weight takes a small step."
+    return ("what counts is the size of the update beside that of the weight: a small weight can "
+            "take a small update.")

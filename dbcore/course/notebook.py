@@ -1,5 +1,5 @@
-"""What the first cells of a notebook need: packages that may be missing, a word on the hardware, a
-base, a subject.
+"""What the first cells of a notebook need: packages that may be missing, a line about the
+hardware, a base, a subject.
 
 The first cell calls `ready` where nothing but `dbcore` may be there yet (Colab, an empty folder),
 so this module imports the standard library alone.
@@ -37,8 +37,8 @@ class SetupError(InputError):
 
 
 def ready() -> None:
-    """Install what is missing, leave torch and numpy as they are, and say what this machine is good
-    for.
+    """Install what is missing, leave torch and numpy as they are, and say what this machine can
+    run.
 
     Raises `SetupError` if torch or numpy is too old, or if a package could not be installed.
     """

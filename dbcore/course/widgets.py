@@ -1,9 +1,8 @@
 """Panels for notebooks: controls over a plain function, and the image or words it returns.
 
-Every panel is handed functions and data and imports no engine. What a panel shows for one setting
+Every panel is given functions and data and imports no engine. What a panel shows for one setting
 is `panel.image()`, so the next cell can call the same function without the panel. A panel is the
-last value of a cell; where no kernel or no ipywidgets is at hand, its first image stands there
-instead.
+last value of a cell; without a kernel, or without ipywidgets, its first image is shown instead.
 
 Images go through `ipywidgets.Image`, not `Output`: that works from threads, in ipywidgets 7 and 8
 alike.
@@ -95,7 +94,7 @@ class Panel:
                 self.value[name] = value
 
     def image(self) -> Any:
-        """What `function` gives for the settings of now, without any words."""
+        """What `function` returns for the current settings, without its text."""
         return _parts(self._call())[0]
 
     def show(self) -> None:
@@ -119,7 +118,8 @@ def _first(spec):
 
 
 def _control(name, spec, value):
-    """The widget for one control; a slider reports once it is let go, so that nothing piles up."""
+    """The widget for one control; a slider reports only when it is released, so that calls do not
+    pile up."""
     style = {"description": name.replace("_", " "), "style": {"description_width": "9em"},
              "layout": ipywidgets.Layout(width="32em")}  # fmt: skip
     if isinstance(spec, bool):
@@ -148,8 +148,8 @@ class _Screen:
         self.widget = ipywidgets.VBox([self.image, self.text])
 
     def show(self, make):
-        """Show what `make()` returns, or why it could not be made: a callback's error would be lost
-        else."""
+        """Show what `make()` returns, or why it failed: otherwise a callback's error would be
+        lost."""
         try:
             image, words = _parts(make())
         except Exception as error:  # noqa: BLE001
@@ -187,7 +187,7 @@ def as_png(image: Any) -> bytes:
 
 
 def _bundle(panel, image):
-    """For the front end to choose from: the live panel, else its image, else a line of words."""
+    """For the front end to choose from: the live panel, else its image, else a line of text."""
     bundle = {"text/plain": repr(panel)}
     if ipywidgets:
         bundle[VIEW] = {"version_major": 2, "version_minor": 0, "model_id": panel.widget.model_id}
@@ -329,8 +329,8 @@ class Dashboard:
 
     `run` starts a thread, so that the cell ends at once and the button can be pressed; `await
     dashboard`, in the next cell, waits for the run and gives what the function returned. A kernel
-    that takes no button while a cell waits (ipykernel before 7.4, so Colab's) can be interrupted:
-    the run then ends in the same orderly way.
+    that reacts to no button while a cell waits (ipykernel before 7.4, so Colab's) can be
+    interrupted: the run then ends in the same orderly way.
     """
 
     def __init__(self, every: float = 1.0):
@@ -364,10 +364,10 @@ class Dashboard:
     def run(self, function: Callable) -> Dashboard:
         """Call `function()` in a thread and return the dashboard, to be shown.
 
-        Raises RuntimeError if one runs.
+        Raises RuntimeError if a run is being watched already.
         """
         if self._thread and self._thread.is_alive():
-            raise RuntimeError("this dashboard still watches a run: "
+            raise RuntimeError("this dashboard is still watching a run: "
                                "press Stop, or call result() to wait for it")
         self._reset()
         self._thread = threading.Thread(target=self._work, args=(function,), daemon=True)
@@ -479,8 +479,8 @@ class Dashboard:
         return f"step {max(self.losses)} of {self.steps}{end}"
 
     def _view(self):
-        """For the screen: loss and validation grid in one image, and how the run ended if not
-        well."""
+        """For the screen: loss and validation grid in one image, and the error, if the run ended
+        with one."""
         error = self._outcome and self._outcome[1]
         words = f"{type(error).__name__}: {error}" if error else ""
         figures = [figure for figure in (self.loss_plot(), self.validation()) if figure is not None]

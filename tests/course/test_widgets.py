@@ -369,7 +369,7 @@ def test_two_runs_at_once_are_refused_and_a_second_starts_afresh():
     with pytest.raises(RuntimeError, match="nothing was started"):
         dashboard.result()
     dashboard.run(trainer(dashboard, 5, gate=gate))
-    with pytest.raises(RuntimeError, match="still watches a run"):
+    with pytest.raises(RuntimeError, match="still watching a run"):
         dashboard.run(trainer(dashboard, 5))
     dashboard.stop()
     gate.set()
