@@ -88,6 +88,13 @@ class TrainConfig:
         ("nearest", "bilinear", "bicubic", "lanczos"))
     use_masks: bool = option(
         True, "learn only what dog.mask.png leaves white, where a photo has one")
+    caption_dropout: float = option(
+        0.0, "share of the photos that are shown without words for a step, so that the empty "
+        "prompt of classifier-free guidance learns the subject too (arXiv 2207.12598)",
+        low=0, high=1)
+    shuffle_tags: bool = option(
+        False, "a new order of a photo's comma-separated tags at each step, the first of them kept "
+        "(kohya's shuffle_caption), so that none is tied to its place; each order is encoded ahead")
     # Prior preservation
     with_prior_preservation: bool = option(
         False, "also learn from images of the class, so that it stays as it is")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from dbcore.datasets.photos import Photo, PhotoError, crop_to_square, shown, square_box
-from dbcore.datasets.prompts import without_identifier
+from dbcore.datasets.prompts import shuffle_tags, without_identifier
 from dbcore.datasets.store import TensorStore
 from dbcore.utils.devices import to_device
 from dbcore.utils.seeding import integer, normal, permutation, uniform
@@ -88,6 +88,12 @@ class DreamBoothData:
             rows += [replace(row, prompt=self._class_words(row.prompt)) for row in rows]
         return rows
 
+    def _words(self, photo, step, number):
+        c, text = self.config, photo.caption or self.config.instance_prompt
+        if uniform(c.seed, "caption dropout", step, number) < c.caption_dropout:
+            return ""
+        return shuffle_tags(text, c.seed, step, number) if c.shuffle_tags else text
+
     def _class_words(self, prompt):
         return without_identifier(prompt, self.config.instance_prompt,
                                   str(self.config.class_prompt))
@@ -101,17 +107,8 @@ class DreamBoothData:
         crop = 0.5 if self.config.center_crop or square else (
             integer(CROPS, seed, f"{stream} crop", step, number) / (CROPS - 1))
         mirrored = self.config.random_flip and integer(2, seed, f"{stream} flip", step, number) == 1
-        prompt = (self.config.class_prompt if is_class else photo.caption
-                  or self.config.instance_prompt)
+        prompt = self.config.class_prompt if is_class else self._words(photo, step, number)
         return Sample(photo, prompt, crop, mirrored, number, is_class)
-
-    def prompts(self) -> list[str]:
-        """Every text that a run can meet."""
-        own = [photo.caption or self.config.instance_prompt for photo in self.photos]
-        of_class = [str(self.config.class_prompt)] if self.class_photos else []
-        if self.config.prior_prediction:
-            of_class = [self._class_words(prompt) for prompt in own]
-        return list(dict.fromkeys(own + of_class))
 
     def encode(self, base: Family, samples: Iterable[Sample]) -> None:
         """Latents of each new view among `samples`, into the store.

@@ -212,16 +212,14 @@ class Run:
 
         Then the encoders that are needed no more are let go.
         """
-        c = self.config
+        c, steps = self.config, range(start, self.config.max_train_steps)
         if c.pre_compute_text_embeddings and not c.train_text_encoder:
-            prompts = [*self.data.prompts(), *c.validation_prompt, *report_prompts(c), ""]
-            self.prompts.add(prompts)
+            met = (sample.prompt for step in steps for sample in self.all_samples(step))
+            self.prompts.add([*met, *c.validation_prompt, *report_prompts(c), ""])
             self.base.release("text_encoders")
         if c.cache_latents:
-            steps = range(start, c.max_train_steps)
             for step in progress(steps, self.is_main, desc="encoding photos"):
-                for micro in range(c.gradient_accumulation_steps):
-                    self.data.encode(self.base, self.samples(step, micro))
+                self.data.encode(self.base, self.all_samples(step))
             if not c.validation_prompt:
                 self.base.release("autoencoder")
 
@@ -283,6 +281,11 @@ class Run:
     def samples(self, step: int, micro: int) -> list[Sample]:
         """This process's samples of one batch."""
         return self.data.samples(step, micro, self.rank, self.world)
+
+    def all_samples(self, step: int) -> list[Sample]:
+        """This process's samples of all batches of a step."""
+        batches = range(self.config.gradient_accumulation_steps)
+        return [sample for micro in batches for sample in self.samples(step, micro)]
 
     def encode(self, prompts: list[str], step: int) -> dict[str, torch.Tensor]:
         """Embeddings of a batch; with gradients while the text encoder is being trained."""

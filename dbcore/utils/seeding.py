@@ -45,6 +45,6 @@ def uniform(seed: int, stream: str, step: int = 0, sample: int = 0) -> float:
     return (first + (rest % 2**32 + 0.5) / 2**32) / 1000
 
 
-def permutation(count: int, seed: int, stream: str, epoch: int = 0) -> list[int]:
+def permutation(count: int, seed: int, stream: str, step: int = 0, sample: int = 0) -> list[int]:
     """A list: 0 .. count - 1 in random order."""
-    return np.random.default_rng(key(seed, stream, epoch)).permutation(count).tolist()
+    return np.random.default_rng(key(seed, stream, step, sample)).permutation(count).tolist()

@@ -169,7 +169,40 @@ def test_a_photos_caption_wins_over_the_prompt(photos):
                         **dict.fromkeys("023", "a photo of sks dog")}
     assert {s.prompt for step in range(4) for s in data.samples(step)
             if s.is_class} == {"a photo of a dog"}
-    assert sorted(data.prompts()) == sorted({*by_photo.values(), "a photo of a dog"})
+
+
+def test_words_are_dropped_as_often_as_asked_and_never_the_classs(photos):
+    data = DreamBoothData(config(caption_dropout=0.3), photos, photos)
+    samples = [s for step in range(400) for s in data.samples(step)]
+    own = [s.prompt for s in samples if not s.is_class]
+    assert 0.25 < np.mean([prompt == "" for prompt in own]) < 0.35
+    assert {s.prompt for s in samples if s.is_class} == {"a photo of a dog"}
+    all_dropped = DreamBoothData(config(caption_dropout=1), photos)
+    assert {s.prompt for step in range(9) for s in all_dropped.samples(step)} == {""}
+
+
+def test_tags_change_places_but_for_the_first():
+    data = DreamBoothData(config(shuffle_tags=True, instance_prompt="sks dog, red, old,wet"),
+                          named(2))
+    met = Counter(data.samples(step)[0].prompt for step in range(60))
+    assert len(met) == 6
+    assert {prompt[:9] for prompt in met} == {"sks dog, "}
+    assert {" ".join(sorted(prompt.split(", ")[1:])) for prompt in met} == {"old red wet"}
+
+
+def test_two_processes_say_what_one_says():
+    more = {"shuffle_tags": True, "caption_dropout": 0.5, "prior_prediction": True,
+            "instance_prompt": "sks dog, red, old, wet"}
+    pair = DreamBoothData(config(**more), named(3))
+    one = DreamBoothData(config(**more, train_batch_size=2), named(3))
+    for step in range(8):
+        first, second = (pair.samples(step, rank=rank, world=2) for rank in (0, 1))
+        assert [*first[:1], *second[:1], *first[1:], *second[1:]] == one.samples(step)
+
+
+def test_a_dropped_caption_is_kept_by_the_class_prompt():
+    data = DreamBoothData(config(caption_dropout=1, prior_prediction=True), named(1))
+    assert [s.prompt for s in data.samples(0)] == ["", "a photo of a dog"]
 
 
 def test_crops_and_mirrors_are_drawn_and_can_be_switched_off():

@@ -36,6 +36,8 @@ KINDS = {
     "accumulation": {"train_batch_size": 2, "gradient_accumulation_steps": 2},
     "prior preservation": PRIOR,
     "prior prediction": {"prior_prediction": True, "class_prompt": "a photo of a dog"},
+    "words": {"caption_dropout": 0.5, "shuffle_tags": True, "instance_prompt": "sks dog, red, blue",
+              "train_batch_size": 2},
     "EMA": {"use_ema": True, "ema_decay": 0.5},
     "text encoder": {"train_text_encoder": True, "train_text_encoder_frac": 0.75},
     "dropout": {"lora_dropout": 0.5},

@@ -162,6 +162,10 @@ EFFECTS = {
         # the others mix colours
         colours(Image.open(path)) for path in (w / "photos").glob("?.png")))),
     "use_masks": (False, {}, lambda f, *_: all((batch["mask"] == 1).all() for batch in f.batches)),
+    "caption_dropout": (0.6, {"max_train_steps": 8},
+                        lambda f, *_: prompts(f) == {"a photo of sks dog", ""}),
+    "shuffle_tags": (True, {"instance_prompt": "sks dog, red, blue", "max_train_steps": 8},
+                     lambda f, *_: prompts(f) == {"sks dog, red, blue", "sks dog, blue, red"}),
     "with_prior_preservation": (True, {"num_class_images": 3}, None),
     "prior_prediction": (True, {}, None),
     "prior_loss_weight": (0.5, PRIOR, lambda f, *_: loss_is(f, prior=0.5)),

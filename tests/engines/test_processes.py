@@ -49,7 +49,7 @@ STEPS = 3
 CLASS = {"class_prompt": "a photo of a dog"}
 KINDS = {
     "class images": {**CLASS, "with_prior_preservation": True, "num_class_images": 3},
-    "prior prediction": {**CLASS, "prior_prediction": True},
+    "prior prediction": {**CLASS, "prior_prediction": True, "caption_dropout": 0.3},
 }
 
 
