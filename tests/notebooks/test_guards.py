@@ -67,6 +67,16 @@ def test_the_teachers_page_leads_to_every_notebook():
             and not (NOTEBOOKS / link).exists()] == []
 
 
+@pytest.mark.skipif(not COURSE, reason="there are no notebooks yet")
+def test_the_glossary_names_sections_that_are_there():
+    page = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+) \| .+ \| \[\d\d\]\((.+)\), (.+) \|$", page, re.MULTILINE)
+    titles = {(path.name, title) for path in COURSE for cell in read(path).cells
+              for title in re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)}
+    assert len(rows) > 50
+    assert [row for row in rows if row[1:] not in titles] == []
+
+
 # --- the guards themselves ------------------------------------------------------------------------
 
 
