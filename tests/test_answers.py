@@ -9,7 +9,7 @@ from store_answers import ANSWERS, QUESTIONS, RATE, RESULTS, summary
 
 import dbcore
 from dbcore.models.base import recommended
-from dbcore.toybench.bench import read_way
+from dbcore.toybench.bench import read_setting
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_the_table_has_the_answers_that_were_stored(answers):
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_every_way_to_train_is_one_that_toybench_takes_and_has_its_row(question, answers):
     for name, options in QUESTIONS[question].items():
-        assert read_way(f"{name}={options}")[0] == name
+        assert read_setting(f"{name}={options}")[0] == name
         assert f"--vary {name}=" in answers[question]["command"].replace("'", "").replace('"', "")
     assert all(f" {name} |" in answers[question]["table"] for name in QUESTIONS[question])
 

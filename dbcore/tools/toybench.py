@@ -1,4 +1,4 @@
-"""`dbcore toybench`: ways to train, compared over subjects of which the truth is known."""
+"""`dbcore toybench`: training settings, compared over subjects of which the truth is known."""
 
 from dbcore.toybench.bench import HELP, add_arguments, main
 

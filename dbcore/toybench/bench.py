@@ -1,14 +1,14 @@
-"""`dbcore toybench`: ways to train, compared over thirty subjects of which the truth is known.
+"""`dbcore toybench`: training settings, compared over thirty subjects of which the truth is known.
 
 The subjects are characters of the toy world (data/toybench.json), so what an image shows can be
 held against what was asked: the base's attribute reader tells, and each learned metric is held
-against that truth too. All ways to train get the same subjects, prompts and seeds, and differences
+against that truth too. All settings get the same subjects, prompts and seeds, and differences
 are taken subject by subject. What is done stays in the output folder: a bench that was stopped goes
 on where it was.
 
-A way to train has the options of `train`, and two of the bench's own: --num_photos, how many photos
+A setting has the options of `train`, and two of the bench's own: --num_photos, how many photos
 of the subject it gets, and --full_finetuning, which trains the denoiser's own weights instead of a
-LoRA. Whatever a way was taught with, its images are measured against the same photos.
+LoRA. Whatever a setting was taught with, its images are measured against the same photos.
 """
 
 from __future__ import annotations
@@ -44,26 +44,25 @@ if TYPE_CHECKING:
     from dbcore.toybox.reader import Reader
     from dbcore.toybox.scene import Character
 
-HELP = "compare ways to train over thirty subjects of the toy world, of which the truth is known"
+HELP = "compare training settings over thirty subjects of the toy world, whose truth is known"
 BENCH = dbcore.DATA / "toybench.json"
 FULL, QUICK = (30, 25, 4), (6, 10, 2)  # subjects, prompts, images of each
 DEFAULT = "prior=--with_prior_preservation"
 PATHS = {"pretrained_model_name_or_path", "instance_data_dir", "output_dir",
          "resume_from_checkpoint"}
 OURS = {*PATHS, "seed"}
-# the bench's own options of a way to train
+# the bench's own options of a setting
 NUM_PHOTOS, FULL_FINETUNING = OWN = "num_photos", "full_finetuning"
 LORA_ALONE = ("rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_layers",
-              "train_text_encoder", "prior_prediction",
-              "low_vram")
+              "train_text_encoder", "prior_prediction", "low_vram")
 SUBJECT, PROMPT, PRES = "truth: subject", "truth: prompt", "truth: PRES"
-LABELS = {"floor": "base alone", "ceiling": "photos"}  # beside the names of the ways to train
+LABELS = {"floor": "base alone", "ceiling": "photos"}  # beside the names of the settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vary", action="append", metavar="NAME=OPTIONS",
-                        help="a way to train: a name, and "
-                        "options of train, {class} standing for dog, cat, ..., --num_photos N and "
+                        help="a setting: a name, and options of train, "
+                        "{class} standing for dog, cat, ..., --num_photos N and "
                         "--full_finetuning; give it once for each; the others are compared with "
                         f"the first (without it: '{DEFAULT}')")
     parser.add_argument("--quick", action="store_true",
@@ -85,17 +84,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    ways = dict(map(read_way, args.vary or [DEFAULT]))
-    need(len(ways) == len(args.vary or [DEFAULT]), "--vary: two ways to train have one name")
+    settings = dict(map(read_setting, args.vary or [DEFAULT]))
+    need(len(settings) == len(args.vary or [DEFAULT]), "--vary: two settings have one name")
     subjects, prompts, images = (given if given is not None else usual for given, usual in zip(
         (args.num_subjects, args.num_prompts, args.num_images), QUICK if args.quick else FULL))
-    result = toybench(args.pretrained_model_name_or_path, ways, args.output_dir, subjects, prompts,
-                      images, args.seed, args.batch_size)
+    result = toybench(args.pretrained_model_name_or_path, settings, args.output_dir, subjects,
+                      prompts, images, args.seed, args.batch_size)
     print(result_table(result))
     print(f"\nRuns, images, toybench.json and toybench.md are in {args.output_dir}.")
 
 
-def read_way(text: str) -> tuple[str, dict[str, Any]]:
+def read_setting(text: str) -> tuple[str, dict[str, Any]]:
     """'NAME=OPTIONS' to (name, {option: value}).
 
     Raises ConfigError; a missing value ends the program (argparse).
@@ -127,17 +126,17 @@ def read_way(text: str) -> tuple[str, dict[str, Any]]:
 # --- the bench ------------------------------------------------------------------------------------
 
 
-def toybench(base: str | Path, ways: dict[str, dict[str, Any]], output_dir: str | Path,
+def toybench(base: str | Path, settings: dict[str, dict[str, Any]], output_dir: str | Path,
              num_subjects: int | None, num_prompts: int | None, num_images: int, seed: int = 0,
              batch_size: int = 8) -> dict[str, Any]:
     """Train, generate and measure what is missing; write toybench.json and .md; returns the result,
     a dict.
 
-    `ways`: {name: options of train, and num_photos}. The result: {"ways", "encoders", "subjects":
-    {name: {column: {measure: value}}}, "mean": {column: {measure: [mean, low, high]}},
-    "differences": {way: the same, less the first way}, "agreement": {measure: [mean, low, high,
-    subjects]}}; a column is "floor", a way, or "ceiling"; intervals are over subjects, 95 %. Raises
-    ConfigError.
+    `settings`: {name: options of train, and num_photos}. The result: {"settings", "encoders",
+    "subjects": {name: {column: {measure: value}}}, "mean": {column: {measure: [mean, low, high]}},
+    "differences": {setting: the same, less the first setting}, "agreement": {measure: [mean, low,
+    high, subjects]}}; a column is "floor", a setting, or "ceiling"; intervals are over subjects, 95
+    %. Raises ConfigError.
     """
     from dbcore.engines.evaluate import load_encoders
     from dbcore.models.base import load_base
@@ -154,12 +153,13 @@ def toybench(base: str | Path, ways: dict[str, dict[str, Any]], output_dir: str 
     for k, name in enumerate(names, start=1):
         print(f"{name}, subject {k} of {len(names)}", flush=True)
         one = Case(base, name, bench, work, num_prompts, seed)
-        generated, asked = one.generate(ways, num_images, batch_size), one.ask(one.alone)
+        generated, asked = one.generate(settings, num_images, batch_size), one.ask(one.alone)
         scores[name], agreements[name] = score(one, generated, asked, num_images, encoders)
-    result = {"ways": ways, "encoders": {e.name: e.note for e in encoders}, "prompts": len(asked),
+    result = {"settings": settings, "encoders": {e.name: e.note for e in encoders},
+              "prompts": len(asked),
               "num_images": num_images, "seed": seed, "subjects": scores,
               "mean": means(scores, seed),
-              "differences": differences(scores, list(ways), seed),
+              "differences": differences(scores, list(settings), seed),
               "agreement": pool(agreements, seed)}
     write_whole(Path(output_dir) / "toybench.json", json.dumps(result, indent=1) + "\n")
     write_whole(Path(output_dir) / "toybench.md", result_table(result) + "\n")
@@ -198,12 +198,12 @@ class Case:
         return spread(compose(self.phrases, subject.instance_prompt, subject.class_prompt),
                       self.num_prompts)
 
-    def generate(self, ways: dict[str, dict[str, Any]], num_images: int,
+    def generate(self, settings: dict[str, dict[str, Any]], num_images: int,
                  batch_size: int) -> dict[str, list[Image.Image]]:
-        """{"floor" or way: PIL images}, trained and generated where they are not on the disk; see
-        `generate_all`."""
+        """{"floor" or setting: PIL images}, trained and generated where they are not on the disk;
+        see `generate_all`."""
         subjects = {"floor": self.alone,
-                    **{way: self.run(options) for way, options in ways.items()}}
+                    **{setting: self.run(options) for setting, options in settings.items()}}
         return {column: generate_all(subject, "adapter" if subject.lora else "floor",
                                      self.ask(subject), self.work,
                                      num_images, self.seed, batch_size)
@@ -301,7 +301,7 @@ def mean(values: Sequence[float]) -> float:
 def agree(generated: dict[str, list[Image.Image]], truths: dict[str, tuple[list[bool], list[bool]]],
           photos: list[Image.Image], asked: Sequence[tuple[str, str]], num_images: int,
           encoders: list[Encoder]) -> dict[str, float | None]:
-    """{measure: agreement} over one subject's images, the base's and every way's; None where
+    """{measure: agreement} over one subject's images, the base's and every setting's; None where
     there is none."""
     from dbcore.engines.evaluate import agreement
 
@@ -323,13 +323,14 @@ def agree(generated: dict[str, list[Image.Image]], truths: dict[str, tuple[list[
 # --- over subjects --------------------------------------------------------------------------------
 
 
-def differences(scores: dict[str, Any], ways: list[str],
+def differences(scores: dict[str, Any], settings: list[str],
                 seed: int) -> dict[str, dict[str, list[float] | None]]:
-    """{way: {measure: [mean, low, high]}}: what a way adds to the first, subject by subject."""
-    first = ways[0]
-    apart = {name: {way: {measure: columns[way][measure] - columns[first][measure]
-                          for measure in columns[way]}
-                    for way in ways[1:]} for name, columns in scores.items()}
+    """{setting: {measure: [mean, low, high]}}: what a setting adds to the first, subject by
+    subject."""
+    first = settings[0]
+    apart = {name: {setting: {measure: columns[setting][measure] - columns[first][measure]
+                              for measure in columns[setting]}
+                    for setting in settings[1:]} for name, columns in scores.items()}
     return means(apart, seed)
 
 
@@ -348,15 +349,15 @@ def pool(agreements: dict[str, dict[str, float | None]],
 
 
 def result_table(result: dict[str, Any]) -> str:
-    """Markdown: the measures, the differences from the first way, and the metrics' agreement with
-    the truth."""
-    ways, count = list(result["ways"]), len(result["subjects"])
+    """Markdown: the measures, the differences from the first setting, and the metrics' agreement
+    with the truth."""
+    settings, count = list(result["settings"]), len(result["subjects"])
     size = (f"{count} subject{'s' * (count > 1)} x {result['prompts']} prompts x "
             f"{result['num_images']} pictures")
     lines = [f"{size}; in brackets 95 % intervals over subjects (bootstrap).", "",
              *measure_table(result["mean"])]
-    if len(ways) > 1:
-        lines += ["", f"Difference from {ways[0]}, subject by subject:", "",
+    if len(settings) > 1:
+        lines += ["", f"Difference from {settings[0]}, subject by subject:", "",
                   *measure_table(result["differences"])]
     told = ("the chance that a picture the reader calls right scores above one that it calls wrong "
             "(0.5 is a coin)")

@@ -1,4 +1,4 @@
-"""ToyBench: its definition, what prompts ask for, ways to train, and a whole bench on a tiny
+"""ToyBench: its definition, what prompts ask for, settings, and a whole bench on a tiny
 base."""
 
 import json
@@ -83,16 +83,16 @@ def test_a_colour_that_was_asked_for_is_no_fault_of_the_subject():
     assert shows == [True, False, True, True]
 
 
-# --- ways to train --------------------------------------------------------------------------------
+# --- settings --------------------------------------------------------------------------------
 
 
 def test_a_way_to_train_is_a_name_and_options_of_train():
-    assert toybench.read_way("rank 4=--rank 4 --with_prior_preservation") == (
+    assert toybench.read_setting("rank 4=--rank 4 --with_prior_preservation") == (
         "rank 4", {"rank": "4", "with_prior_preservation": True})
-    assert toybench.read_way("no noun=--instance_prompt 'a photo of sks'") == (
+    assert toybench.read_setting("no noun=--instance_prompt 'a photo of sks'") == (
         "no noun", {"instance_prompt": "a photo of sks"})
-    assert toybench.read_way("plain=") == ("plain", {})
-    assert (toybench.read_way("one photo=--num_photos 1 --rank 4")
+    assert toybench.read_setting("plain=") == ("plain", {})
+    assert (toybench.read_setting("one photo=--num_photos 1 --rank 4")
             == ("one photo", {"num_photos": 1, "rank": "4"}))
 
 
@@ -109,7 +109,7 @@ def test_a_way_to_train_is_a_name_and_options_of_train():
 ])  # fmt: skip
 def test_a_way_that_is_none_is_refused(text, complaint):
     with pytest.raises(ConfigError, match=complaint):
-        toybench.read_way(text)
+        toybench.read_setting(text)
 
 
 def test_a_base_without_a_reader_is_refused_before_anything_is_written(tmp_path):
@@ -241,11 +241,11 @@ def test_full_finetuning_moves_the_unet_itself_over_the_same_photos_and_noise(be
 
 
 def test_full_finetuning_that_is_there_is_not_done_again(bench, monkeypatch):
-    way = "--vary", "full=--max_train_steps 1 --full_finetuning"
-    first = bench(*way)
+    setting = "--vary", "full=--max_train_steps 1 --full_finetuning"
+    first = bench(*setting)
     monkeypatch.setattr(StableDiffusion, "generate", None)
     monkeypatch.setattr(StableDiffusion, "predict", None)
-    assert bench(*way) == first
+    assert bench(*setting) == first
 
 
 def test_full_finetuning_that_is_stopped_does_not_claim_a_checkpoint(bench, monkeypatch, capsys):
