@@ -195,7 +195,9 @@ class TrainConfig:
         False, "keep the frozen UNet in 8 bits, checkpoint gradients, generate images one at a "
         "time: for cards of 4 GB and less")
     allow_tf32: bool = option(False, "faster, coarser float32 products on NVIDIA GPUs since Ampere")
-    compile: bool = option(False, "torch.compile the UNet: minutes of compiling, then faster steps")
+    compile: bool = option(
+        False, "torch.compile the UNet in runs of 1000 steps and more: minutes of compiling, then "
+        "faster steps")
     # Following the run
     validation_prompt: list[str] = option(
         [], "generate these during the run, to see how long to train")

@@ -6,11 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image
 from pipelines import make_tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbcore.engines.callbacks import Result
+from dbcore.models.base import load_base
+from dbcore.models.lora import add_lora, multiply_in_half
+from dbcore.utils.seeding import normal
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -114,3 +118,23 @@ class Copies(TorchDispatchMode):
         if func._schema.name in ("aten::_to_copy", "aten::copy_"):
             self.count += result.device != args[-1 if "copy_" in str(func) else 0].device
         return result
+
+
+def lora_gradients(base, dtype=torch.float32, device="cpu", scale=1.0):
+    """The gradient of a step's loss by all of a LoRA whose B is not 0, as one float32 vector.
+
+    `scale`: of the loss, on its way back, as fp16 needs it.
+    """
+    base = load_base(base, device=device, dtype=dtype)
+    parameters = add_lora(base.denoiser, 4, 4.0)
+    for number, p in enumerate(parameters):
+        p.data = (0.1 * normal(p.shape, number, "weights")[0]).to(device)
+    multiply_in_half(base.denoiser)
+    shape = base.latent_shape(base.resolution)
+    x_t, target = (torch.cat([normal(shape, k, what) for k in (0, 1)]).to(device)
+                   for what in ("latents", "target"))
+    with torch.no_grad():
+        cond = base.encode_text(["a photo of sks dog", "a red car"])
+    prediction = base.predict(x_t, torch.tensor([10, 700], device=device), cond)
+    (scale * (prediction - target).square().mean()).backward()
+    return torch.cat([p.grad.flatten() for p in parameters]).cpu() / scale

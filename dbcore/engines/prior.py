@@ -21,6 +21,7 @@ from PIL import Image
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.datasets.photos import Photo, Problem, find_photos, gather_photos
 from dbcore.datasets.store import PromptCache
+from dbcore.engines.processes import wait_for_all
 from dbcore.models.base import Family, load_base, torch_dtype
 from dbcore.models.replay import replayed
 from dbcore.utils.console import progress
@@ -67,7 +68,7 @@ def make_class_images(base: Family, config: TrainConfig, accelerator: Accelerato
     with replayed(base.denoiser):
         folder = class_images(
             base, config, accelerator.process_index, accelerator.num_processes,
-            accelerator.wait_for_everyone,
+            lambda: wait_for_all(accelerator, "Class images"),
             lambda batches: progress(batches, accelerator.is_main_process, desc="class images"))
     if base.low_vram:
         base.release("denoiser")  # so that it is not there while photos are encoded

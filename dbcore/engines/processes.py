@@ -2,10 +2,17 @@
 
 import os
 import re
+import time
+from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
+from accelerate import Accelerator
 
 from dbcore.config import need
+
+# The first process alone draws validation images and the report; NCCL would wait ten minutes.
+PATIENCE = timedelta(hours=6)
 
 
 def check_launch() -> None:
@@ -29,11 +36,36 @@ def average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None:
     """One sum over the processes: a LoRA's gradients are a few megabytes, no module is wrapped."""
     if world == 1:
         return
-    have = [p for p in parameters if p.grad is not None]
-    flat = torch.cat([p.grad.flatten() for p in have])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     torch.distributed.all_reduce(flat)
-    for p, part in zip(have, flat.div_(world).split([p.numel() for p in have])):
-        p.grad.copy_(part.view_as(p))
+    split_into(gradients, flat.div_(world))
+
+
+@torch.no_grad()
+def share_weights(parameters: list[torch.nn.Parameter], world: int) -> None:
+    """All begin with the first process's numbers, even where another machine draws others."""
+    if world == 1:
+        return
+    flat = torch.cat([p.flatten() for p in parameters])
+    torch.distributed.broadcast(flat, 0)
+    split_into(parameters, flat)
+
+
+def split_into(tensors: Sequence[torch.Tensor], flat: torch.Tensor) -> None:
+    """Copy the numbers of one long vector into tensors, one after the other."""
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def wait_for_all(accelerator: Accelerator, what: str) -> None:
+    """Return when every process is here; the first one says what for, and how long it took."""
+    if accelerator.num_processes == 1:
+        return
+    accelerator.print(f"{what}: this process has made its share, and waits for the others.")
+    began = time.monotonic()
+    accelerator.wait_for_everyone()
+    accelerator.print(f"{what}: all there after {time.monotonic() - began:.0f} s.")
 
 
 def gather(loss: torch.Tensor, t: torch.Tensor, losses: torch.Tensor, batch_size: int,

@@ -12,7 +12,7 @@ from PIL import Image
 from dbcore.config import ConfigError, GenerateConfig, read_run_config
 from dbcore.datasets.prompts import check_fit
 from dbcore.datasets.store import PromptCache
-from dbcore.models.base import Family, best_device, load_base, resolve, torch_dtype
+from dbcore.models.base import Family, best_device, load_base, resolve, torch_dtype, without_bf16
 from dbcore.models.lora import load_lora, set_scale
 from dbcore.models.lora_files import read_adapter
 from dbcore.utils.files import write_beside, writing
@@ -27,7 +27,7 @@ def generate(config: GenerateConfig, base: Family | None = None) -> list[list[Im
     and LoraFileError for what cannot be loaded.
     """
     config.check()
-    config = resolve(with_base(config))
+    config = without_bf16(resolve(with_base(config)))
     check_prompts(config, base or load_base(config.pretrained_model_name_or_path, config.revision))
     encode = None
     if base is None:

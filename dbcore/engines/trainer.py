@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from PIL import Image
 
 from dbcore.config import TrainConfig
@@ -38,12 +38,26 @@ from dbcore.engines.hub import push
 from dbcore.engines.lengths import resolve_lengths, say_too_short
 from dbcore.engines.losses import batch_loss
 from dbcore.engines.prior import gather_class
-from dbcore.engines.processes import agree, average_gradients, check_launch, gather
+from dbcore.engines.processes import (
+    PATIENCE,
+    agree,
+    average_gradients,
+    check_launch,
+    gather,
+    share_weights,
+)
 from dbcore.engines.report import report_prompts
 from dbcore.engines.resume import circumstances, find_resume, is_finished, say_changes
 from dbcore.engines.run_folder import LORA_FILE, complete, held, place, prepare_folder
 from dbcore.engines.trained import PACKAGES, Modules, inject, optional, start_training
-from dbcore.models.base import Family, best_device, load_base, resolve, torch_dtype
+from dbcore.models.base import (
+    Family,
+    best_device,
+    load_base,
+    resolve,
+    torch_dtype,
+    without_bf16,
+)
 from dbcore.models.lora import adapters_off, set_dropout
 from dbcore.models.replay import faster
 from dbcore.utils.console import printable, progress
@@ -55,6 +69,7 @@ from dbcore.utils.signals import Signals
 CHOSEN = ("resolution", "rank", "learning_rate", "lora_layers", "train_batch_size",
           "mixed_precision")  # options that are told before the run
 SYNC_EVERY = 10  # steps between readings of the loss on a GPU, which waits for it each time
+COMPILE_FROM = 1000  # steps that may win back the minute, or minutes, of compiling
 
 
 def train(config: TrainConfig, callback: Callable[[dict[str, Any]], Any] | None = None,
@@ -83,7 +98,7 @@ def check(config: TrainConfig) -> tuple[TrainConfig, Accelerator, list[Photo]]:
     if config.optimizer in PACKAGES:  # now, and not after the class images are made
         optional(PACKAGES[config.optimizer], f"--optimizer {config.optimizer}")
     accelerator = make_accelerator(config)
-    config = resolve(config, accelerator.device)
+    config = without_bf16(resolve(config, accelerator.device), accelerator.device)
     chosen = ", ".join(f"{name} {getattr(config, name)}" for name in CHOSEN)
     accelerator.print(f"Chosen for this base and machine: {chosen}.")
     photos, problems = gather_photos(config.instance_data_dir, config.resolution, config.use_masks)
@@ -103,7 +118,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # several processes on CPUs are a group only if accelerate is told that CPUs are meant
     on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and best_device() == "cpu"
     return Accelerator(cpu=on_cpus, mixed_precision="no", log_with=tracker_of(config),
-                       project_config=project)
+                       project_config=project,
+                       kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
 
 
 def train_in_folder(config: TrainConfig, accelerator: Accelerator, photos: list[Photo],
@@ -202,7 +218,8 @@ class Run:
         # before there is a denoiser, so that it and the encoders are not in memory together
         self.encode_ahead(checkpoint.steps_done(resume) if resume else 0)
         self.trained = start_training(self.base, inject(self.base, config), config, self.world)
-        self.predict = faster(self.base.predict, self.base.denoiser, config.compile,
+        share_weights(self.trained.parameters, self.world)
+        self.predict = faster(self.base.predict, self.base.denoiser, self.compiles(),
                               config.gradient_accumulation_steps)
         if resume is not None:
             self.load(resume)
@@ -222,6 +239,14 @@ class Run:
                 self.data.encode(self.base, self.all_samples(step))
             if not c.validation_prompt:
                 self.base.release("autoencoder")
+
+    def compiles(self) -> bool:
+        """Whether to compile: it is asked for, and the run is long enough to gain by it."""
+        c = self.config
+        if c.compile and c.max_train_steps < COMPILE_FROM:
+            self.say(f"--compile: {c.max_train_steps} steps would not win back the time that "
+                     f"compiling takes, {COMPILE_FROM} may; nothing is compiled.")
+        return c.compile and c.max_train_steps >= COMPILE_FROM
 
     def load(self, resume: Path) -> None:
         c = self.config
@@ -244,8 +269,10 @@ class Run:
         bar = progress(range(start, end), self.is_main, initial=start, total=end, desc="steps")
         for step in bar:
             self.pending.append(self.step(step))
-            self.stopping = agree(should_stop(), self.base.device, self.world)
-            if self.base.device.type != "cuda" or (step + 1) % SYNC_EVERY == 0:
+            waits = self.base.device.type != "cuda" or (step + 1) % SYNC_EVERY == 0
+            if waits or self.world == 1:  # several processes wait for their GPUs to agree
+                self.stopping = agree(should_stop(), self.base.device, self.world)
+            if waits:
                 bar.set_postfix(loss=f"{self.flush_log():.4f}")
             self.after_step()
             if self.stopping and step + 1 < end:

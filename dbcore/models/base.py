@@ -164,6 +164,17 @@ def resolve_precision(config: Any, device: str | None = None) -> dict[str, Any]:
     return chosen
 
 
+def without_bf16(config: Any, device: str | None = None) -> Any:
+    """`config` with fp16 where it asks a GPU for bf16, and this one has none."""
+    if best_precision(device) != "fp16":
+        return config
+    asked = [name for name in ("mixed_precision", "prior_generation_precision")
+             if getattr(config, name, None) == "bf16"]
+    for name in asked:
+        print(f"--{name} bf16: this GPU has no arithmetic in it; fp16 is used here.")
+    return dataclasses.replace(config, **dict.fromkeys(asked, "fp16"))
+
+
 def check_resolution(resolution: int, multiple: int) -> None:
     """Raises ConfigError for a side that the networks cannot halve often enough."""
     below = resolution // multiple * multiple
@@ -209,8 +220,9 @@ def leave_file(module: torch.nn.Module, layout: Any) -> torch.nn.Module:
 
 def checkpoint_gradients(module: torch.nn.Module) -> None:
     """Have activations computed again in the backward pass instead of kept (Chen et al. 2016)."""
-    switch = getattr(module, "enable_gradient_checkpointing", None)  # diffusers' name for it
-    (switch or module.gradient_checkpointing_enable)()
+    names = ("enable_gradient_checkpointing",  # of diffusers, of transformers, and that until 5
+             "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(module, name) for name in names if hasattr(module, name))()
 
 
 def free_memory() -> None:
@@ -474,8 +486,9 @@ class Family(ABC):
         """One network of the base as `low_vram` asks for it, before it goes to the device."""
         if self.low_vram and component in self.roles["denoiser"]:
             quantize(module)
-        # at 1024 pixels an image takes 3 GB to decode, and as long alone as beside others
-        large = self.low_vram or self.native_resolution() >= 1024
+        # in float32 an image of 512 pixels takes 1.5 GB to decode, and as long alone as beside
+        # others
+        large = self.low_vram or self.native_resolution() >= 512
         if large and component in self.roles["autoencoder"]:
             module.enable_slicing()
         return module

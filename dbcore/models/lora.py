@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
-from peft import LoraConfig
+from peft.tuners import lora as peft_lora
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.utils.parametrize import is_parametrized
@@ -38,6 +39,37 @@ if TYPE_CHECKING:
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "fc1", "fc2"]
 PRESETS = {"attention": ATTENTION, "attention+ff": ATTENTION + FEED_FORWARD, "all": [""]}
+
+
+class KeepsFloat32(LoraLayer):
+    """A peft layer that leaves A, drawn in float32, unrounded on a base in half precision.
+
+    So a run in half precision starts where one in float32 does.
+    """
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str,
+                                              device: torch.device | None = None) -> None:
+        device = device or self.get_base_layer().weight.device
+        for parts in (getattr(self, kind) for kind in self.adapter_layer_names):
+            if adapter_name in parts and not any(p.is_meta for p in parts.parameters()):
+                parts[adapter_name] = parts[adapter_name].to(device)
+
+
+class LoraLinear(KeepsFloat32, peft_lora.Linear):
+    """peft's LoRA on a linear layer, in float32."""
+
+
+class LoraConv2d(KeepsFloat32, peft_lora.Conv2d):
+    """The same on a convolution."""
+
+
+class LoraConfig(peft.LoraConfig):
+    """peft's, with these layers."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._register_custom_module({torch.nn.Linear: LoraLinear,
+                                      torch.nn.Conv2d: LoraConv2d})
 
 
 def target_modules(module: torch.nn.Module, layers: str,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.datasets.dreambooth import DreamBoothData
+from dbcore.engines import trainer
 from dbcore.engines.callbacks import Result
 from dbcore.engines.report import write_report
 from dbcore.engines.trained import Trained
@@ -443,7 +444,8 @@ def spy_on_the_base(facts, patch):
 
     for cls, name, spy in ((BASE, "generate", generating), (BASE, "encode_images", encoding),
                            (BASE, "predict", predicting),
-                           (SampleDropout, "forward", dropping), (torch, "compile", compiling)):
+                           (SampleDropout, "forward", dropping), (torch, "compile", compiling),
+                           (trainer, "COMPILE_FROM", 1)):
         patch.setattr(cls, name, spy)
 
 

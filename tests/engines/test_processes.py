@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import LORA, leave_out_report, make_options, read_run
 from safetensors.torch import load_file
 
 import dbcore
 from dbcore.config import TrainConfig
-from dbcore.engines.trainer import train
+from dbcore.engines import trainer
+from dbcore.engines.processes import PATIENCE
+from dbcore.engines.trainer import make_accelerator, train
 
 # `--multi_gpu` is accelerate's word for several processes; without a GPU they are CPU processes
 # with gloo. What each process runs: the command line, with a note of its weights at the end and of
@@ -29,6 +34,7 @@ def note(event, args):
             written.append([event, str(args[0])])
 
 from dbcore.__main__ import main
+from dbcore.engines import trainer
 from dbcore.engines.callbacks import Result
 from safetensors.torch import save_file
 
@@ -40,6 +46,15 @@ def finishing(result, run):
     return finish(result, run)
 
 Result.after_train = finishing
+start = trainer.start_training
+
+def starting(*args):  # the second process begins with other weights
+    trained = start(*args)
+    for p in trained.parameters:
+        p.data += int(rank)
+    return trained
+
+trainer.start_training = starting
 sys.addaudithook(note)
 main(["train", *sys.argv[3:], "--output_dir", folder])
 with open(f"{notes}/{rank}.json", "w") as file:
@@ -130,6 +145,31 @@ def test_class_images_are_shared_out_and_the_same(options, pair, single):
                  if path.is_file()} for folder in (pair, single))
     assert two == one
     assert sum(name.endswith(".png") for name in one) == options.get("num_class_images", 0)
+
+
+def test_it_is_said_what_processes_wait_for(options, pair):
+    said, waits = (pair / "said.txt").read_text(), "num_class_images" in options
+    assert said.count("Class images: this process has made its share, and waits") == waits
+    assert len(re.findall(r"Class images: all there after \d+ s", said)) == waits
+
+
+def test_no_process_gives_the_others_up_while_the_first_one_works(tmp_path):
+    accelerator = make_accelerator(TrainConfig(output_dir=str(tmp_path), report_to="none"))
+    assert accelerator.init_handler.timeout == PATIENCE
+
+
+@pytest.mark.parametrize(("device", "world", "asked"), [
+    ("cpu", 2, 25), ("cuda", 1, 25), ("cuda", 2, 2)])
+def test_only_processes_on_gpus_ask_each_other_seldom_whether_to_stop(device, world, asked,
+                                                                      monkeypatch):
+    calls = []
+    monkeypatch.setattr(trainer, "agree", lambda *args: calls.append(args) and False)
+    run = SimpleNamespace(
+        trained=SimpleNamespace(step=0), config=SimpleNamespace(max_train_steps=25), is_main=False,
+        base=SimpleNamespace(device=torch.device(device)), world=world, pending=[], stopping=False,
+        step=lambda step: {}, after_step=lambda: None, flush_log=lambda: 0.0)
+    trainer.Run.loop(run, lambda: False)
+    assert len(calls) == asked
 
 
 def test_only_the_first_process_writes(pair):

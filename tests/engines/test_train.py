@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.utils import LoggerType
 from PIL import Image
-from runs import finished_runs, leave_out_report, make_options, make_photos, read_run
+from runs import LORA, finished_runs, leave_out_report, make_options, make_photos, read_run
 from safetensors.torch import load_file
 
 from dbcore.config import OPTIMIZERS, ConfigError, TrainConfig
@@ -96,6 +96,13 @@ def loads_and_lets_go(config, monkeypatch):
                         lambda *a, **more: (draw(*a, **more), order.append("drawn"))[0])
     train(config)
     return list(dict.fromkeys(order))
+
+
+def test_compiling_is_left_out_of_a_run_that_would_not_win_it_back(options, tmp_path, capsys,
+                                                                   monkeypatch):
+    monkeypatch.setattr("torch.compile", None)  # to call it would fail
+    train(TrainConfig(**options, compile=True, output_dir=tmp_path))
+    assert "--compile: 2 steps would not win back" in capsys.readouterr().out
 
 
 def test_the_encoders_are_gone_when_the_unet_comes(options, tmp_path, monkeypatch):
@@ -200,6 +207,21 @@ def test_a_step_without_a_number_changes_nothing_and_is_counted_and_said(optimiz
     assert first == second != third
     assert [record.get("skipped") for record in read_run(tmp_path)["log"]] == [None, True, None]
     assert capsys.readouterr().out.count("Step 2 changed nothing: a gradient was not a number") == 1
+
+
+def test_a_step_that_the_scaler_skips_changes_nothing_but_its_scale(options, tmp_path,
+                                                                    monkeypatch):
+    made, make = [], torch.amp.GradScaler
+    monkeypatch.setattr("torch.amp.GradScaler", lambda device, enabled: (
+        made.append(make(device, init_scale=1024.0)) or made[-1]))
+    poison(monkeypatch, {2})
+    train(TrainConfig(**{**options, "max_train_steps": 3}, checkpointing_steps=1,
+                      output_dir=tmp_path))
+    first, second, third = (load_file(tmp_path / f"checkpoint-{k}" / LORA) for k in (1, 2, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(second[name], third[name]) for name in first)
+    assert made[0].get_scale() == 512.0
+    assert [record.get("skipped") for record in read_run(tmp_path)["log"]] == [None, True, None]
 
 
 def test_many_such_steps_in_a_row_end_the_run_and_as_many_apart_do_not(options, tmp_path,

@@ -3,17 +3,28 @@
 import json
 import re
 import shutil
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from pipelines import make_tiny_pipeline
-from runs import add_variant, make_base, make_hub
+from runs import add_variant, make_base, make_hub, make_photos
 from safetensors.torch import load_file, save_file
 
 from dbcore.config import ConfigError, GenerateConfig, TrainConfig
-from dbcore.models.base import Family, best_precision, load_base, resolve
+from dbcore.engines import trainer
+from dbcore.models.base import (
+    Family,
+    best_precision,
+    checkpoint_gradients,
+    load_base,
+    resolve,
+    without_bf16,
+)
 from dbcore.models.lora import add_lora
+from dbcore.models.stable_diffusion import StableDiffusion
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +310,44 @@ def test_half_precision_asked_of_a_processor_is_whole_and_said(folder, capsys):
     resolved = resolve(wish, "cpu")
     assert resolved.mixed_precision == resolved.prior_generation_precision == "no"
     assert "--mixed_precision fp16 needs a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("has", "chosen"), [(True, "bf16"), (False, "fp16")])
+def test_bf16_asked_of_a_gpu_without_it_is_fp16_and_said(has, chosen, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has)
+    wish = TrainConfig(mixed_precision="bf16", prior_generation_precision="no")
+    found = without_bf16(wish, "cuda")
+    assert (found.mixed_precision, found.prior_generation_precision) == (chosen, "no")
+    said = capsys.readouterr().out
+    assert ("--mixed_precision bf16: this GPU has no arithmetic in it" in said) is not has
+    assert without_bf16(wish, "cpu") == wish  # slow there, and right
+    assert without_bf16(GenerateConfig(mixed_precision="bf16"), "cuda").mixed_precision == chosen
+
+
+def test_a_run_asks_the_card_that_it_is_on_and_a_forecast_for_another_does_not(
+        folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
+    wish = TrainConfig(pretrained_model_name_or_path=str(folder), mixed_precision="bf16",
+                       instance_data_dir=str(make_photos(tmp_path)), instance_prompt="a dog")
+    assert resolve(wish, "cuda").mixed_precision == "bf16"
+    there = SimpleNamespace(device=torch.device("cuda"), print=print)
+    monkeypatch.setattr(trainer, "make_accelerator", lambda config: there)
+    assert trainer.check(wish)[0].mixed_precision == "fp16"
+
+
+@pytest.mark.parametrize(("side", "slices"), [(256, False), (512, True)])
+def test_large_images_are_decoded_one_after_the_other(side, slices, folder, monkeypatch):
+    monkeypatch.setattr(StableDiffusion, "native_resolution", lambda base: side)
+    assert load_base(folder).vae.use_slicing == slices
+
+
+def test_gradients_are_checkpointed_in_either_librarys_words(folder):
+    base = load_base(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for network in (base.unet, base.text_encoder):
+            checkpoint_gradients(network)
+            assert any(getattr(part, "gradient_checkpointing", False) for part in network.modules())
 
 
 # --- bases that are not there ---------------------------------------------------------------------

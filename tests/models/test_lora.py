@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from pipelines import MAX_TOKENS, make_tiny_pipeline
+from runs import lora_gradients
 
 from dbcore.config import ConfigError
 from dbcore.models.adapter import Adapter, Layer, LoraFileError, merge_adapters
@@ -147,6 +148,24 @@ def test_a_half_precision_base_gets_a_lora_in_full_precision(folder):
     base = load_base(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in add_lora(base.unet, 4, 4.0)} == {torch.float32}
     assert base.unet.conv_in.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("more", [{"layers": "all"}, {"use_dora": True}])
+def test_a_begins_with_the_same_numbers_whatever_the_bases_precision(more, folder):
+    drawn = []
+    for dtype in (torch.float32, torch.bfloat16):
+        unet = load_base(folder, dtype=dtype).unet
+        add_lora(unet, 4, 4.0, **more)
+        drawn.append([layer.lora_A["default"].weight for _, layer in lora_layers(unet)])
+    assert len(drawn[0]) > 8
+    assert all(torch.equal(whole, half) for whole, half in zip(*drawn))
+
+
+def test_gradients_in_bf16_are_those_in_float32_but_for_rounding(folder):
+    whole, half = lora_gradients(folder), lora_gradients(folder, torch.bfloat16)
+    assert torch.nn.functional.cosine_similarity(whole, half, dim=0) > 0.999
+    assert half.norm() == pytest.approx(float(whole.norm()), rel=0.02)
+    assert not torch.equal(whole, half)
 
 
 @pytest.mark.parametrize("layers", ["attention", "all"])
