@@ -210,6 +210,7 @@ def parts(args, work):
         str(path)
         for path in TESTS.rglob("test_*.py")
         if "mark.gpu" in path.read_text(encoding="utf-8")
+        and path.parent.name != "notebooks"  # they take minutes each: pytest -m gpu tests/notebooks
     )
     if args.tiny:  # on a machine without a GPU: one test that runs on any
         marked = [str(TESTS / "models" / "test_process.py")]

@@ -1,28 +1,37 @@
 """Training on a GPU: in half precision as in float32, without waiting, in a T4's memory."""
 
+import gc
 import json
 
 import pytest
 import torch
-from runs import read_run
+from runs import lora_gradients, make_base, read_run
 from safetensors.torch import load_file
 
 from dbcore.config import TrainConfig
 from dbcore.engines import trainer
+from dbcore.engines.memory import forecast
 from dbcore.engines.trainer import train
 
 pytestmark = pytest.mark.gpu
 PHOTOS = "data/subjects/dog"
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog",
          "num_class_images": 5, "class_data_dir": "data/subjects/cat"}
+TAKEN = {}  # {a run's LoRA file: (its options, bytes at its highest point)}
 
 
 def run(base, folder, **options):
-    return train(TrainConfig(**{
+    config = TrainConfig(**{
         "pretrained_model_name_or_path": str(base), "instance_data_dir": PHOTOS,
         "instance_prompt": "a photo of sks dog", "output_dir": str(folder), "report_to": "none",
         "num_report_images": 0, "max_train_steps": 8, "resolution": 512, "rank": 4,
-        "mixed_precision": "bf16", **options}))
+        "mixed_precision": "bf16", **options})
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    path = train(config)
+    TAKEN[path] = config, torch.cuda.max_memory_allocated()
+    return path
 
 
 def log(path):
@@ -47,6 +56,30 @@ def bf16(sd15, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fp16(sd15, tmp_path_factory):
     return run(sd15, tmp_path_factory.mktemp("fp16") / "run", mixed_precision="fp16")
+
+
+@pytest.fixture(scope="module")
+def low_vram(sd15, tmp_path_factory):
+    return run(sd15, tmp_path_factory.mktemp("low_vram") / "run", low_vram=True, max_train_steps=3)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A base of a few thousand weights, and the options that it needs."""
+    return make_base(tmp_path_factory.mktemp("tiny")), {"resolution": 32}
+
+
+@pytest.fixture(scope="module")
+def gradients(sd15):
+    """A step's, in float32."""
+    return lora_gradients(sd15, device="cuda")
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1024.0)])
+def test_gradients_in_half_are_those_in_float32_but_for_rounding(sd15, gradients, dtype, scale):
+    half = lora_gradients(sd15, dtype, "cuda", scale)
+    assert torch.nn.functional.cosine_similarity(gradients, half, dim=0) > 0.99
+    assert half.norm() == pytest.approx(float(gradients.norm()), rel=0.05)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -116,14 +149,42 @@ def test_a_run_in_fp16_is_resumed_with_the_scale_of_its_loss(sd15, fp16, tmp_pat
     assert likeness(resumed, fp16) > 0.95
 
 
-def test_low_vram_takes_less_than_two_gigabytes(sd15, tmp_path):
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    path = run(sd15, tmp_path / "run", low_vram=True, max_train_steps=3)
-    memory = torch.cuda.max_memory_allocated() / 1e9
+def test_low_vram_takes_less_than_two_gigabytes(low_vram):
+    memory = TAKEN[low_vram][1] / 1e9
     print(f"{memory:.2f} GB")
-    assert log(path)[-1]["loss"] < 10
+    assert log(low_vram)[-1]["loss"] < 10
     assert memory < 2.0
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "low_vram"])
+def test_the_forecast_is_within_15_percent(name, request):
+    """Both without what a CUDA context takes."""
+    config, taken = TAKEN[request.getfixturevalue(name)]
+    told = forecast(config, "cuda").largest
+    print(f"{told.name}: {told.total / 1e9:.2f} GB told, {taken / 1e9:.2f} taken")
+    assert told.total == pytest.approx(taken, rel=0.15)
+
+
+def test_a_step_whose_gradients_overflow_is_skipped_and_halves_the_scale(tiny, tmp_path,
+                                                                         monkeypatch):
+    step, seen = trainer.Run.step, []
+
+    def overflowing(run, number):
+        if number != 2:
+            return step(run, number)
+        scaler, weights = run.trained.scaler, [p.clone() for p in run.trained.parameters]
+        usual = scaler.get_scale()
+        scaler.update(2.0**120)
+        record = step(run, number)
+        seen.append((scaler.get_scale(), all(map(torch.equal, weights, run.trained.parameters))))
+        scaler.update(usual)
+        return record
+
+    monkeypatch.setattr(trainer.Run, "step", overflowing)
+    base, options = tiny
+    path = run(base, tmp_path / "run", mixed_precision="fp16", max_train_steps=4, **options)
+    assert seen == [(2.0**119, True)]
+    assert [record.get("skipped") for record in log(path)] == [None, None, True, None]
 
 
 def test_a_whole_run_with_its_pictures_fits_a_t4(sd15, tmp_path):
@@ -142,3 +203,12 @@ def test_a_whole_run_with_its_pictures_fits_a_t4(sd15, tmp_path):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert (path.parent / "validation" / "step-000002" / "grid.png").is_file()
+
+
+def test_compiled_is_eager(tiny, tmp_path, monkeypatch):  # the last, as compiling takes a while
+    monkeypatch.setattr(trainer, "COMPILE_FROM", 1)
+    base, options = tiny
+    eager, compiled = (run(base, tmp_path / str(compile), mixed_precision="no", compile=compile,
+                           **options) for compile in (False, True))
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
+    assert likeness(compiled, eager) > 0.99

@@ -13,7 +13,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from notebook_guards import NOTEBOOKS, code_cells, tags
-from pipelines import make_sd15_miniature, make_tokenizer
+from pipelines import make_sd15_miniature, make_sd15_pipeline, make_tokenizer
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -56,12 +56,27 @@ CLAIMS = {
 }  # fmt: skip
 
 
+# Before a notebook's first cell: the memory of a T4, less what CUDA's context takes.
+T4 = """import torch
+whole = torch.cuda.get_device_properties(0).total_memory
+torch.cuda.set_per_process_memory_fraction(min(1.0, 15e9 / whole))"""
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A folder for HF_HOME, as the hub leaves it: the miniature, and the encoders that measure
+    return make_hub(tmp_path_factory.mktemp("hub"), make_sd15_miniature)
+
+
+@pytest.fixture(scope="module")
+def large_hub(tmp_path_factory):
+    """With weights as many as the original's."""
+    return make_hub(tmp_path_factory.mktemp("large_hub"), make_sd15_pipeline)
+
+
+def make_hub(home, make):
+    """A folder for HF_HOME, as the hub leaves it: a base, and the encoders that measure
     pictures."""
-    home = tmp_path_factory.mktemp("hub")
-    make_sd15_miniature(snapshot(home, SD15))
+    make(snapshot(home, SD15))
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
              "num_attention_heads": 2}
@@ -93,12 +108,24 @@ def snapshot(home, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_stable_diffusion_by_its_name(name, hub, tmp_path, monkeypatch):
+    execute(name, hub, tmp_path, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHORT)
+def test_stable_diffusion_at_its_size_fits_a_t4(name, large_hub, tmp_path, monkeypatch):
+    execute(name, large_hub, tmp_path, monkeypatch, T4)
+
+
+def execute(name, hub, tmp_path, monkeypatch, first=""):
+    """Run a notebook on the base in a hub's cache; `first`: what its kernel does before."""
     nb = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     set_parameters(nb, BASE=SD15, **SHORT[name])
     without_claims(nb, CLAIMS.get(name, []))
     monkeypatch.setenv("HF_HOME", str(hub))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
+    nb.cells.insert(0, nbformat.v4.new_code_cell(first))
     where = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(nb, timeout=600, kernel_name="python3", resources=where).execute()
 
