@@ -123,6 +123,12 @@ class TrainConfig:
     use_dora: bool = option(
         False, "DoRA: learn magnitude and direction apart; slower, a little better at low rank")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank), for high ranks")
+    use_tlora: bool = option(
+        False, "T-LoRA: fewer ranks at noisier timesteps, where few photos are soonest learnt by "
+        "heart (arXiv 2507.05964); other programs use all of them at each step")
+    tlora_alpha: float = option(
+        1.0, "exponent a: at t of T timesteps ((T - t) / T)^a (rank - 1) + 1 ranks are active; "
+        "more leaves fewer", above=0)
     lora_layers: str = option(
         AUTO, "where it goes: attention; for more detail attention+ff or all (linear and "
         "convolution); or module names with commas")
@@ -175,6 +181,15 @@ class TrainConfig:
         1.0, "longer gradients are shortened to this; less where the loss jumps", above=0)
     snr_gamma: float | None = option(
         None, "min-SNR-gamma weighting of the loss, for quicker learning; 5 is usual", above=0)
+    weighting_scheme: str = option(
+        AUTO, "which levels of noise are trained on: none, each as often; logit_normal or mode, "
+        "the middle more often (arXiv 2403.03206); auto as the base was trained",
+        (AUTO, "none", "logit_normal", "mode"))
+    logit_mean: float = option(0.0, "mean of logit_normal; above 0 more noise, below 0 less")
+    logit_std: float = option(1.0, "width of logit_normal; more reaches the ends", above=0)
+    mode_scale: float = option(
+        1.29, "scale of mode; more takes the middle more often, below 0 the ends",
+        low=-1, high=1.75)
     noise_offset: float = option(
         0.0, "shift of the noise a channel, for darker and brighter pictures", low=0)
     use_ema: bool = option(
@@ -240,6 +255,12 @@ class TrainConfig:
             need(self.optimizer != "Adafactor"
                  or getattr(self, given) == getattr(TrainConfig, given),
                  f"--{given} does nothing with --optimizer Adafactor: leave it out")
+        for given, scheme in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"),
+                              ("mode_scale", "mode")):
+            need(self.weighting_scheme == scheme
+                 or getattr(self, given) == getattr(TrainConfig, given),
+                 f"--{given} does nothing without --weighting_scheme {scheme}: "
+                 "add that, or leave this out")
         for given in ("text_encoder_lr", "text_encoder_rank"):
             need(self.train_text_encoder or getattr(self, given) == AUTO,
                  f"--{given} does nothing without --train_text_encoder: "
@@ -269,6 +290,11 @@ class TrainConfig:
         need(self.class_data_dir is None or not is_within(self.output_dir, self.class_data_dir),
              f"--output_dir {self.output_dir} lies in --class_data_dir {self.class_data_dir}, "
              "so images of the subject would be learnt as its class: choose a folder outside")
+        need(self.use_tlora or self.tlora_alpha == TrainConfig.tlora_alpha,
+             "--tlora_alpha does nothing without --use_tlora: add that, or leave this out")
+        need(not (self.use_tlora and self.use_dora),
+             "--use_tlora with --use_dora is not defined: DoRA's magnitude is that of all ranks; "
+             "leave one out")
         need(not (self.use_dora and self.use_rslora and self.lora_layers == "all"),
              "--use_dora with --use_rslora on convolutions is not supported by peft: leave one out")
         need(not self.hub_model_id or self.push_to_hub,

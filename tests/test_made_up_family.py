@@ -71,6 +71,7 @@ class PixelFlow(models.Family):
     lora_targets: ClassVar = {"transformer": {"attention": ["listen"],
                                               "attention+ff": ["listen", "say"]}}
     defaults: ClassVar = {**models.Family.defaults, "num_inference_steps": 2, "learning_rate": 0.05}
+    timestep_argument = "t"
     process, side_multiple = Flow(mu=lambda positions: 0.1), 1
 
     def native_resolution(self):
@@ -136,6 +137,7 @@ def options(base, tmp_path_factory):
         "instance_data_dir": str(make_photos(tmp_path_factory.mktemp("data") / "photos")),
         "instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog",
         "with_prior_preservation": True, "num_class_images": 2, "snr_gamma": 5.0, "use_ema": True,
+        "use_tlora": True, "weighting_scheme": "mode",
         "validation_prompt": "sks dog in snow", "validation_steps": 2, "num_validation_images": 1,
     }  # fmt: skip
 

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dbcore.config import AUTO
 from dbcore.datasets.photos import Photo, PhotoError, crop_to_square, shown, square_box
-from dbcore.datasets.prompts import shuffle_tags, without_identifier
+from dbcore.datasets.prompts import without_identifier
 from dbcore.datasets.store import TensorStore
+from dbcore.models.process import Density
 from dbcore.utils.devices import to_device
 from dbcore.utils.seeding import integer, normal, permutation, uniform
 
@@ -72,6 +74,9 @@ class DreamBoothData:
                  class_photos: Iterable[Photo] = ()):
         self.config, self.photos, self.class_photos = config, list(photos), list(class_photos)
         self.latents = TensorStore()
+        c = config
+        self.density = None if c.weighting_scheme == AUTO else Density(
+            c.weighting_scheme, c.logit_mean, c.logit_std, c.mode_scale)
 
     def samples(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> list[Sample]:
         """The batch of one process: instance samples first, then as many for the class.
@@ -135,7 +140,7 @@ class DreamBoothData:
         epsilons, noises, us = zip(*(self.draws(sample, step, shape) for sample in samples))
         drawn = {"eps": torch.stack(epsilons), "noise": torch.stack(noises),
                  "t": base.process.timestep(torch.tensor(us, dtype=torch.float64),
-                                            shape[1:].numel()),
+                                            shape[1:].numel(), self.density),
                  "geometry": torch.tensor([s.geometry(self.config.resolution) for s in samples],
                                           dtype=torch.float32)}
         batch = (to_device({**views, **drawn}, base.device) if cached
@@ -154,6 +159,14 @@ class DreamBoothData:
             shift = normal((shape[0], 1, 1), seed, kind + "noise offset", step, [sample.number])[0]
             noise = noise + self.config.noise_offset * shift
         return epsilon, noise, uniform(seed, kind + "timestep", step, sample.number)
+
+
+def shuffle_tags(text: str, seed: int, step: int, sample: int) -> str:
+    """Comma-separated tags in an order that is a function of (seed, step, sample), the first one
+    kept."""
+    first, *tags = (tag.strip() for tag in text.split(","))
+    order = permutation(len(tags), seed, "tags", step, sample)
+    return ", ".join([first, *(tags[place] for place in order)]) if tags else text
 
 
 def steps_per_epoch(config: TrainConfig, photos: int, processes: int = 1) -> int:

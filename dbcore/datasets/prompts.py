@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from dbcore.datasets.images import shown
 from dbcore.utils.errors import InputError
-from dbcore.utils.seeding import permutation
 
 if TYPE_CHECKING:
     from dbcore.config import TrainConfig
@@ -83,14 +82,6 @@ def without_identifier(text: str, instance_prompt: str, class_prompt: str) -> st
     calling = calling_words(instance_prompt, class_prompt)
     kept = " ".join(word for word in text.split() if not words(word) & calling)
     return class_prompt if text == instance_prompt or kept in ("", text) else kept
-
-
-def shuffle_tags(text: str, seed: int, step: int, sample: int) -> str:
-    """Comma-separated tags in an order that is a function of (seed, step, sample), the first one
-    kept."""
-    first, *tags = (tag.strip() for tag in text.split(","))
-    order = permutation(len(tags), seed, "tags", step, sample)
-    return ", ".join([first, *(tags[place] for place in order)]) if tags else text
 
 
 def words(text: str) -> set[str]:

@@ -12,6 +12,7 @@ import torch
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.models.base import Family, checkpoint_gradients
 from dbcore.models.lora import PRESETS, add_lora, lora_parameters, multiply_in_half
+from dbcore.models.tlora import mask_ranks
 
 PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt"}  # optimizers that PyTorch has not
 
@@ -123,6 +124,8 @@ def inject(base: Family, config: TrainConfig) -> Modules:
         add_lora(module, rank, alpha, layers, c.lora_dropout, c.use_dora, c.use_rslora, c.seed,
                  presets=base.lora_targets[name])
         multiply_in_half(module)
+    if c.use_tlora:
+        mask_ranks(base, c.tlora_alpha)
     return in_training(modules, c)
 
 

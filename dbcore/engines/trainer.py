@@ -60,6 +60,7 @@ from dbcore.models.base import (
 )
 from dbcore.models.lora import adapters_off, set_dropout
 from dbcore.models.replay import faster
+from dbcore.models.tlora import NOTE
 from dbcore.utils.console import printable, progress
 from dbcore.utils.errors import Interrupted, MemoryFull
 from dbcore.utils.files import is_of_files
@@ -215,6 +216,8 @@ class Run:
         refuse_shared(photos, class_photos)
         self.circumstances = circumstances(config, photos, class_photos, self.world)
         self.notes = {"base": Path(self.base.name).name, "trigger_words": config.instance_prompt}
+        if config.use_tlora:
+            self.notes[NOTE] = str(config.tlora_alpha)
         # before there is a denoiser, so that it and the encoders are not in memory together
         self.encode_ahead(checkpoint.steps_done(resume) if resume else 0)
         self.trained = start_training(self.base, inject(self.base, config), config, self.world)

@@ -266,6 +266,8 @@ class Family(ABC):
     }
     # {choice of --scheduler: the diffusers class}
     samplers: ClassVar[dict[str, str]] = {}
+    # The denoiser's argument that is t, as `process` counts it.
+    timestep_argument: ClassVar[str] = "timestep"
     # Memory layout of images and of convolutions' weights.
     layout: ClassVar[torch.memory_format] = torch.channels_last
     # Arguments of the pipeline's constructor beside networks, tokenizers and scheduler.

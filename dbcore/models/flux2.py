@@ -40,7 +40,7 @@ class Flux2Klein(Family):
 
     @cached_property
     def process(self) -> Flow:
-        return Flow("logit_normal", mu=self.resolution_shift)
+        return Flow(mu=self.resolution_shift)
 
     def resolution_shift(self, positions: int) -> float:
         """mu of n patches, on the line through two points that the scheduler's config names."""

@@ -29,6 +29,7 @@ from dbcore.models.lora_files import (
     read_adapter,
     save_diffusers,
 )
+from dbcore.models.tlora import exponent_of, is_masked, mask_ranks
 from dbcore.utils.seeding import key
 
 if TYPE_CHECKING:
@@ -235,6 +236,8 @@ def load_lora(base: Family, path: str | Path, scale: float = 1.0, name: str = "d
             if plain in layers:
                 copy_weights(layer, layers[plain], name)
         module.requires_grad_(False)
+    if (exponent := exponent_of(adapter.notes)) is not None:
+        mask_ranks(base, exponent, name)
     set_scale(base, {name: scale})
     return base
 
@@ -307,11 +310,14 @@ def adapters_off(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
 def merge_lora(module: torch.nn.Module) -> None:
     """W <- W + (alpha / r) B A in every layer: the same images, no extra work.
 
-    Raises ConfigError for weights in 8 bits, in which most of a LoRA would be rounded away.
+    Raises ConfigError for weights in 8 bits, in which most of a LoRA would be rounded away, and for
+    a T-LoRA.
     """
     layers = [layer for _, layer in lora_layers(module)]
     need(not any(is_parametrized(layer.get_base_layer()) for layer in layers),
          "a LoRA cannot be merged into weights in 8 bits: load the base without low_vram")
+    need(not any(map(is_masked, layers)), "a T-LoRA cannot be merged into the weights, as it has "
+         "other ranks at each timestep: use it as it is")
     for layer in layers:
         layer.merge()
 

@@ -11,24 +11,56 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Density:
+    """How often training takes each level of noise (Esser et al. 2024, section 3.1).
+
+    `scheme`: "none" (each as often), "logit_normal" (equation 19: the middle more often, or noise
+    with a positive mean) or "mode" (equation 20: with a scale above 0 the middle more often).
+    """
+
+    scheme: str = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+    def __call__(self, u: torch.Tensor) -> torch.Tensor:
+        """Levels in (0, 1), 1 being noise, of uniform u in (0, 1)."""
+        if self.scheme == "logit_normal":
+            return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
+        if self.scheme == "mode":
+            return 1 - u - self.mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+        return u
 
 
 class Process(ABC):
     """What both have in common; a subclass says t, alpha and sigma, and what is predicted."""
 
     num_timesteps = math.inf  # the most steps that generating can take
+    density = Density()  # that the base was trained with
 
     @abstractmethod
-    def timestep(self, u: torch.Tensor, positions: int | None = None) -> torch.Tensor:
-        """t of u in (0, 1), for latents of `positions` = height x width numbers a channel."""
+    def timestep(self, u: torch.Tensor, positions: int | None = None,
+                 density: Density | None = None) -> torch.Tensor:
+        """t of uniform u in (0, 1), for latents of `positions` = height x width numbers a channel.
+
+        `density`: another one than the base's own.
+        """
 
     @abstractmethod
     def coefficients(self, t: torch.Tensor,
                      like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(alpha_t, sigma_t), in the shape that multiplies `like`, (n, ...)."""
+
+    @abstractmethod
+    def noise_level(self, t: torch.Tensor) -> torch.Tensor:
+        """t / T in [0, 1]: 1 is noise alone."""
 
     @abstractmethod
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -80,8 +112,12 @@ class Diffusion(Process):
         scheduler = DDPMScheduler.from_config(config)
         return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
-    def timestep(self, u: torch.Tensor, positions: int | None = None) -> torch.Tensor:
-        return (u * self.num_timesteps).long()
+    def timestep(self, u: torch.Tensor, positions: int | None = None,
+                 density: Density | None = None) -> torch.Tensor:
+        return ((density or self.density)(u) * self.num_timesteps).long()
+
+    def noise_level(self, t: torch.Tensor) -> torch.Tensor:
+        return t / self.num_timesteps
 
     def abar(self, t: torch.Tensor) -> torch.Tensor:
         self.alphas_cumprod = self.alphas_cumprod.to(t.device)  # later steps find it there
@@ -116,26 +152,27 @@ class Diffusion(Process):
 class Flow(Process):
     """Rectified flow (Lipman et al. 2023, Liu et al. 2023): alpha_t = 1 - t, sigma_t = t.
 
-    t is in (0, 1), the target is the velocity, noise - x0. `density` of t: "uniform", or
-    "logit_normal" with its mean and standard deviation (Esser et al. 2024, equation 19).
+    t is in (0, 1), the target is the velocity, noise - x0. `density`: of t, before the shift.
     `mu(positions)`: log of the shift towards noise that larger images need (their equation 23);
     without it there is no shift.
     """
 
-    def __init__(self, density: str = "logit_normal", logit_mean: float = 0.0,
-                 logit_std: float = 1.0, mu: Any = None):
-        self.density, self.logit_mean, self.logit_std, self.mu = density, logit_mean, logit_std, mu
+    def __init__(self, density: Density = Density("logit_normal"),
+                 mu: Any = None):
+        self.density, self.mu = density, mu
 
-    def timestep(self, u: torch.Tensor, positions: int | None = None) -> torch.Tensor:
-        t = u
-        if self.density == "logit_normal":
-            t = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u))
+    def timestep(self, u: torch.Tensor, positions: int | None = None,
+                 density: Density | None = None) -> torch.Tensor:
+        t = (density or self.density)(u)
         shift = math.exp(self.mu(positions)) if self.mu else 1.0
         return (shift * t / (1 + (shift - 1) * t)).float()
 
     def coefficients(self, t: torch.Tensor,
                      like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return column(1 - t, like), column(t, like)
+
+    def noise_level(self, t: torch.Tensor) -> torch.Tensor:
+        return t
 
     def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return noise - x0

@@ -70,6 +70,7 @@ def main(args: argparse.Namespace) -> None:
     from dbcore.models.adapter import Adapter
     from dbcore.models.kohya import kohya_leaves_out, save_kohya
     from dbcore.models.lora_files import read_adapter, save_diffusers, save_peft
+    from dbcore.models.tlora import what_is_lost
 
     output = free_path(args.output, args.overwrite, is_file=args.format in ("kohya", "diffusers"))
     adapter = read_adapter(args.lora, args.pretrained_model_name_or_path)
@@ -85,6 +86,8 @@ def main(args: argparse.Namespace) -> None:
     counts = ", ".join(f"{len(named)} layers of the {name}"
                        for name, named in adapter.layers.items())
     print(f"{args.format}: {counts} -> {output}")
+    if lost := what_is_lost(adapter.notes):
+        print(lost)
     if args.format == "kohya" and (left_out := kohya_leaves_out(adapter)):
         print("A1111, ComfyUI and diffusers use all of them; "
               f"kohya's scripts leave out {', '.join(left_out)}")

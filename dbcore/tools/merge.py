@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     from dbcore.models.adapter import merge_adapters
     from dbcore.models.lora_files import read_adapter, save_diffusers
+    from dbcore.models.tlora import what_is_lost
 
     if args.rank is not None and args.rank < 1:
         raise InputError(f"--rank {args.rank}: give 1 or more, or leave it out to add the ranks up")
@@ -60,4 +61,6 @@ def main(args: argparse.Namespace) -> None:
     save_diffusers(merged, output)
     ranks = sorted({layer.rank for _, _, layer in merged.every()})
     terms = " + ".join(f"{weight:g} x {path}" for path, weight in zip(args.lora, weights))
+    for lost in {what_is_lost(adapter.notes) for adapter in adapters} - {None}:
+        print(lost)
     print(f"{terms} -> {output}: rank {ranks[-1]}, relative error {error:.4f}")

@@ -42,6 +42,8 @@ KINDS = {
     "text encoder": {"train_text_encoder": True, "train_text_encoder_frac": 0.75},
     "dropout": {"lora_dropout": 0.5},
     "DoRA": {"use_dora": True},
+    "T-LoRA": {"use_tlora": True, "train_batch_size": 2, "prior_prediction": True,
+               "class_prompt": "a photo of a dog"},
     "schedule": {"lr_scheduler": "cosine", "lr_warmup_steps": 2},
     "uncached": {"cache_latents": False, "pre_compute_text_embeddings": False,
                  "train_batch_size": 2},

@@ -25,8 +25,9 @@ from dbcore.engines.report import write_report
 from dbcore.engines.trained import Trained
 from dbcore.engines.trainer import train
 from dbcore.models.lora import SampleDropout, lora_layers
+from dbcore.models.process import Density
 from dbcore.models.stable_diffusion import StableDiffusion as BASE
-from dbcore.utils.seeding import normal
+from dbcore.utils.seeding import normal, uniform
 
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 3}
 TEXT = {"train_text_encoder": True}
@@ -98,6 +99,24 @@ def loss_is(facts, weight=lambda t: 1.0, prior=1.0):
 def min_snr(facts):
     abar = facts.run.base.noise_scheduler.alphas_cumprod
     return lambda t: min(float(abar[t] / (1 - abar[t])), 5) / float(abar[t] / (1 - abar[t]))
+
+
+def ranks_learn(facts, exponent):
+    """Whether B has a gradient in just the columns of the ranks that are active at each step."""
+    wanted = [int((1 - record["timesteps"][0] / 1000) ** exponent * 7 + 1) for record in facts.log]
+    found = [{int(grad.any(dim=0).sum()) for name, grad in grads.items() if "lora_B" in name}
+             for grads in facts.grads]
+    return found == [{count} for count in wanted]
+
+
+def timesteps(facts):
+    return [record["timesteps"] for record in facts.log]
+
+
+def timesteps_by(scheme, **more):
+    """What a run of three steps draws by a density."""
+    u = torch.tensor([uniform(0, "timestep", step, 0) for step in range(3)], dtype=torch.float64)
+    return [[t] for t in (Density(scheme, **more)(u) * 1000).long().tolist()]
 
 
 def mean_of(facts, decay):
@@ -180,6 +199,8 @@ EFFECTS = {
     "lora_dropout": (0.5, {}, lambda f, *_: f.dropped and 0.3 < np.mean(f.dropped) < 0.7),
     "use_dora": (True, {}, lambda f, *_: any("magnitude" in name for name in f.weights)),
     "use_rslora": (True, {}, lambda f, *_: scales(f) == {4 / 4 ** 0.5}),
+    "use_tlora": (True, {"rank": 8}, lambda f, *_: ranks_learn(f, 1.0)),
+    "tlora_alpha": (4.0, {"rank": 8, "use_tlora": True}, lambda f, *_: ranks_learn(f, 4.0)),
     "lora_layers": ("attention+ff", {},
                     lambda f, *_: any(".ff.net." in name for name in f.weights)),
     "train_text_encoder": (True, {}, lambda f, *_: all(
@@ -224,6 +245,13 @@ EFFECTS = {
         == pytest.approx(1e-7, rel=0.1)
         for grads in f.grads)),
     "snr_gamma": (5, {"max_train_steps": 8}, lambda f, *_: loss_is(f, min_snr(f))),
+    "weighting_scheme": ("mode", {}, lambda f, *_: timesteps(f) == timesteps_by("mode")),
+    "logit_mean": (2.0, {"weighting_scheme": "logit_normal"},
+                   lambda f, *_: timesteps(f) == timesteps_by("logit_normal", logit_mean=2.0)),
+    "logit_std": (0.1, {"weighting_scheme": "logit_normal"},
+                  lambda f, *_: timesteps(f) == timesteps_by("logit_normal", logit_std=0.1)),
+    "mode_scale": (0.5, {"weighting_scheme": "mode"},
+                   lambda f, *_: timesteps(f) == timesteps_by("mode", mode_scale=0.5)),
     "noise_offset": (0.1, {}, lambda f, before, _: shift_of_noise(before, f)),
     "use_ema": (True, {}, lambda f, *_: mean_of(f, 0.99)),
     "ema_decay": (0.5, {"use_ema": True}, lambda f, *_: mean_of(f, 0.5)),

@@ -64,7 +64,8 @@ STEPS = 3
 CLASS = {"class_prompt": "a photo of a dog"}
 KINDS = {
     "class images": {**CLASS, "with_prior_preservation": True, "num_class_images": 3},
-    "prior prediction": {**CLASS, "prior_prediction": True, "caption_dropout": 0.3},
+    "prior prediction": {**CLASS, "prior_prediction": True, "caption_dropout": 0.3,
+                         "use_tlora": True},
 }
 
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from dbcore.models.process import Diffusion, Flow
+from dbcore.models.process import Density, Diffusion, Flow
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 T = torch.arange(0, 1000, 37)
@@ -61,16 +62,35 @@ def test_diffusion_draws_each_timestep_equally_often():
     assert t.bincount().tolist() == [20] * 50
 
 
+@pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode"])
+def test_the_densities_are_those_of_diffusers(scheme):
+    """Over many draws, by their quantiles: it draws its own numbers."""
+    theirs = compute_density_for_timestep_sampling(
+        scheme, 200_000, 0.5, 1.5, 1.29, generator=torch.Generator().manual_seed(0)).double()
+    ours = Density(scheme, 0.5, 1.5, 1.29)(U)
+    at = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    assert torch.allclose(ours.quantile(at), theirs.quantile(at), atol=0.01)
+
+
+def test_diffusion_takes_the_density_that_it_is_given():
+    process = Diffusion(torch.linspace(0.9, 0.1, 1000))
+    counts = process.timestep(U, density=Density("logit_normal")).bincount(minlength=1000)
+    assert counts[400:600].sum() > 3 * counts[:200].sum() > 0
+    assert torch.equal(process.timestep(U), torch.arange(1000))
+
+
 def test_flow_draws_t_as_the_densities_say():
-    assert torch.allclose(Flow("uniform").timestep(U), U.float())
-    logits = torch.logit(Flow(logit_mean=0.5, logit_std=2.0).timestep(U).double())
+    assert torch.allclose(Flow(Density()).timestep(U), U.float())
+    assert torch.equal(Flow().timestep(U, density=Density()), Flow(Density()).timestep(U))
+    wide = Density("logit_normal", 0.5, 2.0)
+    logits = torch.logit(Flow(wide).timestep(U).double())
     assert abs(logits.mean() - 0.5) < 1e-3
     assert abs(logits.std() - 2.0) < 0.02
 
 
 def test_larger_images_are_shifted_towards_noise():
     """Esser et al. 2024, equation 23: the odds of t are multiplied by e^mu."""
-    flow = Flow("uniform", mu=lambda positions: positions / 100)
+    flow = Flow(Density(), mu=lambda positions: positions / 100)
     t = flow.timestep(U, 200).double()
     assert torch.allclose(t / (1 - t), math.exp(2) * U / (1 - U), rtol=1e-3)
 
