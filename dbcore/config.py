@@ -112,8 +112,14 @@ class TrainConfig:
     prior_generation_precision: str = option(
         AUTO, "precision in which they are made; no where they come out black", PRECISIONS)
     # The LoRA
+    adapter: str = option(
+        "lora", "what is trained: lora; oft, rotations that keep more of the base (arXiv "
+        "2306.07280); lokr, the smallest file (arXiv 2309.14859); loha (arXiv 2108.06098). All but "
+        "lora are for generate, evaluate and peft, and for no pipeline of diffusers",
+        ("lora", "oft", "lokr", "loha"))
     rank: AutoInt = option(
-        AUTO, "rank r of the update B A; more learns more detail and forgets more", low=1)
+        AUTO, "rank r of the update B A, for oft the side of its blocks; more learns more detail "
+        "and forgets more", low=1)
     lora_alpha: AutoFloat = option(
         AUTO, "the update is scaled by alpha / rank; auto is alpha = rank, less learns more gently",
         above=0)
@@ -295,6 +301,13 @@ class TrainConfig:
         need(not (self.use_tlora and self.use_dora),
              "--use_tlora with --use_dora is not defined: DoRA's magnitude is that of all ranks; "
              "leave one out")
+        for given in ("use_dora", "use_rslora", "use_tlora", "lora_dropout"):
+            need(self.adapter == "lora" or not getattr(self, given),
+                 f"--{given} belongs to --adapter lora and does nothing with {self.adapter}: "
+                 "leave it out")
+        need(self.adapter != "oft" or self.lora_alpha in (AUTO, self.rank),
+             f"--lora_alpha {self.lora_alpha} does nothing with --adapter oft, whose rotations "
+             "have no scale: leave it out")
         need(not (self.use_dora and self.use_rslora and self.lora_layers == "all"),
              "--use_dora with --use_rslora on convolutions is not supported by peft: leave one out")
         need(not self.hub_model_id or self.push_to_hub,

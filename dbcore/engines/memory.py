@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lycoris_utils import LycorisLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -107,6 +108,9 @@ class Shadow:
         for part in (*self.base.networks(), "process"):  # made here, so that no trace counts it
             getattr(self.base, part)
         self.modules = inject(self.base, c)
+        for layer in [part for m in self.modules.values() for part in m.modules()]:
+            if isinstance(layer, LycorisLayer):  # in training it asks a random number's value
+                layer.training = False
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.base.device = torch.device("cpu")
         with self.fake, torch.no_grad():  # a CPU's tensors, so that attention takes its path there

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
 from dbcore.config import TrainConfig
 from dbcore.engines.trained import Modules
-from dbcore.models.lora import adapters_off
+from dbcore.models.lora import adapter_layers, adapters_off
+from dbcore.models.peft_adapters import weight_change
 from dbcore.utils.files import home_folder, write_whole
 
 # Mean difference of images with and without the adapter, in grey levels of 255. Two renderings of
@@ -131,10 +132,10 @@ def generate_on_and_off(modules: Modules, generate: Generate, prompts: list[str]
         return on, rows()
 
 
-def lora_layers(modules: Modules) -> list[tuple[str, LoraLayer]]:
+def lora_layers(modules: Modules) -> list[tuple[str, BaseTunerLayer]]:
     """[(network and module as one name, peft layer)] of {name: network}."""
     return [(f"{part}.{name}", layer) for part, module in modules.items()
-            for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+            for name, layer in adapter_layers(module)]
 
 
 @torch.no_grad()
@@ -143,7 +144,7 @@ def update_sizes(modules: Modules) -> tuple[dict[str, float], float]:
     sizes, change, weight = {}, 0.0, 0.0
     for name, layer in lora_layers(modules):
         base_weight = layer.get_base_layer().weight
-        delta = sum(layer.get_delta_weight(adapter).float().square().sum().item()
+        delta = sum(weight_change(layer, adapter).square().sum().item()
                     for adapter in layer.active_adapters)
         norm = base_weight.float().square().sum().item()
         sizes[name] = (delta / norm) ** 0.5
@@ -247,7 +248,7 @@ def model_card(config: TrainConfig, output_dir: Path, evidence: Evidence,
         "## Did it learn?", evidence.verdict(), *images, learned(evidence),
         "![loss](report/loss_by_timestep.png)", "![update](report/update_by_layer.png)",
         "## On the way", validation_links(output_dir),
-        "## Use it", usage(name, config.instance_prompt),
+        "## Use it", usage(name, config.instance_prompt, config.adapter),
         "## The base", f"{name}. Licence: {base['license']}. {base['provenance']}",
         ("The photos it was trained on, and whoever they show, have rights of their own: "
          "ask before you share."),
@@ -302,7 +303,11 @@ def validation_links(output_dir: Path) -> str:
             else "No validation was asked for.")
 
 
-def usage(name: str, prompt: str) -> str:
+def usage(name: str, prompt: str, adapter: str = "lora") -> str:
+    if adapter != "lora":
+        return (f"It is an adapter of the kind `{adapter}`, which no diffusers pipeline reads:\n\n"
+                f"```\npython -m dbcore generate --checkpoint_dir . --prompt {quoted(prompt)}\n"
+                "python -m dbcore export --lora . --format peft --output adapter\n```")
     return f"""```python
 from diffusers import DiffusionPipeline  # run in this folder
 

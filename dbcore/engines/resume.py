@@ -15,8 +15,8 @@ from dbcore.models.fingerprint import fingerprint
 
 Say = Callable[[str], None]
 # What cannot change; other changes are allowed and named.
-SHAPE = ("pretrained_model_name_or_path", "rank", "lora_layers", "use_dora", "use_rslora",
-         "use_tlora", "tlora_alpha",
+SHAPE = ("pretrained_model_name_or_path", "adapter", "rank", "lora_layers", "use_dora",
+         "use_rslora", "use_tlora", "tlora_alpha",
          "lora_alpha", "optimizer",
          "train_text_encoder", "text_encoder_rank", "use_ema", "seed")
 FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "max_train_steps",

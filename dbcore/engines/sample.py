@@ -12,9 +12,8 @@ from PIL import Image
 from dbcore.config import ConfigError, GenerateConfig, read_run_config
 from dbcore.datasets.prompts import check_fit
 from dbcore.datasets.store import PromptCache
+from dbcore.models import peft_adapters
 from dbcore.models.base import Family, best_device, load_base, resolve, torch_dtype, without_bf16
-from dbcore.models.lora import load_lora, set_scale
-from dbcore.models.lora_files import read_adapter
 from dbcore.utils.files import write_beside, writing
 from dbcore.utils.grids import figure_png, image_grid
 
@@ -89,10 +88,10 @@ def frozen_base(config: GenerateConfig) -> Family:
 def add_loras(base: Family, config: GenerateConfig) -> Family:
     names = [f"lora_{k}" for k in range(len(config.checkpoint_dir))]
     for name, path in zip(names, config.checkpoint_dir):
-        load_lora(base, path, name=name)
+        peft_adapters.load(base, path, name)
     scales = config.lora_scale * len(names) if len(config.lora_scale) == 1 else config.lora_scale
     if names:
-        set_scale(base, dict(zip(names, scales)))
+        peft_adapters.set_scales(base, dict(zip(names, scales)))
     return base
 
 
@@ -101,8 +100,8 @@ def encode_ahead(base: Family, config: GenerateConfig) -> Callable | None:
 
     None where a LoRA is to change what they say.
     """
-    adapters = [read_adapter(path, base.name) for path in config.checkpoint_dir]
-    changed = {name for adapter in adapters for name in adapter.layers}
+    changed = {name for path in config.checkpoint_dir
+               for name in peft_adapters.components(path, base)}
     if changed & {*base.roles["text_encoders"]}:
         return None
     cache = PromptCache(base, [*config.prompt, config.negative_prompt])

@@ -12,6 +12,7 @@ import torch
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.models.base import Family, checkpoint_gradients
 from dbcore.models.lora import PRESETS, add_lora, lora_parameters, multiply_in_half
+from dbcore.models.peft_adapters import add_peft_adapter
 from dbcore.models.tlora import mask_ranks
 
 PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt"}  # optimizers that PyTorch has not
@@ -112,7 +113,10 @@ def start_training(base: Family, modules: Modules, config: TrainConfig, world: i
 
 
 def inject(base: Family, config: TrainConfig) -> Modules:
-    """LoRA on the denoiser and, if they are trained, the text encoders; {name: network}."""
+    """LoRA, or another adapter, on the denoiser and the text encoders if they are trained.
+
+    Returns {name: network}.
+    """
     c, modules = config, {base.roles["denoiser"][0]: base.denoiser}
     if c.train_text_encoder:
         modules |= base.text_encoders
@@ -121,6 +125,10 @@ def inject(base: Family, config: TrainConfig) -> Modules:
         if name in base.roles["text_encoders"]:
             rank, layers = c.text_encoder_rank, layers if layers in PRESETS else "attention"
             alpha = rank * (c.lora_alpha / c.rank)
+        if c.adapter != "lora":
+            add_peft_adapter(module, c.adapter, rank, alpha, layers, c.seed,
+                             base.lora_targets[name])
+            continue
         add_lora(module, rank, alpha, layers, c.lora_dropout, c.use_dora, c.use_rslora, c.seed,
                  presets=base.lora_targets[name])
         multiply_in_half(module)

@@ -182,6 +182,12 @@ def lora_layers(module: torch.nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
 
 
+def adapter_layers(module: torch.nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+    """[(name, peft layer)] of a network, of LoRA or any other kind of adapter."""
+    return [(name, layer) for name, layer in module.named_modules()
+            if isinstance(layer, BaseTunerLayer)]
+
+
 def lora_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     """The trainable parameters of a network's LoRA."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -293,8 +299,7 @@ def set_scale(base, scales):
 @contextmanager
 def adapters_off(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
     """In the block, {component: network} answer as the frozen base does."""
-    layers = [layer for module in modules.values() for layer in module.modules()
-              if isinstance(layer, BaseTunerLayer)]
+    layers = [layer for module in modules.values() for _, layer in adapter_layers(module)]
     trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     for layer in layers:
         layer.enable_adapters(False)
@@ -329,10 +334,10 @@ def unmerge_lora(module: torch.nn.Module) -> None:
 
 
 def remove_lora(base: Family) -> None:
-    """The base as it was: every LoRA is dropped (a merged one is taken out first)."""
+    """The base as it was: every adapter is dropped (a merged one is taken out first)."""
     in_memory = [part for part in vars(base).values() if isinstance(part, torch.nn.Module)]
     for module in in_memory:
-        for path, layer in lora_layers(module):
+        for path, layer in adapter_layers(module):
             if layer.merged:
                 layer.unmerge()
             parent, _, child = path.rpartition(".")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from dbcore.models.adapter import Adapter
+    from dbcore.models.peft_adapters import PeftAdapter
 
 HELP = "write a LoRA in another tool's format, or merge it into its base"
 MANIFEST = "export.json"  # in a folder: the files that an export wrote there
@@ -67,12 +68,16 @@ def finite(text: str) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
+    from dbcore.models import peft_adapters
     from dbcore.models.adapter import Adapter
     from dbcore.models.kohya import kohya_leaves_out, save_kohya
     from dbcore.models.lora_files import read_adapter, save_diffusers, save_peft
     from dbcore.models.tlora import what_is_lost
 
     output = free_path(args.output, args.overwrite, is_file=args.format in ("kohya", "diffusers"))
+    if other := peft_adapters.read(args.lora):
+        export_other(other, args.format, output)
+        return
     adapter = read_adapter(args.lora, args.pretrained_model_name_or_path)
     if args.trigger_words:
         adapter = Adapter(adapter.layers, {**adapter.notes, "trigger_words": args.trigger_words})
@@ -94,6 +99,18 @@ def main(args: argparse.Namespace) -> None:
     if args.format == "kohya" and adapter.has_dora:
         print("diffusers leaves DoRA's magnitudes out of such a file: "
               "give it one of --format diffusers")
+
+
+def export_other(adapter: PeftAdapter, format: str, folder: Path) -> None:
+    """Write an adapter that is no LoRA for peft. Raises InputError for another format."""
+    from dbcore.models.peft_adapters import NAMES, save_peft_folder
+
+    need_peft = f"it is {NAMES[adapter.kind]}, which {format} has no place for: give --format peft"
+    if format != "peft":
+        raise InputError(f"--format {format}: {need_peft}")
+    with export_folder(folder) as partial:
+        save_peft_folder(adapter, partial)
+    print(f"peft: {NAMES[adapter.kind]} of {', '.join(adapter.settings)} -> {folder}")
 
 
 def free_path(text: str, overwrite: bool = False, is_file: bool = True) -> Path:

@@ -53,8 +53,8 @@ PATHS = {"pretrained_model_name_or_path", "instance_data_dir", "output_dir",
 OURS = {*PATHS, "seed"}
 # the bench's own options of a setting
 NUM_PHOTOS, FULL_FINETUNING = OWN = "num_photos", "full_finetuning"
-LORA_ALONE = ("rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "use_tlora",
-              "lora_layers", "train_text_encoder", "prior_prediction", "low_vram")
+LORA_ALONE = ("adapter", "rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora",
+              "use_tlora", "lora_layers", "train_text_encoder", "prior_prediction", "low_vram")
 SUBJECT, PROMPT, PRES = "truth: subject", "truth: prompt", "truth: PRES"
 LABELS = {"floor": "base alone", "ceiling": "photos"}  # beside the names of the settings
 

@@ -194,6 +194,7 @@ EFFECTS = {
                           lambda f, *_: f.class_batches == [1, 1, 1]),
     "prior_generation_precision": ("bf16", {**PRIOR, "class_data_dir": "classes"}, lambda f, *_: (
         f.class_dtypes == {torch.bfloat16} and f.run.base.dtype == torch.float32)),
+    "adapter": ("oft", {}, lambda f, *_: all("oft_R" in name for name in f.weights)),
     "rank": (2, {}, lambda f, *_: ranks(f) == {2}),
     "lora_alpha": (1, {}, lambda f, *_: scales(f) == {1 / 4}),
     "lora_dropout": (0.5, {}, lambda f, *_: f.dropped and 0.3 < np.mean(f.dropped) < 0.7),

@@ -23,6 +23,7 @@ class Config:
     instance_prompt: str = "a photo of sks dog"
     validation_prompt: list[str] = field(default_factory=lambda: ["sks dog on the beach"])
     instance_data_dir: str = str(Path.home() / "photos" / "my dog")
+    adapter: str = "lora"
     rank: int = 4
     num_report_images: int = 4
     hub_token: str | None = "hf_thisIsASecretThatNobodyMaySee"
