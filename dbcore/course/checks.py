@@ -607,3 +607,39 @@ def check_08_survives(survives: Callable) -> str:
                f"expected {lasts}.")
     return ("what counts is the size of the update beside that of the weight: a small weight can "
             "take a small update.")
+
+
+# --- 09 ---
+
+
+@exercise
+def check_09_upright(upright: Callable) -> str:
+    for turn, wanted in ((1, (4000, 3000)), (3, (4000, 3000)), (2, (4000, 3000)),
+                         (6, (3000, 4000)), (8, (3000, 4000)), (5, (3000, 4000))):
+        same(upright((4000, 3000), turn), wanted, f"upright((4000, 3000), {turn})")
+    return "from 5 on, the camera lay on its side."
+
+
+@exercise
+def check_09_steps(steps_for: Callable) -> str:
+    same(steps_for(5, 100, 1, 1), 500, "steps_for(5, 100, 1, 1)")
+    same(steps_for(5, 100, 4, 1), 125, "steps_for(5, 100, batch=4, accumulation=1)")
+    same(steps_for(5, 100, 1, 4), 125, "a step takes batch * accumulation photos: "
+         "steps_for(5, 100, batch=1, accumulation=4)")
+    same(steps_for(3, 1, 2, 1), 2, "one step of two photos leaves the third unseen: "
+         "steps_for(3, 1, batch=2, accumulation=1)")
+    return "photos over photos a step, rounded up."
+
+
+@exercise
+def check_09_verdict(verdict: Callable) -> str:
+    for numbers, wanted, why in (
+            ((0.3, 0.32, 0.8, 0.3, 0.3), "train longer", "a 25th of the way to the photos"),
+            ((0.3, 0.7, 0.8, 0.3, 0.28), "keep", "four fifths of the way, and the prompt obeyed"),
+            ((0.3, 0.79, 0.8, 0.3, 0.15), "stop earlier", "the subject, and the prompt forgotten"),
+            ((0.3, 0.5, 0.8, 0.3, 0.1), "train longer", "two fifths of the way"),
+            ((0.6, 0.75, 0.8, 0.3, 0.3), "keep", "a base that starts high")):
+        got = verdict(*numbers)
+        expect(got is not None, "verdict gives nothing yet; does it return one of the three?")
+        expect(got == wanted, f"verdict{numbers}, {why}: you say {got!r}; expected {wanted!r}.")
+    return "a number between floor and ceiling, and the prompt beside it."

@@ -20,15 +20,15 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
+from dbcore.utils.files import write_whole
 from dbcore.utils.grids import Picture, image_grid, line_plot, running_mean
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from dbcore.datasets.photos import Photo, Problem
 
 try:
@@ -313,6 +313,51 @@ def design_subject(render: Callable, menus: Mapping[str, Iterable[Any]], sliders
                 for name, choices in menus.items()} | dict.fromkeys(sliders, (0.0, 1.0))
     middle = dict.fromkeys(sliders, 0.5)
     return Panel(lambda **values: render(values), controls, middle | (start or {}))
+
+
+def uploaded_files(value: Any) -> dict[str, bytes]:
+    """{name: content} of what `FileUpload.value` holds, in ipywidgets 7 (a dict) and 8 (a tuple).
+
+    Names are those of files alone: whatever folder an upload names is left out.
+    """
+    if isinstance(value, Mapping):
+        pairs = [(name, file["content"]) for name, file in value.items()]
+    else:
+        pairs = [(file["name"], file["content"]) for file in value]
+    return {PurePosixPath(name.replace("\\", "/")).name: bytes(content) for name, content in pairs}
+
+
+class Upload:
+    """A button to upload photos, which are written to `folder` as they come.
+
+    Shown as the last value of a cell. Without ipywidgets, and for many or large files, copy them
+    into the folder yourself: the notebook asks the folder.
+    """
+
+    def __init__(self, folder: str | Path, accept: str = "image/*,.heic,.heif"):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if ipywidgets:
+            self.button = ipywidgets.FileUpload(accept=accept, multiple=True)
+            self.words = ipywidgets.Label(str(self))
+            self.button.observe(lambda change: self.take(change["new"]), names="value")
+            self.widget = ipywidgets.VBox([self.button, self.words])
+
+    def take(self, value: Any) -> None:
+        """Write the files of a `FileUpload.value` to the folder."""
+        for name, content in uploaded_files(value).items():
+            write_whole(self.folder / name, content)
+        if ipywidgets:
+            self.words.value = str(self)
+
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if path.is_file())
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return _bundle(self, None)
+
+    def __repr__(self):
+        return f"{len(self.files())} files in {self.folder}"
 
 
 # --- training -------------------------------------------------------------------------------------

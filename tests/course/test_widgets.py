@@ -7,6 +7,7 @@ import io
 import sys
 import threading
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -460,3 +461,34 @@ def test_panels_import_no_engine():
     assert "dbcore.engines" not in source
     assert "dbcore.models" not in source
     assert "import torch" not in source
+
+
+@pytest.mark.parametrize("value", [
+    {"a.jpg": {"metadata": {"name": "a.jpg", "size": 2}, "content": b"hi"}},  # ipywidgets 7
+    ({"name": "a.jpg", "type": "image/jpeg", "size": 2, "content": memoryview(b"hi")},),  # 8
+])
+def test_an_upload_is_read_in_either_form(value):
+    assert widgets.uploaded_files(value) == {"a.jpg": b"hi"}
+
+
+@pytest.mark.parametrize("name", ["../../a.jpg", "..\\a.jpg", "/b/a.jpg"])
+def test_an_upload_lands_in_its_folder_whatever_it_is_called(name, tmp_path):
+    upload = widgets.Upload(tmp_path / "mine")
+    upload.take(({"name": name, "content": memoryview(b"hi")},))
+    assert [path.name for path in upload.files()] == ["a.jpg"]
+    assert (tmp_path / "mine" / "a.jpg").read_bytes() == b"hi"
+    assert upload.words.value == repr(upload) == f"1 files in {tmp_path / 'mine'}"
+
+
+def test_without_ipywidgets_an_upload_is_its_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(widgets, "ipywidgets", None)
+    upload = widgets.Upload(tmp_path)
+    (tmp_path / "a.jpg").write_bytes(b"hi")
+    assert upload._repr_mimebundle_()["text/plain"] == f"1 files in {tmp_path}"
+
+
+def test_an_upload_is_written_as_soon_as_it_is_there(tmp_path):
+    upload, now = widgets.Upload(tmp_path), datetime.now(timezone.utc)
+    upload.button.value = ({"name": "a.jpg", "type": "image/jpeg", "size": 2, "last_modified": now,
+                            "content": memoryview(b"hi")},)
+    assert (tmp_path / "a.jpg").read_bytes() == b"hi"
