@@ -52,7 +52,7 @@ STARTS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": Start(
         "Stable Diffusion 1.5", 800, {"rank": 16}),
 }  # fmt: skip
-TOY, TOY_STEPS, OTHER = "toy_base", 120, Start("another base", 600, {"rank": 16})
+TOY, TOY_STEPS, OTHER = "toy_base", 60, Start("another base", 600, {"rank": 16})
 
 
 def plan_run(config: TrainConfig, base: str = AUTO, steps: int = 0) -> TrainConfig:

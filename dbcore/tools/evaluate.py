@@ -387,7 +387,7 @@ def measure(subject: Subject, generated: dict[str, list[Image.Image]],
             rows[which] |= measure_images(encoder, encoder.images(images), real, asked,
                                           num_images)
         alike = real_against_real(real, encoder) if len(photos) > 1 else None
-        rows["ceiling"] |= dict.fromkeys(rows["floor"]) | {f"subject, {encoder.name}": alike}
+        rows["ceiling"][f"subject, {encoder.name}"] = alike
     for which, images in generated.items() if distance else ():
         of_prompts = [images[k:k + num_images]
                       for k in range(0, len(asked) * num_images, num_images)]

@@ -77,6 +77,11 @@ def test_the_glossary_names_sections_that_are_there():
     assert [row for row in rows if row[1:] not in titles] == []
 
 
+@pytest.mark.parametrize("name", ["09_your_own_subject"])
+def test_colab_gives_a_gpu_to_those_who_bring_photos(name):
+    assert read(NOTEBOOKS / f"{name}.ipynb").metadata.accelerator == "GPU"
+
+
 # --- the guards themselves ------------------------------------------------------------------------
 
 

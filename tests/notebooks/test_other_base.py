@@ -26,6 +26,7 @@ SHORT = {
     "04_gpu_training": {"STEPS": 8},
     "05_inference": {"STEPS": 2, "DRAW_STEPS": 4},
     "07_evaluation": {"STEPS": 3, "CLASS_IMAGES": 2},
+    "09_your_own_subject": {"STEPS": 4},
 }
 # What only a model that has learned can show.
 CLAIMS = {

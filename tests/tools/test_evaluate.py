@@ -376,3 +376,16 @@ def test_lpips_itself():
     images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
     assert engine.lpips_diversity([images[0]] * 2, network) == 0
     assert engine.lpips_diversity(images, network) > 0.001
+
+
+def test_each_encoder_has_its_own_ceiling(monkeypatch):
+    photos = [Image.fromarray(np.random.default_rng(k).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+              for k in range(4)]
+    monkeypatch.setattr(tool, "read_photos", lambda subject: photos)
+    encoders = [engine.Encoder("colours", colours),
+                engine.Encoder("darkness", lambda images: 255 - colours(images))]
+    ceiling = tool.measure(None, {"floor": photos}, [("a dog", "a dog")], 2, encoders)["ceiling"]
+    for encoder in encoders:
+        alike = engine.real_against_real(photos, encoder)
+        assert ceiling[f"subject, {encoder.name}"] == pytest.approx(alike)
+    assert ceiling["DIV, colours"] is None
