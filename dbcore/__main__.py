@@ -14,7 +14,7 @@ from dbcore.utils.console import printable
 from dbcore.utils.errors import DBCoreError, Interrupted
 
 TOOLS = ("prepare", "doctor", "train", "generate", "evaluate", "quickstart", "export", "merge",
-         "extract", "toybench")
+         "extract", "slider", "toybench")
 
 
 def make_parser(wanted: str | None) -> argparse.ArgumentParser:

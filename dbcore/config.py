@@ -334,6 +334,42 @@ class TrainConfig:
 
 
 @dataclass
+class SliderConfig:
+    """A concept slider: a LoRA whose scale moves one attribute (arXiv 2311.12092)."""
+
+    pretrained_model_name_or_path: Asked = option(None, "the base: a folder or a name on the hub")
+    revision: str | None = option(None, "branch, tag or commit of the base on the hub")
+    prompt: Asked = option(None, "what the slider is for, such as 'a photo of a dog'")
+    positive: Asked = option(None, "words after it at scale 1, such as 'with long legs'")
+    negative: Asked = option(None, "words after it at scale -1, such as 'with short legs'")
+    slider_strength: float = option(
+        1.0, "eta: how much of the two prompts' difference scale 1 is", above=0)
+    num_images: int = option(8, "images of the prompt that it is learnt on, made first", low=1)
+    max_train_steps: int = option(200, "steps", low=1)
+    train_batch_size: AutoInt = option(AUTO, "images a step", low=1)
+    rank: AutoInt = option(AUTO, "rank of the LoRA", low=1)
+    lora_layers: str = option(AUTO, "where it goes, as in train")
+    learning_rate: AutoFloat = option(AUTO, "step size", above=0)
+    resolution: AutoInt = option(AUTO, "side of the images in pixels", low=8)
+    mixed_precision: str = option(AUTO, "precision of the frozen base", PRECISIONS)
+    seed: int = option(0, "of everything random")
+    output_dir: str = option("slider", "folder of the LoRA")
+
+    def __post_init__(self):
+        coerce_and_check(self)
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        for name in ("pretrained_model_name_or_path", "prompt", "positive", "negative"):
+            need(str(getattr(self, name) or "").strip(),
+                 f"--{name} is missing: {help_of(SliderConfig, name)}")
+        need(self.positive != self.negative,
+             f"--positive and --negative are both {self.positive!r}: the slider has two ends")
+        need(not (Path(self.output_dir) / "pytorch_lora_weights.safetensors").exists(),
+             f"--output_dir {self.output_dir} holds a LoRA already: choose another folder")
+
+
+@dataclass
 class GenerateConfig:
     """Images from a base, with or without LoRAs."""
 
@@ -387,7 +423,7 @@ class GenerateConfig:
 
 
 # Options of other scripts that no longer say anything; each is accepted and answered in one line.
-ANSWERED = {TrainConfig: {
+ANSWERED: dict[type, dict[str, str]] = {SliderConfig: {}, TrainConfig: {
     "local_rank": "processes are counted by `accelerate launch`",
     "enable_xformers_memory_efficient_attention": "PyTorch's own fused attention is always "
     "on, and as fast",
