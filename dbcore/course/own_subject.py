@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -140,7 +141,7 @@ def examine_run(run: str | Path) -> list[str]:
 
 def black_images(run: Path) -> str:
     images = sorted(run.glob("validation/step-*/[0-9]*-[0-9]*.png"))
-    black = sum(Image.open(path).convert("L").getextrema()[1] < BLACK for path in images)
+    black = sum(np.asarray(Image.open(path)).max() < BLACK for path in images)
     return f"validation images: {len(images)}, {black} of them black"
 
 

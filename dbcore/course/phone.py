@@ -9,7 +9,7 @@ from PIL import Image
 from dbcore.datasets.photos import gather_photos
 
 ORIENTATION, MAKE, MODEL, GPS = 0x0112, 0x010F, 0x0110, 0x8825
-TURNED = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90,
+TURNED = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90,
           8: Image.Transpose.ROTATE_270}  # fmt: skip
 # One after another: long side over short side, whether it stands, how the phone was held.
 SHOTS = [(4 / 3, False, 1), (4 / 3, True, 6), (16 / 9, False, 3), (4 / 3, True, 8), (1.0, False, 1)]
@@ -30,7 +30,7 @@ def phone_photos(source: str | Path, folder: str | Path) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     for number, (image, turn) in enumerate(shots(source), 1):
-        stored = image.transpose(TURNED[turn]) if TURNED[turn] is not None else image
+        stored = image if turn == 1 else image.transpose(TURNED[turn])
         stored.save(folder / f"IMG_{number:04d}.JPG", quality=88, exif=exif(turn))
     (folder / f"IMG_{number + 1:04d}.MOV").write_bytes(b"\0\0\0\x14ftypqt  ")
     return folder
