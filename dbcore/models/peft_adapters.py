@@ -75,7 +75,7 @@ def add_peft_adapter(module: torch.nn.Module, kind: str, rank: int, alpha: float
                    if isinstance(module.get_submodule(name), torch.nn.Linear)]
         need(targets, f"--lora_layers {layers}: an OFT goes on linear layers, and these are none")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(key(seed, kind, sample=type(module).__name__))
+        torch.manual_seed(key(seed, f"{kind} {type(module).__name__}"))
         module.add_adapter(peft_config(kind, rank, alpha, targets), adapter_name="default")
     for parameter in lora.lora_parameters(module):
         parameter.data = parameter.data.float()
@@ -109,7 +109,8 @@ def save(modules: Mapping[str, torch.nn.Module], path: str | Path,
     kinds = {name: kind for name, module in modules.items() if (kind := kind_on(module))}
     if not kinds:
         return lora.save_lora(modules, path, notes)
-    tensors, settings = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for name, kind in kinds.items():
         config, found = modules[name].peft_config["default"], weights_on(modules[name], name)
         tensors |= {f"{name}.{key}": tensor.float() for key, tensor in found.items()}
