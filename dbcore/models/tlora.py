@@ -39,7 +39,7 @@ class RankMask:
     def __init__(self, base: Family, exponent: float):
         self.process, self.exponent, self.argument = base.process, exponent, base.timestep_argument
         self.place = [*inspect.signature(base.denoiser.forward).parameters].index(self.argument)
-        self.noise: torch.Tensor | None = None
+        self.noise = torch.zeros(1)  # all ranks, until the denoiser is called
 
     def hear(self, denoiser: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the denoiser: note the noise of a batch, (n,) or (1,) for all of it."""
