@@ -24,7 +24,7 @@ from dbcore.utils.errors import InputError
 from dbcore.utils.files import write_whole
 
 AUTO = "auto"
-OPTIMIZERS = ("AdamW", "AdamW8bit", "Prodigy", "Adafactor")
+OPTIMIZERS = ("AdamW", "AdamW8bit", "AdamWScheduleFree", "Prodigy", "Adafactor")
 PRECISIONS = (AUTO, "no", "fp32", "fp16", "bf16")  # no and fp32 are one
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts",
              "polynomial")
@@ -173,7 +173,9 @@ class TrainConfig:
     num_train_epochs: int | None = option(
         None, "passes over the photos; max_train_steps wins where both are given", low=1)
     optimizer: str = option(
-        "AdamW", "AdamW8bit needs bitsandbytes, Prodigy prodigyopt (and learning_rate 1)",
+        "AdamW", "AdamW8bit needs bitsandbytes, Prodigy prodigyopt (and learning_rate 1), "
+        "AdamWScheduleFree schedulefree: it keeps a mean of the weights, which is saved, instead "
+        "of lowering the rate (arXiv 2405.15682)",
         OPTIMIZERS)
     adam_beta1: float = option(
         0.9, "decay of the gradient's mean; rarely changed", low=0, high=0.9999)
@@ -278,6 +280,12 @@ class TrainConfig:
         for given in ("validation_steps", "validation_epochs"):
             need(self.validation_prompt or getattr(self, given) is None,
                  f"--{given} does nothing without --validation_prompt")
+        free = self.optimizer != "AdamWScheduleFree"
+        need(free or not self.use_ema,
+             "--use_ema with --optimizer AdamWScheduleFree is a mean of a mean: leave it out")
+        need(free or self.lr_scheduler.startswith("constant"),
+             f"--lr_scheduler {self.lr_scheduler} with --optimizer AdamWScheduleFree, which needs "
+             "no schedule: choose constant or constant_with_warmup")
         need(not self.lr_warmup_steps or self.lr_scheduler != "constant",
              "--lr_warmup_steps does nothing with --lr_scheduler constant: "
              "choose constant_with_warmup")

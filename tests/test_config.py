@@ -311,6 +311,8 @@ CONTRADICTIONS = {
     "mode_scale": {"mode_scale": 1.0},
     "tlora_alpha": {"tlora_alpha": 2.0},
     "use_tlora": {"use_tlora": True, "use_dora": True},
+    "use_ema": {"use_ema": True, "optimizer": "AdamWScheduleFree"},
+    "lr_scheduler": {"lr_scheduler": "cosine", "optimizer": "AdamWScheduleFree"},
     "prior_prediction": {"prior_prediction": True},
     "prior_loss_weight": {"prior_loss_weight": 0.5},
     "with_prior_preservation twice": {"with_prior_preservation": True, "prior_prediction": True,

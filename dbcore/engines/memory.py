@@ -217,7 +217,7 @@ def state_bytes(optimizer: str, parameter: torch.nn.Parameter) -> int:
         return count * (2 if count >= 4096 else 8)
     if optimizer == "Adafactor":  # sums of rows and of columns
         return 4 * (count // parameter.shape[-1] + count // parameter.shape[-2])
-    return count * {"AdamW": 8, "Prodigy": 16}[optimizer]  # two float32, and with Prodigy four
+    return count * (16 if optimizer == "Prodigy" else 8)  # two float32, and with Prodigy four
 
 
 def size(module: torch.nn.Module) -> int:

@@ -15,7 +15,9 @@ from dbcore.models.lora import PRESETS, add_lora, lora_parameters, multiply_in_h
 from dbcore.models.peft_adapters import add_peft_adapter
 from dbcore.models.tlora import mask_ranks
 
-PACKAGES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt"}  # optimizers that PyTorch has not
+# of optimizers that PyTorch has not
+PACKAGES = {"AdamW8bit": "bitsandbytes", "AdamWScheduleFree": "schedulefree",
+            "Prodigy": "prodigyopt"}
 
 
 @dataclass
@@ -74,16 +76,25 @@ class Trained:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """In the block, the running mean in place of the weights, where there is one."""
-        if self.mean is None:
+        """In the block, the running mean in place of the weights, where there is one.
+
+        It is the run's own, or a schedule-free optimizer's (Defazio et al. 2024).
+        """
+        is_free = hasattr(self.optimizer, "eval")
+        if self.mean is None and not is_free:
             yield
             return
         now = [p.detach().clone() for p in self.parameters]
-        copy_all(self.mean, self.parameters)
+        if is_free:
+            self.optimizer.eval()
+        else:
+            copy_all(self.mean, self.parameters)
         try:
             yield
         finally:
-            copy_all(now, self.parameters)
+            if is_free:
+                self.optimizer.train()
+            copy_all(now, self.parameters)  # to the bit, which the optimizer's way back is not
 
 
 def copy_all(sources: Iterable[torch.Tensor], targets: Iterable[torch.Tensor]) -> None:
@@ -156,6 +167,11 @@ def make_optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.o
     if config.optimizer == "AdamW8bit":
         bitsandbytes = optional("bitsandbytes", "--optimizer AdamW8bit")
         return bitsandbytes.optim.AdamW8bit(groups, **adam)
+    if config.optimizer == "AdamWScheduleFree":
+        schedulefree = optional("schedulefree", "--optimizer AdamWScheduleFree")
+        optimizer = schedulefree.AdamWScheduleFree(groups, **adam)
+        optimizer.train()
+        return optimizer
     if config.optimizer == "Prodigy":
         prodigyopt = optional("prodigyopt", "--optimizer Prodigy")
         return prodigyopt.Prodigy(groups, lr=1.0, use_bias_correction=True, safeguard_warmup=True,

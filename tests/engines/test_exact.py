@@ -52,6 +52,7 @@ KINDS = {
                  "train_batch_size": 2},
     "Adafactor": {"optimizer": "Adafactor"},
     "Prodigy": {"optimizer": "Prodigy", "learning_rate": 1.0},
+    "schedule-free": {"optimizer": "AdamWScheduleFree"},
     "8-bit AdamW": {"optimizer": "AdamW8bit", "rank": 256},  # smaller matrices keep float32 states
 }  # fmt: skip
 

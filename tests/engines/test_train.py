@@ -295,6 +295,25 @@ def test_the_options_reach_the_optimizer(name, options, tmp_path, monkeypatch):
     assert [record["lr"] for record in read_run(path.parent)["log"]] == [0.5, 0.5]
 
 
+def test_a_schedule_free_optimizers_mean_is_saved_and_its_weights_come_back(options, tmp_path,
+                                                                            monkeypatch):
+    pytest.importorskip("schedulefree")
+    seen = finished_runs(monkeypatch)
+    path = train(TrainConfig(**options, optimizer="AdamWScheduleFree", output_dir=tmp_path / "run"))
+    trained = seen[0].trained
+    stepped = [p.detach().clone() for p in trained.parameters]
+    with trained.averaged():
+        mean = [p.detach().clone() for p in trained.parameters]
+    assert all(torch.equal(p, before) for p, before in zip(trained.parameters, stepped))
+    by_hand = [y + (1 - 1 / 0.9) * (trained.optimizer.state[p]["z"] - y)  # y = 0.9 x + 0.1 z
+               for p, y in zip(trained.parameters, stepped)]
+    assert all(torch.allclose(x, wanted, atol=1e-6) for x, wanted in zip(mean, by_hand))
+    saved = load_file(path)
+    assert sorted(float(x.sum()) for x in mean) == pytest.approx(
+        sorted(float(t.sum()) for t in saved.values()), abs=1e-4)
+    assert any(not torch.allclose(x, y, atol=1e-6) for x, y in zip(mean, stepped))
+
+
 # --- trackers -------------------------------------------------------------------------------------
 
 
