@@ -80,20 +80,19 @@ class Trained:
 
         It is the run's own, or a schedule-free optimizer's (Defazio et al. 2024).
         """
-        is_free = hasattr(self.optimizer, "eval")
-        if self.mean is None and not is_free:
+        schedule_free: Any = self.optimizer if hasattr(self.optimizer, "eval") else None
+        if self.mean is None and schedule_free is None:
             yield
             return
         now = [p.detach().clone() for p in self.parameters]
-        if is_free:
-            self.optimizer.eval()
-        else:
-            copy_all(self.mean, self.parameters)
+        if schedule_free:
+            schedule_free.eval()
+        copy_all(self.mean or [], self.parameters)
         try:
             yield
         finally:
-            if is_free:
-                self.optimizer.train()
+            if schedule_free:
+                schedule_free.train()
             copy_all(now, self.parameters)  # to the bit, which the optimizer's way back is not
 
 
