@@ -24,7 +24,7 @@ from dbcore.engines.report import shown, write_report
 from dbcore.engines.run_folder import LOG, LORA_FILE, read_log, replace_run
 from dbcore.engines.trained import optional
 from dbcore.models.base import free_memory
-from dbcore.models.peft_adapters import save
+from dbcore.models.peft_adapters import save_adapter
 from dbcore.utils.errors import Diverged
 from dbcore.utils.files import whole_folder, write_whole
 
@@ -232,7 +232,7 @@ class Result(Callback):
         if not run.is_main:
             return
         with run.trained.averaged():
-            save(run.trained.modules, run.folder / LORA_FILE, run.notes)
+            save_adapter(run.trained.modules, run.folder / LORA_FILE, run.notes)
             evidence = write_report(run.trained.modules, run.generate, run.config, run.folder,
                                     read_log(run.folder), run.count_seconds())
         if run.folder != Path(run.config.output_dir):

@@ -18,7 +18,7 @@ import torch
 
 from dbcore.config import ConfigError, need
 from dbcore.engines.trained import Trained, copy_all
-from dbcore.models.peft_adapters import save
+from dbcore.models.peft_adapters import save_adapter
 from dbcore.models.reading import first_line
 from dbcore.utils.files import FileError, whole_folder
 
@@ -122,7 +122,7 @@ def save_checkpoint(output_dir: str | Path, trained: Trained, notes: dict[str, s
         with whole_folder(final, final.with_name(final.name + ".old")) as partial:
             (partial / TRAINING).write_bytes(training_state(trained))
             with trained.averaged():
-                save(trained.modules, partial / "pytorch_lora_weights.safetensors", notes)
+                save_adapter(trained.modules, partial / "pytorch_lora_weights.safetensors", notes)
             digests = {path.name: digest_of(path) for path in sorted(partial.iterdir())}
             state = {"step": step, "seconds": trained.seconds, "circumstances": circumstances,
                      "sha256": digests}

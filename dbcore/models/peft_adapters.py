@@ -103,7 +103,7 @@ def weight_change(layer: BaseTunerLayer, name: str) -> torch.Tensor:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def save(modules: Mapping[str, torch.nn.Module], path: str | Path,
+def save_adapter(modules: Mapping[str, torch.nn.Module], path: str | Path,
          notes: Mapping[str, Any] | None = None) -> Path:
     """Write the adapter on {component: network} as one file, `save_lora`'s for a LoRA."""
     kinds = {name: kind for name, module in modules.items() if (kind := kind_on(module))}

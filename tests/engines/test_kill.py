@@ -329,7 +329,7 @@ def broken(monkeypatch, name):
         yield
 
 
-@pytest.mark.parametrize("where", ["save_lora", "sync", "put_in_place", "the system"])
+@pytest.mark.parametrize("where", ["save_adapter", "sync", "put_in_place", "the system"])
 def test_a_full_disk_leaves_the_checkpoint_before_whole(where, small_run, tmp_path, monkeypatch):
     if where == "the system" and os.name != "posix":
         pytest.skip("no file size limit")
@@ -345,7 +345,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(where, small_run, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("where", ["Log.on_log", "save_validation", "save_lora"])
+@pytest.mark.parametrize("where", ["Log.on_log", "save_validation", "save_adapter"])
 def test_a_full_disk_elsewhere_is_reported_with_what_is_left(where, options, tmp_path, monkeypatch):
     more = {"validation_prompt": ["a red car"], "validation_steps": 3, "num_validation_images": 1,
             "output_dir": tmp_path / "run"}  # fmt: skip

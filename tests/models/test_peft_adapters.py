@@ -74,7 +74,7 @@ def test_saved_and_loaded_it_says_the_same(kind, layers, folder, tmp_path):
     base, modules = adapted(folder, kind, layers)
     trained, plain = said(base), said(load_base(folder))
     assert not close(trained, plain)
-    path = P.save(modules, tmp_path / "pytorch_lora_weights.safetensors", {"base": "tiny"})
+    path = P.save_adapter(modules, tmp_path / "pytorch_lora_weights.safetensors", {"base": "tiny"})
     fresh = P.load(load_base(folder), tmp_path)
     assert close(said(fresh), trained)
     assert not any(p.requires_grad for p in fresh.unet.parameters())
@@ -96,7 +96,7 @@ def test_an_oft_goes_on_no_convolution(folder):
 
 def test_a_scale_is_a_share_of_the_change_but_of_a_rotation(folder, tmp_path):
     for kind in P.CONFIGS:
-        path = P.save(adapted(folder, kind)[1], tmp_path / f"{kind}.safetensors")
+        path = P.save_adapter(adapted(folder, kind)[1], tmp_path / f"{kind}.safetensors")
         base = P.load(load_base(folder), path)
         if kind == "oft":
             with pytest.raises(ConfigError, match=r"--lora_scale 0.5: an OFT is a rotation"):
@@ -133,7 +133,7 @@ def test_a_replay_is_the_same_in_bits(kind, folder):
 @pytest.mark.parametrize("kind", P.CONFIGS)
 def test_peft_reads_the_exported_folder(kind, folder, tmp_path, capsys):
     base, modules = adapted(folder, kind)
-    path = P.save(modules, tmp_path / "a.safetensors")
+    path = P.save_adapter(modules, tmp_path / "a.safetensors")
     run(export, "--lora", path, "--format", "peft", "--output", tmp_path / "peft")
     assert f"{P.NAMES[kind]} of text_encoder, unet" in capsys.readouterr().out
     stock, around = load_pipeline("", folder), load_base(folder)
@@ -145,7 +145,7 @@ def test_peft_reads_the_exported_folder(kind, folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", P.CONFIGS)
 def test_what_it_cannot_be_is_refused_with_a_reason(kind, folder, tmp_path):
-    path = P.save(adapted(folder, kind)[1], tmp_path / "a.safetensors")
+    path = P.save_adapter(adapted(folder, kind)[1], tmp_path / "a.safetensors")
     for format in ("kohya", "diffusers", "merged"):
         with pytest.raises(InputError, match=f"--format {format}: .*give --format peft"):
             run(export, "--lora", path, "--format", format, "--output", tmp_path / "b.safetensors")
@@ -161,7 +161,7 @@ def test_what_it_cannot_be_is_refused_with_a_reason(kind, folder, tmp_path):
 
 
 def test_one_of_another_base_is_refused_and_changes_nothing(folder, tmp_path):
-    path = P.save(adapted(folder, "lokr")[1], tmp_path / "a.safetensors")
+    path = P.save_adapter(adapted(folder, "lokr")[1], tmp_path / "a.safetensors")
     tensors, (_, header) = load_file(path), read_safetensors(path)
     settings, plain = json.loads(header[P.HEADER_KEY]), said(load_base(folder))
     wide = {name: torch.ones(3, 3) for name in tensors}
