@@ -186,7 +186,7 @@ def run_ours(case, folder):
     def uniform(seed, stream, step=0, sample=0):
         return (TIMESTEPS[step]["class" in stream] + 0.5) / 1000
 
-    def timestep(process, u, positions=None):  # one of the script's 1,000 levels of noise
+    def timestep(process, u, *_):  # one of the script's 1,000 levels of noise
         return ((1000 * u).floor() / 1000).float()
 
     config = TrainConfig(**options(case, folder), **case.ours_alone, report_to="none",

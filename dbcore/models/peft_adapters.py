@@ -104,7 +104,7 @@ def weight_change(layer: BaseTunerLayer, name: str) -> torch.Tensor:
 
 
 def save_adapter(modules: Mapping[str, torch.nn.Module], path: str | Path,
-         notes: Mapping[str, Any] | None = None) -> Path:
+                 notes: Mapping[str, Any] | None = None) -> Path:
     """Write the adapter on {component: network} as one file, `save_lora`'s for a LoRA."""
     kinds = {name: kind for name, module in modules.items() if (kind := kind_on(module))}
     if not kinds:
@@ -190,7 +190,7 @@ def load(base: Family, path: str | Path, name: str = "default") -> Family:
 @torch.no_grad()
 def put_on(module: torch.nn.Module, component: str, settings: dict[str, Any],
            tensors: dict[str, torch.Tensor], name: str) -> None:
-    """One network's adapter, frozen. Raises ValueError where names or sizes are others."""
+    """One network's adapter, frozen. Raises LoraFileError where names or sizes are others."""
     module.add_adapter(peft_config(**settings), adapter_name=name)
     for parameter in lora.lora_parameters(module):
         parameter.data = parameter.data.float()
@@ -200,8 +200,8 @@ def put_on(module: torch.nn.Module, component: str, settings: dict[str, Any],
                     for found in (own, tensors))
     if sizes != saved:
         first = min(key for key in {**sizes, **saved} if sizes.get(key) != saved.get(key))
-        raise ValueError(f"{component}.{first} is {saved.get(first)} in the file and "
-                         f"{sizes.get(first)} here")
+        raise LoraFileError(f"{component}.{first} is {saved.get(first)} in the file and "
+                            f"{sizes.get(first)} here")
     for key_of, tensor in tensors.items():
         own[key_of].copy_(tensor)
 
