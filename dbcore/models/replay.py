@@ -50,18 +50,19 @@ class Replay:
 
     On a CPU torch.jit records it, on a GPU a CUDA graph. The inputs are tensors, alone or in tuples
     and dicts, and constants beside them; the output is a tensor, or a tuple of tensors. What may
-    change from call to call is the inputs' numbers, and the trainable parameters of `module`, the
-    network. All else stays as it was recorded, and may (see `can_replay`).
+    change from call to call is the inputs' numbers, and the parameters of `module`, the network
+    (on a GPU, the trained ones). All else stays as it was recorded, and may (see `can_replay`).
     """
 
     def __init__(self, function: Callable, module: torch.nn.Module):
         self.function = function
         self.graphs: dict[Any, Callable] = {}
         self.on_gpu = module.device.type == "cuda"
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in named]
-        self.places = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-                       for name, _ in named]
+        # torch.jit keeps what it has recorded for good, and constants with it: no weight is one
+        self.places = [(place, name) for part in module.modules()
+                       for place in (part._parameters, part._buffers)
+                       for name, tensor in place.items() if tensor is not None]
+        self.parameters = [place[name] for place, name in self.places]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
@@ -96,7 +97,7 @@ class Replay:
         """A CUDA graph of the function, and one of the way back; the function where that fails."""
         samples = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
         eager = partial(call, self.function, leaves=leaves, structure=structure)
-        trained = Trained(eager, self.parameters)
+        trained = Trained(eager, [p for p in self.parameters if p.requires_grad])
         try:
             torch.cuda.make_graphed_callables(trained, samples, allow_unused_input=True)
         except RuntimeError as error:
@@ -107,8 +108,8 @@ class Replay:
         return trained.__dict__.pop("forward")
 
     def put(self, tensors: Iterable[torch.Tensor]) -> None:
-        for (module, name), tensor in zip(self.places, tensors):
-            module._parameters[name] = tensor
+        for (place, name), tensor in zip(self.places, tensors):
+            place[name] = tensor
 
 
 def call(function: Callable, *inputs: torch.Tensor, leaves: list[Any], structure: Any) -> Any:

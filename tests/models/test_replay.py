@@ -151,3 +151,14 @@ def test_a_replay_goes_when_it_is_let_go(base, monkeypatch):
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_recording_keeps_no_weight_of_a_network_that_is_gone(base):
+    add_lora(base.unet, 4, 4)
+    x_t, t, cond = batch(base, 1, seed=0)
+    weights = [weakref.ref(tensor) for tensor in base.unet.state_dict(keep_vars=True).values()]
+    replay = Replay(base.predict, base.unet)
+    replay(x_t, t, cond)
+    del replay, base.unet
+    gc.collect()
+    assert not [weight for weight in weights if weight() is not None]
