@@ -46,7 +46,7 @@ CHECKED = tests/utils tests/datasets tests/test_contract.py tests/test_config.py
 check test test-rounding: export HF_HUB_OFFLINE = 1
 check test test-rounding: export TQDM_DISABLE = 1
 check: export OMP_NUM_THREADS = 1
-check: setup ## lint, types and the tests that matter most, in two minutes: for whoever changes a line
+check: setup ## lint, types and the tests that matter most, in three minutes: for whoever changes a line
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest $(CHECKED)
@@ -87,7 +87,7 @@ bench-gpu: setup ## the same on a GPU, with Stable Diffusion 1.5's shape at 512 
 # More words for it, such as GPU_CHECK="--script my/train_dreambooth_lora.py --minutes 10".
 GPU_CHECK ?=
 
-gpu-check: ## on a machine with a GPU: its tests, then speed and memory, in five minutes and without network
+gpu-check: ## on a machine with a GPU: its tests, then speed and memory, as far as five minutes go, without network
 	PYTHONPATH=.:tests $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu_check $(GPU_CHECK)
 
 badges: ## write REPO=owner/name (on GitHub) into the notebooks' Colab badges and set-up cells

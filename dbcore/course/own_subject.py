@@ -1,5 +1,5 @@
-"""What notebook 09 needs for photos of one's own: a plan, an identifier test, a check-up, a
-parcel."""
+"""What notebook 09 needs for photos of one's own: a plan, an identifier test, a check of the run,
+an archive."""
 
 import dataclasses
 import json
@@ -195,8 +195,8 @@ def mount_drive() -> Path | None:
 
 
 def keep(archive: str | Path, drive: Path | None = None) -> Path:
-    """Copy a file to `drive` where there is one, have Colab offer it for download; its safest
-    place."""
+    """Copy a file to `drive`, or, on Colab without one, offer it for download; returns where it
+    is."""
     archive = Path(archive)
     if drive is not None:
         (drive / "dbcore").mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def active_ranks(noise: torch.Tensor, rank: int, exponent: float) -> torch.Tenso
 class RankMask:
     """Lets through as many ranks of each sample as its timestep allows.
 
-    It hears the timestep from the denoiser's own argument, so that training, replays and any
+    The timestep is read from the denoiser's own argument, so that training, replays and any
     pipeline have the same mask.
     """
 
@@ -41,7 +41,7 @@ class RankMask:
         self.place = [*inspect.signature(base.denoiser.forward).parameters].index(self.argument)
         self.noise = torch.zeros(1)  # all ranks, until the denoiser is called
 
-    def hear(self, denoiser: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def read_timestep(self, denoiser: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the denoiser: note the noise of a batch, (n,) or (1,) for all of it."""
         t = kwargs[self.argument] if self.argument in kwargs else args[self.place]
         self.noise = self.process.noise_level(torch.as_tensor(t)).reshape(-1)
@@ -59,7 +59,7 @@ class RankMask:
 def mask_ranks(base: Family, exponent: float, name: str = "default") -> None:
     """Make the LoRA of that name on a base's denoiser a T-LoRA; `exponent`: a, above 0."""
     mask, denoiser = RankMask(base, exponent), base.denoiser
-    denoiser.register_forward_pre_hook(mask.hear, with_kwargs=True)
+    denoiser.register_forward_pre_hook(mask.read_timestep, with_kwargs=True)
     for layer in denoiser.modules():
         if name in getattr(layer, "lora_A", ()):
             layer.lora_A[name].register_forward_hook(mask.mask)
