@@ -93,12 +93,13 @@ def total_memory() -> int:
 
 
 def chosen(config: TrainConfig) -> list[str]:
-    """Each `auto`, and what it becomes for this base and machine."""
+    """Each `auto` that becomes something for this base and machine, and what."""
     from dbcore.models.base import resolve
 
     resolved = resolve(config)
     names = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) == AUTO]
-    return [f"{name}: {getattr(resolved, name)}" for name in names]
+    return [f"{name}: {getattr(resolved, name)}" for name in names
+            if getattr(resolved, name) != AUTO]
 
 
 def photos(config: TrainConfig) -> list[str]:
