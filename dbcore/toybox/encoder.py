@@ -87,14 +87,14 @@ def contrastive_loss(vectors: torch.Tensor, who: torch.Tensor,
     return -(right.sum(dim=1) / same.sum(dim=1)).mean()
 
 
-def train_subject_encoder(images: np.ndarray, folder: Path, seed: int, steps: int = 600,
+def train_subject_encoder(images: np.ndarray, folder: Path, seed: int, steps: int = 1000,
                           minutes: float | None = None, batch: int = 64, lr: float = 1e-3,
                           device: str = "cpu") -> SubjectEncoder:
     """`images`: `sample_view(seed, k)` in order, uint8 (n, 64, 64, 3). A step takes two views of
     `batch` subjects.
 
-    Each view is blurred and recoloured for itself: a soft sample must be near the sharp photos of
-    its subject.
+    Each view is mirrored, moved, scaled, blurred and recoloured for itself: a soft sample must be
+    near the sharp photos of its subject, and few subjects must stand for many.
     """
     torch.manual_seed(seed + 4)
     net = SubjectEncoder()
@@ -103,7 +103,8 @@ def train_subject_encoder(images: np.ndarray, folder: Path, seed: int, steps: in
         rng, torch_rng = step_rng(seed, "subject", step)
         who = pick_subjects(rng, step, batch, len(images) // VIEWS)
         views = rng.permuted(np.tile(np.arange(VIEWS), (len(who), 1)), axis=1)[:, :2]
-        x = torch.cat([disturbed(to_tensor(images[who * VIEWS + view]), rng, torch_rng)
+        x = torch.cat([disturbed(moved(to_tensor(images[who * VIEWS + view]), torch_rng), rng,
+                                 torch_rng)
                        for view in views.T])
         with half_where_fast(device):
             vectors = net(x.to(device))
@@ -113,6 +114,21 @@ def train_subject_encoder(images: np.ndarray, folder: Path, seed: int, steps: in
 
     return fit("subject", folder, net, loss_at, steps, lr, minutes, muon=True, ema=0.99,
                device=device)
+
+
+def moved(x: torch.Tensor, torch_rng: torch.Generator) -> torch.Tensor:
+    """Images (n, 3, h, w), every second one mirrored, each scaled by 0.8 to 1.25 and moved by up
+    to a tenth of its size."""
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(len(x), generator=torch_rng)
+
+    scale = 1.25 ** uniform(-1, 1)
+    side = torch.where(uniform(-1, 1) < 0, -1.0, 1.0)
+    zero = torch.zeros(len(x))
+    theta = torch.stack([side * scale, zero, uniform(-0.2, 0.2),
+                         zero, scale, uniform(-0.2, 0.2)], dim=1).view(-1, 2, 3)
+    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False),
+                         padding_mode="reflection", align_corners=False)
 
 
 def nearest_is_own(vectors: torch.Tensor, who: torch.Tensor) -> torch.Tensor:

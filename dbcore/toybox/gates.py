@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 
+import dbcore
 from dbcore.toybox.autoencoder import psnr
 from dbcore.toybox.clip import load_clip, retrieval
 from dbcore.toybox.corpus import sample_held_out
@@ -112,6 +114,15 @@ def reader_gate(reader: Reader, images: np.ndarray, scenes: list) -> list[Gate]:
     return [Gate(f"reader on renders never seen: {question}",
                  0.97 if question in PLAIN_QUESTIONS else 0.95, share)
             for question, share in accuracy(reader, images, scenes).items()]
+
+
+def photos_gate(reader: Reader) -> list[Gate]:
+    """What no image of a shipped subject can be read more surely than: its photos themselves."""
+    right = [is_subject(read, character) for name, character in SHIPPED.items()
+             for read in reader.read([Image.open(path) for path in
+                                      sorted((dbcore.SUBJECTS / name).glob("*.png"))])]
+    return [Gate("reader on the shipped subjects' photos: class, colours and pattern right", 0.9,
+                 float(np.mean(right)), note=f"{len(right)} photos")]
 
 
 @torch.no_grad()
@@ -327,6 +338,7 @@ def measure(folder: Path, work: Path, images: np.ndarray, scenes: list,
     add(clip_gate(folder, images, scenes))
     add(word_gates(base))
     add(reader_gate(reader, images, scenes))
+    add(photos_gate(reader))
     if subjects is not None:
         add(encoder_gates(folder, subjects))
     found, samples = sample_gates(base, reader)

@@ -89,7 +89,7 @@ def answer_table(scenes: list) -> dict[str, torch.Tensor]:
             for q, a in ANSWERS.items()}
 
 
-def train_reader(images: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 2000,
+def train_reader(images: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 6500,
                  minutes: float | None = None, batch: int = 64, lr: float = 1e-3,
                  device: str = "cpu") -> Reader:
     """Cross-entropy on every question that has an answer, on renders blurred and slightly

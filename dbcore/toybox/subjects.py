@@ -27,6 +27,7 @@ SHIPPED = {
                        tail=0.5, neck=0.6, length=0.8),
 }
 BENCH_SEED = 5
+SHIPPED_SIZE = 512  # pixels, as Stable Diffusion takes photos
 PHOTOS = (  # place, ranges of the azimuth and the distance, height of the sun, whether mirrored
     ("studio", (24, 40), (1.03, 1.08), 51.5, False),
     ("grass", (2, 12), (1.03, 1.08), 46.0, True),
@@ -93,4 +94,4 @@ def write_bench(path: Path) -> None:
 
 def write_shipped(root: Path) -> None:
     for k, (name, character) in enumerate(SHIPPED.items()):
-        write_subject(root / name, character, seed=k)
+        write_subject(root / name, character, seed=k, size=SHIPPED_SIZE)
