@@ -84,10 +84,10 @@ bench: setup ## time and memory on this CPU against diffusers' own script
 bench-gpu: setup ## the same on a GPU, with Stable Diffusion 1.5's shape at 512 pixels
 	PYTHONPATH=tests $(BIN)/python -m bench --gpu $(BENCH)
 
-# More words for it, such as GPU_CHECK="--script my/train_dreambooth_lora.py --minutes 10".
+# More words for it, such as GPU_CHECK="--script my/train_dreambooth_lora.py --minutes 5".
 GPU_CHECK ?=
 
-gpu-check: ## on a machine with a GPU: its tests, then speed and memory, as far as five minutes go, without network
+gpu-check: ## on a machine with a GPU: its tests, then speed and memory, some eleven minutes on an H100, without network
 	PYTHONPATH=.:tests $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu_check $(GPU_CHECK)
 
 badges: ## write REPO=owner/name (on GitHub) into the notebooks' Colab badges and set-up cells

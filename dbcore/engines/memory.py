@@ -24,6 +24,9 @@ from dbcore.models.lora import lora_parameters
 
 # Before the first tensor, measured: Python with its libraries; a CUDA context with its kernels.
 OVERHEAD = {"cpu": 0.6e9, "cuda": 0.5e9}
+# What a GPU's kernels work in: cuBLAS keeps 32 MiB for each thread and stream on Hopper, less on
+# other cards, and cuDNN takes some. Measured on an H100 (data/results/gpu.md): 0.09 to 0.25 GB.
+WORKSPACE = {"cpu": 0, "cuda": 0.2e9}
 # A CPU's heap keeps gaps between tensors that come and go. Measured (`make bench BENCH=--memory`):
 # from half as much as they take to twice as much, the latter with gradient checkpointing.
 HEAP = 2.0
@@ -46,29 +49,36 @@ class Phase:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The parts of a run in their order; `overhead`: bytes before the first tensor."""
+    """The parts of a run in their order; `overhead`: bytes before the first tensor; `workspace`:
+    of a GPU's kernels."""
 
     phases: list[Phase]
     overhead: int
+    workspace: int = 0
 
     @property
     def largest(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
+    def allocated(self) -> int:
+        """What PyTorch's allocator has given out at the highest point."""
+        return self.workspace + self.largest.total
+
+    @property
     def peak(self) -> int:
-        return self.overhead + self.largest.total
+        return self.overhead + self.allocated
 
 
 def forecast(config: TrainConfig, device: str = "cpu") -> Forecast:
     """What a run of `config` (TrainConfig) will hold on `device` ("cpu" or "cuda"), a `Forecast`.
 
-    On a GPU the working space of its kernels and the allocator's fragments come on top, some 10 %.
+    On a GPU the allocator's fragments come on top: some 5 % on an H100.
     """
     config = resolve(config, device)
     phases, gaps = list(phases_of(config, device)), HEAP if device == "cpu" else 1
     phases = [dataclasses.replace(p, activations=int(gaps * p.activations)) for p in phases]
-    return Forecast(phases, int(OVERHEAD[device]))
+    return Forecast(phases, int(OVERHEAD[device]), int(WORKSPACE[device]))
 
 
 # --- a run of shapes ----------------------------------------------------------------------------

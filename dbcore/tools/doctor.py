@@ -224,8 +224,9 @@ def table(forecast: Forecast) -> list[str]:
     for phase in forecast.phases:
         cells = (f"{getattr(phase, name) / 1e6:,.1f}" for name in columns)
         lines.append(f"| {phase.name} | " + " | ".join(cells) + " |")
+    kernels = f" and {forecast.workspace / 1e6:,.0f} for kernels" if forecast.workspace else ""
     lines.append(f"| highest ({forecast.largest.name}) with {forecast.overhead / 1e6:,.0f} before "
-                 f"the first tensor | | | | {forecast.peak / 1e6:,.1f} |")
+                 f"the first tensor{kernels} | | | | {forecast.peak / 1e6:,.1f} |")
     return lines
 
 

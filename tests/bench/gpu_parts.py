@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import gc
 import json
 import sys
 import time
@@ -112,10 +111,15 @@ def random_weights():
 
 
 def random_network(base, component):
-    """In the place of `Family.read_network`: numbers that keep activations near 1."""
+    """In the place of `Family.read_network`: numbers that keep activations near 1.
+
+    Made on the device, which is faster, one after the other: of a denoiser that low_vram will
+    quantize no two weights are on the GPU together, as none is of one that is read.
+    """
     import torch
 
     module = base.shapes_of(component)
+    home = "cpu" if base.low_vram and component in base.roles["denoiser"] else base.device
     for owner in module.modules():
         for name, weight in owner.named_parameters(recurse=False):
             value = torch.empty_like(weight, device=base.device)
@@ -123,9 +127,9 @@ def random_network(base, component):
                 value.normal_(std=weight[0].numel() ** -0.5)
             else:
                 value.fill_(0.0 if name == "bias" else 1.0)
-            setattr(owner, name, torch.nn.Parameter(value))
-    # as it is read: low_vram makes 8 bits of the weights before they go to the GPU
-    return module.to("cpu") if base.low_vram and component in base.roles["denoiser"] else module
+            setattr(owner, name, torch.nn.Parameter(value.to(home)))
+    getattr(module, "tie_weights", tuple)()  # a language model's head is its table
+    return module
 
 
 # --- dbcore against the script ------------------------------------------------------------------
@@ -227,6 +231,7 @@ def speed(base, args, resolution, options, places):
     The first steps, in which kernels are chosen and graphs captured, are left out of the speed.
     """
     import torch
+    from runs import empty_gpu
 
     from dbcore.config import TrainConfig
     from dbcore.engines.trainer import train
@@ -238,10 +243,8 @@ def speed(base, args, resolution, options, places):
         overwrite_output_dir=True,
     )
     watch, on_gpu = Watch(4 if args.tiny else WARM_UP + MEASURED), torch.cuda.is_available()
-    gc.collect()
     if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        empty_gpu()
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_weights())
         stack.enter_context(contextlib.suppress(Interrupted))
@@ -344,7 +347,7 @@ def foretell(options):
     told = forecast(TrainConfig(**options), "cuda")
     return {
         "largest": told.largest.name,
-        **{phase.name: phase.total / 1e9 for phase in told.phases},
+        **{phase.name: (told.workspace + phase.total) / 1e9 for phase in told.phases},
     }
 
 

@@ -45,7 +45,7 @@ def check(runs, measure, folder, gpu=False):
         told = forecast(TrainConfig(**{name: str(value) if name.endswith(("path", "dir")) else value
                                        for name, value in options.items()}),
                         "cuda" if gpu else "cpu")
-        rows.append({"run": place[1], "forecast": told.largest.total if gpu else told.peak,
+        rows.append({"run": place[1], "forecast": told.allocated if gpu else told.peak,
                      "phase": told.largest.name,
                      "measured": taken[place]})
     (folder / "memory.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")

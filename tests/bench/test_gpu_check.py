@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
 
 import pytest
-from pipelines import make_tiny_pipeline
+from pipelines import make_flux2_miniature, make_tiny_pipeline
 
 from bench import gpu_check, gpu_parts
 from bench.gpu_report import markdown
+from dbcore.engines.memory import size
+from dbcore.models.base import load_base
 
 HALF = '{"name": "one", "steps/s": 2.0}\\n{"name": "two", "st'  # a row, and half of the next
 ROW = f"import sys; open(sys.argv[1], 'a').write('{HALF}'); "
@@ -60,6 +63,21 @@ def test_what_is_not_begun_in_time_is_left_out(check):
     assert [part["outcome"] for part in found.values()] == ["left out: no time"] * 2
 
 
+def test_no_part_is_cut_short_that_takes_as_long_as_on_the_h100(tmp_path):
+    text = (gpu_check.TESTS.parent / "data" / "results" / "gpu.md").read_text(encoding="utf-8")
+    limits = {
+        part.name: part.limit
+        for part in gpu_check.parts(Namespace(tiny=True, script=None), tmp_path)
+        if not part.beside
+    }
+    took = {name: float(s) for name, s in re.findall(r"\| (\w+) \| done \| ([\d.]+) \|", text)}
+    assert {"bases", "tests", "plain", "variants", "flux2"} <= took.keys()
+    assert all(1.2 * took[name] < limits[name] for name in took.keys() & limits.keys())
+    unmeasured = {name: limit for name, limit in limits.items() if name not in took}
+    whole = sum(seconds for name, seconds in took.items() if name in limits)
+    assert whole + sum(unmeasured.values()) < 60 * gpu_check.MINUTES
+
+
 def test_each_test_is_recorded_as_it_ends_and_none_takes_longer_than_it_may(tmp_path):
     (tmp_path / "test_three.py").write_text(
         "import time\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\n"
@@ -97,6 +115,13 @@ def test_a_variant_is_measured_on_random_weights_and_another_goes_on_where_one_f
     assert "--rank 0" in wrong["error"]
     assert plain["steps/s"] > 0
     assert 0.1 < plain["loss"] < 10
+
+
+def test_random_weights_are_as_many_as_those_that_are_read(tmp_path):
+    base = load_base(make_flux2_miniature(tmp_path))
+    module = gpu_parts.random_network(base, "text_encoder")
+    assert size(module) == size(base.text_encoder)  # the table of words is there once
+    assert all(weight.isfinite().all() for weight in module.parameters())
 
 
 def test_the_report_sets_the_forecast_beside_the_measurement():

@@ -72,6 +72,13 @@ def test_a_cpus_heap_has_gaps(folder):
     assert [phase.weights for phase in here] == [phase.weights for phase in card]
 
 
+def test_a_gpus_kernels_have_work_space_beside_all_tensors(folder):
+    here, card = (memory.forecast(config(folder), device) for device in ("cpu", "cuda"))
+    assert card.allocated == card.largest.total + 0.2e9
+    assert card.peak == card.allocated + 0.5e9
+    assert here.peak == here.largest.total + 0.6e9
+
+
 def test_prompts_are_encoded_before_there_is_a_denoiser(folder):
     text = memory.size(load_base(folder).text_encoder)
     assert phases(folder)["encoding prompts"].weights == text

@@ -19,6 +19,7 @@ from dbcore.models.base import (
     Family,
     best_precision,
     checkpoint_gradients,
+    leave_file,
     load_base,
     resolve,
     without_bf16,
@@ -238,6 +239,15 @@ def test_no_weight_keeps_the_file_that_it_came_from_in_memory(folder):
                    *base.text_encoder.parameters()):
         assert weight.untyped_storage().nbytes() == weight.nbytes
         assert weight.ndim != 4 or weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_on_another_device_only_a_weight_in_another_layout_is_copied():
+    module = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Linear(4, 4)).to("meta")
+    before = [weight.untyped_storage()._cdata for weight in module.parameters()]
+    leave_file(module, torch.channels_last)
+    after = [weight.untyped_storage()._cdata for weight in module.parameters()]
+    assert [one == other for one, other in zip(before, after)] == [False, True, True, True]
+    assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 # --- auto -----------------------------------------------------------------------------------------
