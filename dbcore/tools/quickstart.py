@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="where the LoRA and before_after.png go (%(default)s)")
     parser.add_argument("--overwrite_output_dir", action="store_true",
                         help="replace another run that is there")
-    parser.add_argument("--seed", type=int, default=0,
+    parser.add_argument("--seed", type=int, default=1,
                         help="of training and of the first image (%(default)s)")
 
 
