@@ -42,15 +42,13 @@ class Picture(Figure):
         super().draw(renderer)
 
     def _repr_png_(self):
-        """A PNG of 256 colours, those that the image has most use for, mixed by dithering where it
-        has others: a notebook that stores it is a third of the size."""
+        """A PNG of the 256 colours that the image has most use for: a notebook that stores it is a
+        third of the size."""
         small = io.BytesIO()
         image = Image.open(io.BytesIO(figure_png(self))).convert("RGB")
         palette = image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1)
         palette.putpalette(with_white(palette.getpalette()))
-        # Pillow dithers only towards a palette that it is given
-        mixed = image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
-        mixed.save(small, "png", optimize=True)
+        palette.save(small, "png", optimize=True)
         return small.getvalue()
 
 
