@@ -93,8 +93,8 @@ def train_subject_encoder(images: np.ndarray, folder: Path, seed: int, steps: in
     """`images`: `sample_view(seed, k)` in order, uint8 (n, 64, 64, 3). A step takes two views of
     `batch` subjects.
 
-    Each view is mirrored, moved, scaled, blurred and recoloured for itself: a soft sample must be
-    near the sharp photos of its subject, and few subjects must stand for many.
+    Each view is jittered, blurred and recoloured for itself: a soft sample must be near the sharp
+    photos of its subject, and few subjects must stand for many.
     """
     torch.manual_seed(seed + 4)
     net = SubjectEncoder()
@@ -103,7 +103,7 @@ def train_subject_encoder(images: np.ndarray, folder: Path, seed: int, steps: in
         rng, torch_rng = step_rng(seed, "subject", step)
         who = pick_subjects(rng, step, batch, len(images) // VIEWS)
         views = rng.permuted(np.tile(np.arange(VIEWS), (len(who), 1)), axis=1)[:, :2]
-        x = torch.cat([disturbed(moved(to_tensor(images[who * VIEWS + view]), torch_rng), rng,
+        x = torch.cat([disturbed(jittered(to_tensor(images[who * VIEWS + view]), torch_rng), rng,
                                  torch_rng)
                        for view in views.T])
         with half_where_fast(device):
@@ -116,9 +116,9 @@ def train_subject_encoder(images: np.ndarray, folder: Path, seed: int, steps: in
                device=device)
 
 
-def moved(x: torch.Tensor, torch_rng: torch.Generator) -> torch.Tensor:
-    """Images (n, 3, h, w), every second one mirrored, each scaled by 0.8 to 1.25 and moved by up
-    to a tenth of its size."""
+def jittered(x: torch.Tensor, torch_rng: torch.Generator) -> torch.Tensor:
+    """Images (n, 3, h, w), half of them mirrored, each scaled by 0.8 to 1.25 and moved by up to a
+    tenth of its size."""
     def uniform(low, high):
         return low + (high - low) * torch.rand(len(x), generator=torch_rng)
 

@@ -106,3 +106,13 @@ def test_a_short_lesson_tells_subjects_apart(tmp_path):
     assert mixed > untrained + 0.2
     vectors = net.embed_images([Image.fromarray(picture) for picture in others[:2]])
     assert torch.allclose(vectors.norm(dim=1), torch.ones(2), atol=1e-5)
+
+
+def test_a_jittered_view_keeps_its_colours_and_half_of_them_are_mirrored():
+    left = torch.zeros(200, 3, 64, 64)
+    left[:, :, 24:40, 8:24] = 1.0
+    made = subject.jittered(left, torch.Generator().manual_seed(0))
+    assert made.shape == left.shape
+    assert 0 <= made.min() <= made.max() <= 1 + 1e-6
+    on_the_left = made[..., :32].sum((1, 2, 3)) > made[..., 32:].sum((1, 2, 3))
+    assert 0.35 < on_the_left.float().mean() < 0.65
