@@ -47,17 +47,8 @@ class Picture(Figure):
         small = io.BytesIO()
         image = Image.open(io.BytesIO(figure_png(self))).convert("RGB")
         palette = image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1)
-        palette.putpalette(with_white(palette.getpalette()))
         palette.save(small, "png", optimize=True)
         return small.getvalue()
-
-
-def with_white(palette: list[int]) -> list[int]:
-    """A palette (r, g, b, r, ...) whose colours that are all but white are white, as the paper
-    is."""
-    colours = [palette[k:k + 3] for k in range(0, len(palette), 3)]
-    return [value for colour in colours for value in
-            ([255, 255, 255] if min(colour) >= 248 else colour)]
 
 
 def image_grid(rows: Iterable[Sequence[Any]], row_labels: Sequence[str] | None = None,

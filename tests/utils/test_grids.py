@@ -120,11 +120,3 @@ def test_a_users_words_are_no_formula_wherever_they_stand(tmp_path, text):
     for k, figure in enumerate(figures):
         grids.save_figure(tmp_path / f"{k}.png", figure)
         assert figure._repr_png_()
-
-
-def test_the_paper_of_a_stored_grid_is_white():
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    grid = grids.image_grid([[Image.fromarray(noise)] * 2])
-    stored = Image.open(io.BytesIO(grid._repr_png_()))
-    assert stored.mode == "P"
-    assert stored.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
