@@ -32,7 +32,7 @@ RECOMMENDED = {  # a config's `auto` takes them up; `prompts`, evaluate does
     "train_batch_size": 4,
     "guidance_scale": 4.0,
     "scheduler": "dpm++",
-    "num_inference_steps": 16,
+    "num_inference_steps": 20,
     "num_class_images": 40,
     "prompts": "toy",
 }
