@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dbcore.toybox.fresh import FreshLatents
 
 SEED, HELD_OUT_SEED = 0, 1  # two worlds: what is learnt from, and what is only tested on
-COUNT, TEST_COUNT, READER_COUNT = 20_000, 1_000, 2_000
+COUNT, TEST_COUNT = 20_000, 1_000
 BATCH, GPU_BATCH = 32, 512
 STAGES = ("render", "autoencoder", "decoder", "clip", "unet", "reader", "subject", "save", "gates")
 SHARES = {"autoencoder": 1.1 / 8, "decoder": 0.4 / 8, "clip": 1 / 8, "unet": 4.5 / 8,
@@ -41,7 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--work_dir", type=Path, default=Path("work_dirs/toybox"), help="checkpoints and corpus")
     add("--output_dir", type=Path, default=dbcore.TOY_BASE, help="the base's folder")
     add("--count", type=int, default=COUNT,
-        help="renders for all but the UNet, which asks for more as it goes (%(default)s)")
+        help="renders for most stages; the UNet asks for more as it goes, the reader has four "
+             "times as many (%(default)s)")
     add("--unet_steps", type=int, default=47_000, help="steps of the UNet (%(default)s)")
     add("--unet_batch", type=int, default=None,
         help=f"samples a step of the UNet ({BATCH}; with --minutes on a GPU {GPU_BATCH})")
@@ -118,12 +119,14 @@ class Toybox:
     def reader(self) -> None:
         from dbcore.toybox.reader import train_reader
 
-        # the reader must know what the base never saw: it also learns what was held out
-        others = render_corpus(self.work / "reader", SEED, READER_COUNT, sample_held_out,
-                               self.device)
-        held_out = [sample_held_out(SEED, k) for k in range(READER_COUNT)]
-        self.eye = train_reader(np.concatenate([self.images, others]), self.world + held_out,
-                                self.work, SEED, **self.budget("reader"))
+        # it learns fewer renders by heart, and must know what the base never saw
+        seen, held_out = 4 * self.count, 2 * self.count // 5
+        images = [render_corpus(self.work / "corpus", SEED, seen, device=self.device),
+                  render_corpus(self.work / "reader", SEED, held_out, sample_held_out,
+                                self.device)]
+        world = scenes(SEED, seen) + [sample_held_out(SEED, k) for k in range(held_out)]
+        self.eye = train_reader(np.concatenate(images), world, self.work, SEED,
+                                **self.budget("reader"))
 
     def subject(self) -> None:
         from dbcore.toybox.encoder import SUBJECTS, VIEWS, sample_view, train_subject_encoder

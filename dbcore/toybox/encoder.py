@@ -32,7 +32,7 @@ from dbcore.toybox.scene import (
 
 VIEWS = 4  # images of a subject
 AMONG = 50  # subjects of one class that follow each other; so many are told apart in the test
-SUBJECTS, TEST_SUBJECTS = 1500, AMONG * len(CLASSES)
+SUBJECTS, TEST_SUBJECTS = 5000, AMONG * len(CLASSES)
 
 
 class SubjectEncoder(ImageTower):
@@ -87,7 +87,7 @@ def contrastive_loss(vectors: torch.Tensor, who: torch.Tensor,
     return -(right.sum(dim=1) / same.sum(dim=1)).mean()
 
 
-def train_subject_encoder(images: np.ndarray, folder: Path, seed: int, steps: int = 1000,
+def train_subject_encoder(images: np.ndarray, folder: Path, seed: int, steps: int = 3000,
                           minutes: float | None = None, batch: int = 64, lr: float = 1e-3,
                           device: str = "cpu") -> SubjectEncoder:
     """`images`: `sample_view(seed, k)` in order, uint8 (n, 64, 64, 3). A step takes two views of

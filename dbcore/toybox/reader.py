@@ -89,21 +89,23 @@ def answer_table(scenes: list) -> dict[str, torch.Tensor]:
             for q, a in ANSWERS.items()}
 
 
-def train_reader(images: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 6500,
+def train_reader(images: np.ndarray, scenes: list, folder: Path, seed: int, steps: int = 12_000,
                  minutes: float | None = None, batch: int = 64, lr: float = 1e-3,
                  device: str = "cpu") -> Reader:
-    """Cross-entropy on every question that has an answer, on renders blurred and slightly
-    recoloured at random."""
+    """Cross-entropy on every question that has an answer, on renders moved, blurred and slightly
+    recoloured at random, half of them mirrored."""
     torch.manual_seed(seed + 3)
     net, answers = Reader(), answer_table(scenes)
 
     def loss_at(step, progress):
         rng, torch_rng = step_rng(seed, "reader", step)
         picks = np.sort(rng.integers(0, len(images), batch))
-        x = disturbed(to_tensor(images[picks]), rng, torch_rng)
+        mirrored = torch.rand(batch, generator=torch_rng) < 0.5
+        x = moved(to_tensor(images[picks]), mirrored, torch_rng)
         with half_where_fast(device):
-            logits = net(x.to(device))
-        truths = {q: answers[q][picks].to(device) for q in ANSWERS}
+            logits = net(disturbed(x, rng, torch_rng).to(device))
+        truths = seen_in_mirror({q: answers[q][picks] for q in ANSWERS}, mirrored)
+        truths = {q: truth.to(device) for q, truth in truths.items()}
         loss = sum(F.cross_entropy(logits[q].float(), truths[q], ignore_index=UNASKED)
                    for q in ANSWERS)
         right = torch.stack([(logits[q].argmax(-1) == truths[q]).sum()
@@ -113,6 +115,24 @@ def train_reader(images: np.ndarray, scenes: list, folder: Path, seed: int, step
 
     return fit("reader", folder, net, loss_at, steps, lr, minutes, muon=True, ema=0.99,
                device=device)
+
+
+def moved(x: torch.Tensor, mirrored: torch.Tensor, torch_rng: torch.Generator,
+          reach: int = 4) -> torch.Tensor:
+    """Images (n, 3, h, w), those of `mirrored` (n,) seen in a mirror, each moved by up to `reach`
+    pixels; what comes into the frame is its reflection."""
+    x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+    wide = F.pad(x, (reach,) * 4, mode="reflect")
+    down, right = torch.randint(2 * reach + 1, (2, len(x)), generator=torch_rng)
+    return torch.stack([image[:, i:i + x.shape[2], j:j + x.shape[3]]
+                        for image, i, j in zip(wide, down, right, strict=True)])
+
+
+def seen_in_mirror(answers: dict[str, torch.Tensor],
+                   mirrored: torch.Tensor) -> dict[str, torch.Tensor]:
+    """An `answer_table`'s rows for images of which some are mirrored: left is right there."""
+    side = answers["side"]
+    return answers | {"side": torch.where(mirrored & (side != UNASKED), 1 - side, side)}
 
 
 def disturbed(x: torch.Tensor, rng: np.random.Generator,

@@ -25,7 +25,7 @@ def small(monkeypatch):
     eight = np.ones((8, 8, 1), np.float32)
     monkeypatch.setattr(tracer, "_render", lambda *scene: np.kron(real(*scene[:-1], 8), eight))
     for module, name, value in (
-            (corpus, "SHARD", 16), (toybox, "READER_COUNT", 12), (encoder, "AMONG", 2),
+            (corpus, "SHARD", 16), (encoder, "AMONG", 2),
             (encoder, "SUBJECTS", 12), (fresh, "CHUNK", 16), (weights, "PART", 2**20)):
         monkeypatch.setattr(module, name, value)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from dbcore.toybox import gates
+from dbcore.toybox import corpus, gates
 from dbcore.toybox.gates import Gate
-from dbcore.toybox.scene import Character, View
+from dbcore.toybox.scene import Character, View, mirror
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,36 @@ def test_only_the_images_that_answer_a_question_count_for_it():
             {"class": "dog", "side": "left"}]
     truths = [{"class": "dog", "side": "left"}, {"class": "dog"}, {"class": "dog", "side": "right"}]
     assert shares_right(read, truths) == {"class": pytest.approx(2 / 3), "side": 0.5}
+
+
+def test_a_mirrored_render_changes_sides_in_its_answers_too():
+    from dbcore.toybox.reader import ANSWERS, UNASKED, answer_table, seen_in_mirror, truth
+
+    scenes = [corpus.sample(0, k) for k in range(40)]
+    mirrored = torch.arange(40) % 2 == 0
+    told = seen_in_mirror(answer_table(scenes), mirrored)
+    asked = 0
+    for k, (character, view) in enumerate(scenes):
+        right = truth(*(mirror(character, view) if mirrored[k] else (character, view)))
+        for question, choices in ANSWERS.items():
+            wanted = choices.index(right[question]) if question in right else UNASKED
+            assert told[question][k] == wanted
+        asked += mirrored[k] and "side" in right
+    assert asked > 5
+
+
+def test_a_moved_render_keeps_its_size_and_its_middle():
+    from dbcore.toybox.reader import moved
+
+    x = torch.zeros(30, 3, 64, 64)
+    x[:, :, 20:30, 10:20] = 1.0
+    made = moved(x, torch.arange(30) < 15, torch.Generator().manual_seed(0))
+    assert made.shape == x.shape
+    assert made.sum((1, 2, 3)).unique().tolist() == [300.0]  # nothing left the frame
+    columns = (made[:, 0].amax(1) * torch.arange(64)).argmax(1) - 9  # where it begins
+    assert columns[:15].min() >= 40
+    assert columns[15:].max() <= 14
+    assert len(columns[15:].unique()) > 4
 
 
 def test_a_reader_of_fewer_questions_is_read(tmp_path):
