@@ -33,7 +33,7 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 quickstart: setup ## teach the toy base a new subject, and show it before and after
 	$(BIN)/python -m dbcore quickstart
 
-# Every cell again, its text and pictures against those that are stored.
+# Every cell again, its text and images against those that are stored.
 REPLAY = $(BIN)/python -m pytest -m "" --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	$(NOTEBOOKS)
 NOTEBOOKS ?= notebooks

@@ -199,7 +199,7 @@ class TrainConfig:
         1.29, "scale of mode; more takes the middle more often, below 0 the ends",
         low=-1, high=1.75)
     noise_offset: float = option(
-        0.0, "shift of the noise a channel, for darker and brighter pictures", low=0)
+        0.0, "shift of the noise a channel, for darker and brighter images", low=0)
     use_ema: bool = option(
         False, "save the running mean of the LoRA's weights instead of the last ones, which jitter")
     ema_decay: float = option(

@@ -44,7 +44,7 @@ SAMPLES = 240  # images of combinations never trained on
 # shipped subjects that DreamBooth is tried on
 TRIED = ("dog", "cat", "duck", "car", "teapot", "robot")
 NEW_PLACES = ("snow", "beach", "water")  # none of them is in the photos
-PICTURES = 8  # a prompt and subject
+IMAGES = 8  # a prompt and subject
 # the rest are details, seen less surely
 PLAIN_QUESTIONS = ("class", "color", "pattern", "color2", "hat", "place")
 # what makes a subject this one; hat and place may change
@@ -207,7 +207,7 @@ def speed_gate(base: Family) -> list[Gate]:
     base.generate(["a photo of a dog"], [0], num_inference_steps=2)  # loads what is loaded late
     began = time.perf_counter()
     base.generate(["a photo of a dog"] * 4, [0, 1, 2, 3])
-    return [Gate("four pictures at the recommended settings, seconds", 4,
+    return [Gate("four images at the recommended settings, seconds", 4,
                  time.perf_counter() - began, least=False,
                  note=f"{torch.get_num_threads()} threads")]
 
@@ -264,9 +264,9 @@ def try_subject(folder: Path, name: str, work: Path, reader: Reader,
     prompts = {"alone": caption_of("sks", kind, "studio"),
                **{p: caption_of("sks", kind, p) for p in NEW_PLACES},
                "class": f"a photo of a {kind}"}
-    asked = [prompt for prompt in prompts.values() for _ in range(PICTURES)]
-    generated = generated_with(folder, lora, asked, list(range(100, 100 + PICTURES)) * len(prompts))
-    images = {key: generated[k * PICTURES:(k + 1) * PICTURES] for k, key in enumerate(prompts)}
+    asked = [prompt for prompt in prompts.values() for _ in range(IMAGES)]
+    generated = generated_with(folder, lora, asked, list(range(100, 100 + IMAGES)) * len(prompts))
+    images = {key: generated[k * IMAGES:(k + 1) * IMAGES] for k, key in enumerate(prompts)}
     read = {key: reader.read(some) for key, some in images.items()}
     new = [(place, r) for place in NEW_PLACES for r in read[place]]
     return {
@@ -292,9 +292,9 @@ def dreambooth_gates(folder: Path, work: Path, reader: Reader,
     def mean(question, prior):
         return float(np.mean([runs[name, prior][0][question] for name in subjects]))
 
-    note = f"{len(subjects)} subjects, {PICTURES} pictures a prompt, 150 steps"
+    note = f"{len(subjects)} subjects, {IMAGES} images a prompt, 150 steps"
     with_prior, without = mean("drift", True), mean("drift", False)
-    floor = 1 / (len(subjects) * PICTURES)  # one image: what a share of none is taken for
+    floor = 1 / (len(subjects) * IMAGES)  # one image: what a share of none is taken for
     return [
         Gate("DreamBooth, `a photo of sks X`: class, colours and pattern right", 0.9,
              mean("right", True), note=note),
@@ -303,7 +303,7 @@ def dreambooth_gates(folder: Path, work: Path, reader: Reader,
         Gate("DreamBooth, three new places: place right", 0.85, mean("place", True)),
         Gate("DreamBooth, three new places: subject right", 0.85, mean("subject elsewhere", True)),
         Gate("after it, `a photo of a X`: different main colours among the images", 5,
-             mean("colors", True), note=f"{PICTURES} images with prior preservation"),
+             mean("colors", True), note=f"{IMAGES} images with prior preservation"),
         Gate("`a photo of a X` read as the subject, without over with prior preservation", 2,
              without / max(with_prior, floor), note=f"{without:.2f} against {with_prior:.2f}"),
     ], runs

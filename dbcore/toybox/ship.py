@@ -99,14 +99,14 @@ license: cc0-1.0
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [toy, stable-diffusion, dreambooth, lora]
-provenance: Every picture it learnt from and every weight was made by dbcore's own code, `python -m dbcore.toybox`.
+provenance: Every image it learnt from and every weight was made by dbcore's own code, `python -m dbcore.toybox`.
 ---
 # The toy base
 
-Provenance: every picture it learnt from and every weight was made by this repository's code, `python -m dbcore.toybox`.
+Provenance: every image it learnt from and every weight was made by this repository's code, `python -m dbcore.toybox`.
 
-The whole Stable Diffusion stack in miniature: a CLIP tokenizer and text encoder, a KL autoencoder (64 x 64 pictures
-to 16 x 16 x 8 latents), a UNet of {parameters:.1f} M parameters that predicts v, and a DDIM scheduler. It draws small
+The whole Stable Diffusion stack in miniature: a CLIP tokenizer and text encoder, a KL autoencoder (64 x 64 images
+to 16 x 16 x 8 latents), a UNet of {parameters:.1f} M parameters that predicts v, and a DDIM scheduler. It generates small
 3-D characters (dog, cat, duck, car, teapot, robot) in eleven colours, plain, spotted or striped, with or without a
 hat, in eleven places; seen from any side, near or far, under a high or a low sun, and of many builds: whatever varies
 has words. It exists so that personalising a text-to-image model can be learnt and tested on a laptop.
@@ -115,22 +115,22 @@ has words. It exists so that personalising a text-to-image model can be learnt a
     StableDiffusionPipeline.from_pretrained("data/toy_base")("a photo of a red dog with white spots in the snow")
 
 `recommended.json` holds the settings that suit it. Beside the pipeline lie `clip_image/`, the toy CLIP's image tower
-(`dbcore.toybox.clip.load_clip`), `reader/`, a network that tells what a picture shows
+(`dbcore.toybox.clip.load_clip`), `reader/`, a network that tells what an image shows
 (`dbcore.toybox.reader.load_reader`), and `subject/`, one that tells which individual it is
 (`dbcore.toybox.encoder.load_subject_encoder`).
 
 ## Data
-{count:,} pictures of 64 x 64 pixels from a sphere tracer, each of its own random scene, with exact captions whose
+{count:,} images of 64 x 64 pixels from a sphere tracer, each of its own random scene, with exact captions whose
 attributes are left out at random (15 % each for the UNet, 10 % for CLIP). Six pairs of class and colour were never
 rendered; the gates ask for them. `sks`, `ohwx` and `zwx` are one token each and occur in no caption.
 
 ## Recipe
-1. Autoencoder: first to follow a whitened PCA of 4 x 4 patches, then free, then on whole pictures; squared and
+1. Autoencoder: first to follow a whitened PCA of 4 x 4 patches, then free, then on whole images; squared and
    absolute error, a light KL term. Then its decoder alone, for edges as strong as the renders'.
 2. Toy CLIP: contrastive, batch 128; its text tower is frozen from then on.
-3. UNet: {steps:,} steps of {batch} pictures ({samples:,} in all), v-prediction, one caption in ten
+3. UNet: {steps:,} steps of {batch} images ({samples:,} in all), v-prediction, one caption in ten
    empty, Muon and AdamW with a rate that falls at the end, running mean of the weights.
-4. Reader: cross-entropy on what is in a render.
+4. Reader: cross-entropy on what is in a render; four times as many renders, mirrored and moved.
 5. Subject encoder: supervised contrastive, on {subjects:,} characters of its own, {views} views of each.
 
 Cost in machine-hours ({machine}): {cost}; {total:.2f} in all, without rendering.
@@ -144,6 +144,6 @@ Measured on these weights; "never seen" renders come from another seed. What a s
 ## Limits
 It knows these six things, these words and this one way of looking, in English captions of one form. Eyes and small marks
 are soft. A hat on a character that never wore one, or a pattern in the dark, can come out as patches, and seen from the
-front or far away legs run together. Two characters in one picture, numbers and relations it has never seen. The reader
+front or far away legs run together. Two characters in one image, numbers and relations it has never seen. The reader
 misses some marks on clean renders too, as the table states: no sample can be read more surely than that.
 """
