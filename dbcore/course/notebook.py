@@ -125,8 +125,9 @@ def hardware() -> str:
             "fits, and the toy base takes seconds." if fits else "may not fit; the toy base does.")
     if torch.backends.mps.is_available():
         return "an Apple GPU; the toy base takes seconds, Stable Diffusion takes patience."
-    return (f"a CPU with {_cores()} cores; enough for the toy base. For Stable Diffusion, "
-            "find a GPU (Colab has one).")
+    cores = _cores()
+    return (f"a CPU with {cores} core{'' if cores == 1 else 's'}; enough for the toy base. "
+            "For Stable Diffusion, find a GPU (Colab has one).")
 
 
 def _cores():

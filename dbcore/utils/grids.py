@@ -1,4 +1,4 @@
-"""Images of images, and plain plots: rows of images with labels, lines and bars.
+"""Images of images, and plain plots: rows of images with labels, lines, bars, dots and points.
 
 Everything is drawn with matplotlib's object interface, never with pyplot: no window, no global
 figure list to leak, safe in threads and on machines without a screen. A figure that is the last
@@ -128,7 +128,7 @@ def line_plot(series: Mapping[str, tuple[Sequence, Sequence]], xlabel: str, ylab
         axis.plot(xs, ys, color=COLOURS[k % len(COLOURS)], marker=marker, markersize=3.5,
                   linewidth=1.3, label=name)
     if len(series) > 1:
-        axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+        _legend(axis)
     return figure
 
 
@@ -148,6 +148,61 @@ def bar_plot(values: Mapping[str, float], xlabel: str, title: str | None = None,
     axis.invert_yaxis()
     axis.tick_params(axis="y", labelsize=7, length=0)
     return figure
+
+
+def dot_plot(series: Mapping[str, Mapping[str, float]], xlabel: str, title: str | None = None,
+             width: float = 6.0) -> Picture:
+    """Rows of dots, for categories that have no order and so are joined by no line.
+
+    `series`: {name: {category: number}}, all with the same categories: a row for each category,
+    first on top, and in it one dot for each name.
+    """
+    rows = list(next(iter(series.values())))
+    figure, axis = _framed(xlabel, None, title, (width, 0.8 + 0.26 * max(len(rows), 3)))
+    for k, (name, values) in enumerate(series.items()):
+        axis.plot([values[row] for row in rows], range(len(rows)), label=name, linestyle="none",
+                  color=COLOURS[k % len(COLOURS)], marker=MARKERS[k % len(MARKERS)], markersize=7)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.grid(axis="y", color=FAINT, linewidth=0.4)
+    axis.set_axisbelow(True)
+    if len(series) > 1:
+        _legend(axis)
+    return figure
+
+
+def scatter_plot(points: Mapping[str, tuple[float, float]], xlabel: str, ylabel: str,
+                 title: str | None = None, size: tuple[float, float] = (6.5, 3.4)) -> Picture:
+    """Points with their names beside them. `points`: {name: (x, y)}."""
+    figure, axis = _framed(xlabel, ylabel, title, size)
+    axis.margins(0.1)
+    for k, (x, y) in enumerate(points.values()):
+        axis.plot(x, y, color=COLOURS[k % len(COLOURS)], marker=MARKERS[k % len(MARKERS)],
+                  markersize=7)
+    axis.autoscale_view()  # else the limits are not known yet
+    places = (axis.transData - axis.transAxes).transform(list(points.values()))  # in [0, 1]
+    heights = _apart(places[:, 1], 0.2 / (size[1] - 0.8))
+    for (name, point), (across, _), height in zip(points.items(), places, heights):
+        side = 1 if across < 0.6 else -1  # a name runs towards the middle
+        axis.annotate(name, point, (across + 0.025 * side, height), textcoords="axes fraction",
+                      ha="left" if side > 0 else "right", va="center", fontsize=9, color=INK,
+                      arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6})
+    return figure
+
+
+def _apart(heights, gap):
+    """The heights, in their order, moved until no two are nearer than `gap`: half of them up."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    raised, lowered = {}, {}
+    for rank, k in enumerate(order):
+        raised[k] = max(heights[k], raised[order[rank - 1]] + gap if rank else heights[k])
+    for rank, k in enumerate(reversed(order)):
+        lowered[k] = min(heights[k], lowered[order[-rank]] - gap if rank else heights[k])
+    return [(raised[k] + lowered[k]) / 2 for k in range(len(heights))]
+
+
+def _legend(axis):
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def _framed(xlabel, ylabel, title, size):

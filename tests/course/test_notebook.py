@@ -118,8 +118,10 @@ def test_a_gpu_is_judged_by_its_memory(monkeypatch, gigabytes, words):
 def test_a_cpu_is_enough_for_the_toy_base(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert notebook.hardware().startswith("a CPU with ")
     assert "enough for the toy base" in notebook.hardware()
+    for cores, words in ((1, "a CPU with 1 core;"), (2, "a CPU with 2 cores;")):
+        monkeypatch.setattr(notebook, "_cores", lambda cores=cores: cores)
+        assert notebook.hardware().startswith(words)
 
 
 def test_ready_prints_two_lines(capsys):

@@ -1,6 +1,7 @@
 """Grids show the right image in the right place, and leave no global state behind."""
 
 import io
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -105,6 +106,32 @@ def test_bars_keep_their_order():
     assert axis.yaxis_inverted()
 
 
+def test_dots_stand_in_the_row_of_their_category_and_no_line_joins_them():
+    figure = grids.dot_plot({"before": {"snow": 0.1, "hat": 0.4}, "after": {"snow": 0.3, "hat": 0}},
+                            "moved")
+    axis = figure.axes[0]
+    before, after = axis.get_lines()[:2]
+    assert list(before.get_xdata()) == [0.1, 0.4]
+    assert list(after.get_ydata()) == [0, 1]
+    assert before.get_linestyle() == "None"
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["snow", "hat"]
+    assert axis.yaxis_inverted()
+
+
+def test_a_points_name_stands_beside_it_and_over_no_other_name():
+    points = {"base": (0.9, 0.1), "LoRA": (0.5, 0.6), "DoRA": (0.5, 0.61), "min-SNR": (0.5, 0.6)}
+    figure = grids.scatter_plot(points, "prompt", "subject")
+    names = figure.axes[0].texts
+    assert {name.get_text(): name.xy for name in names} == points
+    heights = sorted(name.get_position()[1] for name in names)
+    assert min(b - a for a, b in pairwise(heights)) > 0.05
+    assert figure.axes[0].get_legend() is None
+    figure.draw_without_rendering()  # limits and layout as they are shown
+    canvas = figure.axes[0].transAxes
+    base = canvas.inverted().transform(figure.axes[0].transData.transform((0.9, 0.1)))
+    assert abs(names[0].get_position()[1] - base[1]) < 0.02
+
+
 def test_a_running_mean_has_fewer_values_at_first_and_looks_back_only():
     assert grids.running_mean([4.0, 2.0, 9.0, 1.0], 2) == [4.0, 3.0, 5.5, 5.0]
     assert grids.running_mean([4.0, 2.0, 9.0], 10) == [4.0, 3.0, 5.0]
@@ -116,6 +143,8 @@ def test_a_running_mean_has_fewer_values_at_first_and_looks_back_only():
 def test_a_users_words_are_no_formula_wherever_they_stand(tmp_path, text):
     figures = [grids.image_grid([[swatch(RED)]], [text], [text], text),
                grids.bar_plot({text: 1.0, "b": 2.0}, text, text),
+               grids.dot_plot({text: {text: 1.0}, "b": {text: 2.0}}, text, text),
+               grids.scatter_plot({text: (1.0, 2.0), "b": (0.0, 0.0)}, text, text, text),
                grids.line_plot({text: ([0, 1], [0, 1]), "b": ([0, 1], [1, 0])}, text, text, text)]
     for k, figure in enumerate(figures):
         grids.save_figure(tmp_path / f"{k}.png", figure)
