@@ -5,7 +5,7 @@ from pathlib import Path
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines.run_folder import LORA_FILE
 
-SHARED = [LORA_FILE, "README.md", "report/*", "validation/*/grid.png"]
+SHARED = [LORA_FILE, "README.md", "training.gif", "report/*", "validation/*/grid.png"]
 
 
 def push(config: TrainConfig) -> None:

@@ -22,19 +22,21 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dbcore.config import TrainConfig
 from dbcore.engines.trained import Modules
 from dbcore.models.lora import adapter_layers, adapters_off
 from dbcore.models.peft_adapters import weight_change
-from dbcore.utils.files import home_folder, write_whole
+from dbcore.utils.files import home_folder, whole_file, write_whole
 
 # Mean difference of images with and without the adapter, in grey levels of 255. Two renderings of
 # one image in half and single precision differ by well under 1; a subject that is there differs
 # by 10 or more.
 VISIBLE = 2.0
 BANDS = 5
+ANIMATION = "training.gif"
+FRAME, LAST_FRAME = 700, 2500  # milliseconds
 Rows = list[list[Image.Image]]  # a row of images for each prompt
 Records = list[dict[str, Any]]  # of log.jsonl, one a step
 Generate = Callable[[list[str], list[int]], list[Image.Image]]
@@ -95,6 +97,7 @@ def write_report(modules: Modules, generate: Generate, config: TrainConfig, outp
     save_figure(output_dir / "report" / "update_by_layer.png",
                 bar_plot(by_block(update), "size of the update, relative to the weights"))
     plot_loss(output_dir / "report" / "loss_by_timestep.png", history)
+    animate(output_dir)
     write_whole(output_dir / "README.md", model_card(config, output_dir, evidence, prompts))
     return evidence
 
@@ -219,6 +222,20 @@ def plot_loss(path: Path, history: Records, parts: int = 6) -> None:
     save_figure(path, line_plot(series, "step", "loss", "Loss by timestep (low t: little noise)"))
 
 
+def animate(output_dir: Path) -> None:
+    """`training.gif` of the validation grids, in order of steps; none where nothing was
+    validated."""
+    frames = [Image.open(path).convert("RGB") for path in validation_grids(output_dir)]
+    if not frames:
+        return
+    # a longer title makes a grid wider, and all frames of a GIF have one size
+    size = max(frame.width for frame in frames), max(frame.height for frame in frames)
+    first, *rest = [ImageOps.pad(frame, size, color="white") for frame in frames]
+    with whole_file(output_dir / ANIMATION) as partial:
+        first.save(partial, format="GIF", save_all=True, append_images=rest, loop=0,
+                   duration=[FRAME] * len(rest) + [LAST_FRAME])
+
+
 def peak_memory() -> tuple[int, str]:
     """(bytes, "GPU" or "process") at the highest point so far."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
@@ -296,11 +313,18 @@ def learned(evidence: Evidence) -> str:
 
 def validation_links(output_dir: Path) -> str:
     """A link a validation image grid, in order of steps."""
-    found = sorted(Path(output_dir).glob("validation/step-*/*grid*.png"))
-    links = [f"[{path.parent.name.removeprefix('step-').lstrip('0') or '0'}]"
-             f"({path.relative_to(output_dir).as_posix()})" for path in found]
-    return ("Validation images after step " + ", ".join(links) if links
-            else "No validation was asked for.")
+    links = [f"[{int(path.parent.name.removeprefix('step-'))}]"
+             f"({path.relative_to(output_dir).as_posix()})"
+             for path in validation_grids(output_dir)]
+    if not links:
+        return "No validation was asked for."
+    return (f"![the validation images over the steps]({ANIMATION})\n\n"
+            f"Validation images after step {', '.join(links)}")
+
+
+def validation_grids(output_dir: Path) -> list[Path]:
+    """The grids of a run's validation images, in order of steps."""
+    return sorted(output_dir.glob("validation/step-*/*grid*.png"))
 
 
 def usage(name: str, prompt: str, adapter: str = "lora") -> str:

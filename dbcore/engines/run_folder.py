@@ -27,7 +27,7 @@ from dbcore.utils.files import sweep, write_whole
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LOG = "log.jsonl"
 # by a run, beside its LoRA and checkpoints
-WRITTEN = (LOG, "README.md", "validation", "report")
+WRITTEN = (LOG, "README.md", "training.gif", "validation", "report")
 REPLACEMENT, FINISHED = "replacement", ".finished"
 LOCK, HOLDER = ".lock", ".running"
 

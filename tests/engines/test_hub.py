@@ -74,8 +74,9 @@ def test_the_lora_its_card_and_its_pictures_reach_the_hub_and_no_secret(hub, tmp
                            validation_prompt=["a red car"], num_validation_images=1)  # fmt: skip
     path = train(TrainConfig(**options, output_dir=tmp_path / "run"))
     files = committed(hub)
-    assert set(files) == {LORA, "README.md", "report/on_off.png", "report/loss_by_timestep.png",
-                          "report/update_by_layer.png", "validation/step-000001/grid.png"}
+    assert set(files) == {LORA, "README.md", "training.gif", "report/on_off.png",
+                          "report/loss_by_timestep.png", "report/update_by_layer.png",
+                          "validation/step-000001/grid.png"}
     assert all((path.parent / name).read_bytes() == content for name, content in files.items())
     # where it belongs, and nowhere else:
     assert {key for _, key, _ in hub.asked} == {f"Bearer {TOKEN}"}

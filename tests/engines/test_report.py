@@ -151,6 +151,27 @@ def test_plots_and_pictures_are_there_and_linked(tmp_path):
     assert "GB" in card
 
 
+def test_the_animation_has_a_frame_a_validation_in_order_of_steps(tmp_path):
+    for step, (colour, width) in {100: ("lime", 20), 50: ("red", 16)}.items():
+        grid = tmp_path / "validation" / f"step-{step:06d}" / "grid.png"
+        grid.parent.mkdir(parents=True)
+        Image.new("RGB", (width, 16), colour).save(grid)
+    _, card = run(tmp_path, strength=0.5)
+    assert "](training.gif)" in card
+    animation, seen = Image.open(tmp_path / "training.gif"), []
+    for frame in range(animation.n_frames):
+        animation.seek(frame)
+        seen.append((animation.convert("RGB").getpixel((10, 8)), animation.info["duration"]))
+    assert seen == [((255, 0, 0), report.FRAME), ((0, 255, 0), report.LAST_FRAME)]
+    assert (animation.size, animation.info["loop"]) == ((20, 16), 0)
+
+
+def test_without_validation_there_is_no_animation(tmp_path):
+    _, card = run(tmp_path, strength=0.5)
+    assert "training.gif" not in card
+    assert not (tmp_path / "training.gif").exists()
+
+
 def test_front_matter_is_what_the_hub_reads(tmp_path):
     _, card = run(tmp_path, strength=0.5)
     data = ModelCard(card).data
