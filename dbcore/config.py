@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -78,6 +79,11 @@ class TrainConfig:
     resolution: AutoInt = option(
         AUTO, "side of the training images in pixels; auto is the base's own, lower it when memory "
         "runs out", low=8)
+    aspect_ratio_buckets: str | None = option(
+        None, "sizes in place of squares, as 'height,width;height,width', for photos that prepare "
+        "did not crop: each goes to the nearest in shape, each batch is of one, class images are "
+        "cropped to it; auto: shapes from 1:2 to 2:1 of as many pixels as resolution, which is "
+        "still the side of generated images")
     center_crop: bool = option(
         False, "crop the middle instead of a random place along the longer side, when the subject "
         "is always there")
@@ -259,6 +265,8 @@ class TrainConfig:
             need(str(getattr(self, name) or "").strip(),
                  f"--{name} is missing: {help_of(TrainConfig, name)}")
         self.check_prior()
+        if self.aspect_ratio_buckets not in (None, AUTO):
+            parse_buckets(self.aspect_ratio_buckets)
         for given in ("adam_beta1", "adam_beta2", "adam_epsilon"):
             need(self.optimizer != "Adafactor"
                  or getattr(self, given) == getattr(TrainConfig, given),
@@ -323,6 +331,13 @@ class TrainConfig:
         need(not (self.hub_token and self.report_to == "wandb"),
              "--hub_token would be sent to Weights & Biases with the options: "
              "log in with `hf auth login` instead")
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """(height, width) in pixels that training images may have, once no option is `auto`."""
+        if self.aspect_ratio_buckets is None:
+            return [(self.resolution, self.resolution)]
+        return parse_buckets(self.aspect_ratio_buckets)
 
     def check_prior(self) -> None:
         """Raises ConfigError where what keeps the class is said in part, or twice."""
@@ -447,7 +462,8 @@ ANSWERED: dict[type, dict[str, str]] = {SliderConfig: {}, TrainConfig: {
     "device": "the fastest there is generates the images; "
     "an empty CUDA_VISIBLE_DEVICES leaves the CPU",
 }}  # fmt: skip
-ALIASES = {"use_8bit_adam": ("optimizer", "AdamW8bit"), "lora": ("checkpoint_dir", None)}
+ALIASES = {"use_8bit_adam": ("optimizer", "AdamW8bit"), "lora": ("checkpoint_dir", None),
+           "use_aspect_ratio_buckets": ("aspect_ratio_buckets", AUTO)}
 
 
 def need(condition: object, message: str) -> None:
@@ -460,6 +476,14 @@ def is_within(folder: str | Path | None, other: str | Path | None) -> bool:
     if folder is None or other is None:
         return False
     return Path(folder).resolve().is_relative_to(Path(other).resolve())
+
+
+def parse_buckets(text: str) -> list[tuple[int, int]]:
+    """[(height, width)] of "768,512;512,768". Raises ConfigError."""
+    pairs = [re.fullmatch(r"\s*([1-9]\d*)\s*,\s*([1-9]\d*)\s*", pair) for pair in text.split(";")]
+    need(all(pairs), f"--aspect_ratio_buckets {text!r}: give height,width in pixels, with a ; "
+         "between two of them and quotes around all, such as '768,512;512,768'; or auto")
+    return [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
 
 
 def check_interval(name: str, interval: Sequence[float]) -> None:
@@ -599,7 +623,7 @@ def from_args(args: argparse.Namespace, cls: type) -> Any:
         if name in vars(args):
             print(f"--{name} has no effect: {answer}.")
     for alias, (name, value) in ALIASES.items():
-        if alias in vars(args):
+        if alias in vars(args) and not (value == AUTO and name in given):
             print(f"--{alias} is read as --{name}{f' {value}' if value else ''}.")
             given[name] = value or getattr(args, alias)
     for name, value in given.items():

@@ -221,7 +221,18 @@ def test_an_alias_is_its_option_and_says_so(capsys):
     assert parse(TrainConfig, "--use_8bit_adam") == TrainConfig(optimizer="AdamW8bit")
     assert capsys.readouterr().out == "--use_8bit_adam is read as --optimizer AdamW8bit.\n"
     assert parse(GenerateConfig, "--lora", "a", "b") == GenerateConfig(checkpoint_dir=["a", "b"])
-    assert set(ALIASES) == {"use_8bit_adam", "lora"}
+    buckets = "64,32;32,64"
+    assert parse(TrainConfig, "--use_aspect_ratio_buckets").aspect_ratio_buckets == "auto"
+    assert parse(TrainConfig, "--use_aspect_ratio_buckets", "--aspect_ratio_buckets",
+                 buckets).aspect_ratio_buckets == buckets
+    assert set(ALIASES) == {"use_8bit_adam", "lora", "use_aspect_ratio_buckets"}
+
+
+@pytest.mark.parametrize("text", ["", "512", "512,768;", "512x768", "512,768 768,512", "0,8"])
+def test_buckets_are_pairs_of_numbers(text):
+    with pytest.raises(ConfigError, match=r"--aspect_ratio_buckets .*: give height,width in pix"):
+        TrainConfig(**NEEDED, aspect_ratio_buckets=text).check()
+    assert TrainConfig(aspect_ratio_buckets="64,32; 32,64").buckets == [(64, 32), (32, 64)]
 
 
 def test_a_command_of_the_diffusers_script_is_read_as_it_is(capsys):

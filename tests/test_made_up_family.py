@@ -77,8 +77,8 @@ class PixelFlow(models.Family):
     def native_resolution(self):
         return self.config_of("transformer")["side"]
 
-    def latent_shape(self, resolution):
-        return 3, resolution, resolution
+    def latent_shape(self, height, width=None):
+        return 3, height, width or height
 
     def component_class(self, component):
         return PixelDenoiser if component == "transformer" else super().component_class(component)

@@ -2,7 +2,8 @@
 
 Sample g of a run (counted over steps, accumulation, processes and batch) is photo order[g] in an
 order drawn anew for each pass, so a batch is a function of (seed, step): there is no loader to
-rewind, no partial batch, and processes share the samples of one sequence.
+rewind, no partial batch, and processes share the samples of one sequence. With aspect-ratio buckets
+each has a sequence of its own, and the bucket of a batch is a function of (seed, step) as well.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ import torch
 from PIL import Image
 
 from dbcore.config import AUTO
-from dbcore.datasets.photos import Photo, PhotoError, crop_to_square, shown, square_box
+from dbcore.datasets.photos import (
+    Bucket,
+    Photo,
+    PhotoError,
+    crop_box,
+    crop_to,
+    nearest_bucket,
+    shown,
+)
 from dbcore.datasets.prompts import without_identifier
 from dbcore.datasets.store import TensorStore
 from dbcore.models.process import Density
@@ -30,10 +39,11 @@ if TYPE_CHECKING:
     from dbcore.config import TrainConfig
     from dbcore.models.base import Family
 
-# places along the longer side that a random crop chooses from, so that each is encoded once
+# places along the side that is cropped that a random crop chooses from, so that each is encoded
+# once
 CROPS = 4
 
-order = lru_cache(maxsize=8)(permutation)
+order = lru_cache(maxsize=32)(permutation)
 
 
 @dataclass(frozen=True)
@@ -42,25 +52,32 @@ class Sample:
 
     photo: Photo
     prompt: str
-    place: float  # of the crop along the longer side, in [0, 1]
+    bucket: Bucket  # that it is cropped to
+    place: float  # of the crop along the side that is cropped, in [0, 1]
     mirrored: bool
     number: int  # within its step; what is random of it depends on it
     is_class: bool = False
 
     @property
-    def view(self) -> tuple[Path, float, bool]:
+    def view(self) -> tuple[Path, Bucket, float, bool]:
         """What its latents depend on."""
-        return self.photo.path, self.place, self.mirrored
+        return self.photo.path, self.bucket, self.place, self.mirrored
 
-    def geometry(self, resolution: int) -> list[int]:
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Of the crop in the photo, in pixels: left, top, right, bottom."""
+        return crop_box(self.photo.size, self.bucket, self.place)
+
+    @property
+    def geometry(self) -> list[int]:
         """Height and width of the photo, top and left of the crop once resized, height and width of
         the crop."""
         width, height = self.photo.size
-        left, top, right, bottom = square_box(self.photo.size, self.place)
+        left, top, right, bottom = self.box
         if self.mirrored:
             left = width - right
-        scale = resolution / (bottom - top)
-        return [height, width, round(top * scale), round(left * scale), resolution, resolution]
+        scale = self.bucket[0] / (bottom - top)
+        return [height, width, round(top * scale), round(left * scale), *self.bucket]
 
 
 class DreamBoothData:
@@ -73,6 +90,9 @@ class DreamBoothData:
     def __init__(self, config: TrainConfig, photos: Iterable[Photo],
                  class_photos: Iterable[Photo] = ()):
         self.config, self.photos, self.class_photos = config, list(photos), list(class_photos)
+        self.buckets = [nearest_bucket(photo.size, config.buckets) for photo in self.photos]
+        self.photos_of = {bucket: [photo for photo, own in zip(self.photos, self.buckets)
+                                   if own == bucket] for bucket in {*self.buckets}}
         self.latents = TensorStore()
         c = config
         self.density = None if c.weighting_scheme == AUTO else Density(
@@ -81,17 +101,32 @@ class DreamBoothData:
     def samples(self, step: int, micro: int = 0, rank: int = 0, world: int = 1) -> list[Sample]:
         """The batch of one process: instance samples first, then as many for the class.
 
-        `micro` counts the batches of one optimizer step, `rank` of `world` the processes.
+        `micro` counts the batches of one optimizer step, `rank` of `world` the processes, whose
+        batches are of one bucket. Class images are cropped to it: they have none of their own.
         """
-        size, steps = self.config.train_batch_size, self.config.gradient_accumulation_steps
-        numbers = [(micro * world + rank) * size + i for i in range(size)]
-        first = step * steps * world * size
-        rows = [self._sample(step, number, first + number, False) for number in numbers]
+        c = self.config
+        own = range(rank * c.train_batch_size, (rank + 1) * c.train_batch_size)
+        size, batch = world * c.train_batch_size, step * c.gradient_accumulation_steps + micro
+        bucket, before = self._bucket(batch)
+        rows = [self._sample(step, micro * size + k, before * size + k, bucket, False) for k in own]
         if self.class_photos:
-            rows += [self._sample(step, number, first + number, True) for number in numbers]
+            rows += [self._sample(step, micro * size + k, batch * size + k, bucket, True)
+                     for k in own]
         if self.config.prior_prediction:
             rows += [replace(row, prompt=self._class_words(row.prompt)) for row in rows]
         return rows
+
+    def _bucket(self, batch):
+        """(bucket, how many earlier batches were of it) of a batch, all processes' together.
+
+        In a pass over the photos each has one batch, in a random order, and says the bucket. So a
+        bucket has as many batches as photos, and all photos are seen equally often.
+        """
+        epoch, place = divmod(batch, len(self.photos))
+        turns = order(len(self.photos), self.config.seed, "bucket", epoch)
+        buckets = [self.buckets[k] for k in turns]
+        bucket = buckets[place]
+        return bucket, epoch * len(self.photos_of[bucket]) + buckets[:place].count(bucket)
 
     def _words(self, photo, step, number):
         c, text = self.config, photo.caption or self.config.instance_prompt
@@ -103,17 +138,18 @@ class DreamBoothData:
         return without_identifier(prompt, self.config.instance_prompt,
                                   str(self.config.class_prompt))
 
-    def _sample(self, step, number, count, is_class):
-        photos, stream = (self.class_photos, "class") if is_class else (self.photos, "instance")
+    def _sample(self, step, number, count, bucket, is_class):
+        photos, stream = ((self.class_photos, "class") if is_class
+                          else (self.photos_of[bucket], "instance"))
         seed = self.config.seed
         epoch, place = divmod(count, len(photos))
         photo = photos[order(len(photos), seed, stream, epoch)[place]]
-        square = photo.size[0] == photo.size[1]
-        crop = 0.5 if self.config.center_crop or square else (
+        whole = crop_box(photo.size, bucket) == (0, 0, *photo.size)
+        crop = 0.5 if self.config.center_crop or whole else (
             integer(CROPS, seed, f"{stream} crop", step, number) / (CROPS - 1))
         mirrored = self.config.random_flip and integer(2, seed, f"{stream} flip", step, number) == 1
         prompt = self.config.class_prompt if is_class else self._words(photo, step, number)
-        return Sample(photo, prompt, crop, mirrored, number, is_class)
+        return Sample(photo, prompt, bucket, crop, mirrored, number, is_class)
 
     def encode(self, base: Family, samples: Iterable[Sample]) -> None:
         """Latents of each new view among `samples`, into the store.
@@ -128,7 +164,8 @@ class DreamBoothData:
     def batch(self, base: Family, samples: Sequence[Sample], step: int) -> dict[str, Any]:
         """Tensors of a batch on the base's device.
 
-        x0, noise: (n, c, h, w); t: (n,); mask: (n, 1, h, w) in [0, 1]; prompts: n strings;
+        `samples`: of one bucket. x0, noise: (n, c, h, w); t: (n,); mask: (n, 1, h, w) in [0, 1];
+        prompts: n strings;
         geometry: (n, 6) pixels, as `Family.predict` takes it. x0 is drawn from the posterior: mean
         + std * epsilon.
         """
@@ -141,7 +178,7 @@ class DreamBoothData:
         drawn = {"eps": torch.stack(epsilons), "noise": torch.stack(noises),
                  "t": base.process.timestep(torch.tensor(us, dtype=torch.float64),
                                             shape[1:].numel(), self.density),
-                 "geometry": torch.tensor([s.geometry(self.config.resolution) for s in samples],
+                 "geometry": torch.tensor([sample.geometry for sample in samples],
                                           dtype=torch.float32)}
         batch = (to_device({**views, **drawn}, base.device) if cached
                  else {**views, **to_device(drawn, base.device)})
@@ -200,14 +237,10 @@ def encode_views(base: Family, samples: Sequence[Sample],
 
 
 def look(sample: Sample, config: TrainConfig) -> tuple[torch.Tensor, Image.Image | None]:
-    """(pixels (3, r, r) in [-1, 1], mask image or None) of a photo as a sample sees it."""
-    how: dict[str, Any] = {"resolution": config.resolution, "center_crop": False,
-                           "at": sample.place}
-    image = crop_to_square(sample.photo.load(), interpolation=config.image_interpolation_mode,
-                           **how)
+    """(pixels (3, h, w) in [-1, 1], mask image or None) of a photo as a sample sees it."""
+    image = crop_to(sample.photo.load(), sample.box, sample.bucket, config.image_interpolation_mode)
     mask = sample.photo.load_mask() if config.use_masks else None
-    if mask is not None:
-        mask = crop_to_square(mask, interpolation="nearest", **how)
+    mask = mask and crop_to(mask, sample.box, sample.bucket, "nearest")
     if sample.mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         mask = mask and mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

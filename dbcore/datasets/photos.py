@@ -6,9 +6,11 @@ it. `images.py` reads one file; `sidecars.py` finds the caption and the mask tha
 """
 
 import hashlib
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ CONTACT_SHEET = "contact_sheet.png"  # `dbcore prepare` leaves one beside the ph
 
 KOHYA_NAME = re.compile(r"(?P<repeats>\d{1,3})_(?P<words>[^\W\d_].*)")
 
-MAX_ASPECT = 2.5  # beyond this a centred square keeps less than 40 % of the photo
+MAX_ASPECT = 2.5  # beyond this a square keeps less than 40 % of the photo
 PURE = 0.98  # of an image in black and white: masks have grey at their edges alone
 DARK = 16  # of 255: an image without a brighter pixel shows nothing
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -68,6 +70,8 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 # white ground too, reach 0.976.
 THUMBNAIL, ALIKE = 16, 0.978
 BLOCK = 128  # photos compared at a time
+
+Bucket = tuple[int, int]  # height, width in pixels
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,8 @@ def _may_be_photo(path):
 # --- check ----------------------------------------------------------------------------------------
 
 
-def gather_photos(folder: str | Path, resolution: int | None = None,
-                  use_masks: bool = True) -> tuple[list[Photo], list[Problem]]:
+def gather_photos(folder: str | Path, resolution: int | None = None, use_masks: bool = True,
+                  buckets: Sequence[Bucket] = ()) -> tuple[list[Photo], list[Problem]]:
     """`find_photos` and `check_photos` at once: (photos, problems), with at least one photo.
 
     Raises `PhotoError`, which names the folder and each file's reason, if none can be used; also
@@ -146,7 +150,7 @@ def gather_photos(folder: str | Path, resolution: int | None = None,
     paths = find_photos(folder)
     _refuse_layout(Path(folder), paths)
     photos, problems = check_photos(
-        paths, resolution=resolution, folder=folder, use_masks=use_masks
+        paths, resolution=resolution, folder=folder, use_masks=use_masks, buckets=buckets
     )
     if photos:
         return photos, problems
@@ -180,11 +184,12 @@ def _refuse_layout(folder, paths):
 
 
 def check_photos(paths: Iterable[Path], resolution: int | None = None,
-                 folder: str | Path | None = None,
-                 use_masks: bool = True) -> tuple[list[Photo], list[Problem]]:
+                 folder: str | Path | None = None, use_masks: bool = True,
+                 buckets: Sequence[Bucket] = ()) -> tuple[list[Photo], list[Problem]]:
     """Open every file once, one after another, and say what is wrong: (photos, problems).
 
-    `resolution` (pixels) adds the warning for photos smaller than that. `folder` is how far up a
+    `resolution` (pixels) adds the warning for photos smaller than that; `buckets` that for photos
+    smaller than the one that they are cropped to, in place of a square. `folder` is how far up a
     table of captions is looked for; without it, only in each photo's own folder. Whatever is in a
     image becomes a `Problem`. Raises PhotoError where a table of captions names no photo, or
     every mask is black.
@@ -202,7 +207,7 @@ def check_photos(paths: Iterable[Path], resolution: int | None = None,
             problems.append(Problem(path, *reason(path, error), skipped=True))
             continue
         photos.append(Photo(path, size, captions.of(path), masks.of(path, size)))
-        notes += _shape_notes(size, resolution)
+        notes += _shape_notes(size, buckets or [(resolution or 1, resolution or 1)])
         twin = digests.setdefault(_digest(path), path)
         if twin is not path:
             notes.append(("duplicate", f"the same file as {shown(twin.name)}: keep one of the two"))
@@ -261,20 +266,25 @@ def _format_notes(path, image):
     return notes
 
 
-def _shape_notes(size, resolution):
-    notes, short, long = [], min(size), max(size)
-    if resolution and short < resolution:
+def _shape_notes(size, buckets):
+    height, width = nearest_bucket(size, buckets)
+    left, top, right, bottom = crop_box(size, (height, width))
+    whole, part = size[0] * size[1], (right - left) * (bottom - top)
+    words, sides = ("a square", height) if height == width else (
+        ("the nearest bucket", f"{width} x {height}"))
+    notes = []
+    if bottom - top < height:
         notes.append(
             (
                 "small",
-                (f"{size[0]} x {size[1]} is smaller than {resolution}: "
-                 f"enlarged {resolution / short:.1f} times"),
+                (f"{size[0]} x {size[1]} is smaller than {sides}: "
+                 f"enlarged {height / (bottom - top):.1f} times"),
             )
         )
-    if long > MAX_ASPECT * short:
-        share = 100 * short // long
+    if whole > MAX_ASPECT * part:
+        share = 100 * part // whole
         notes.append(
-            ("narrow", f"{size[0]} x {size[1]} is long and narrow: a square keeps {share} % of it")
+            ("narrow", f"{size[0]} x {size[1]} is long and narrow: {words} keeps {share} % of it")
         )
     return notes
 
@@ -335,22 +345,51 @@ def _differences(thumbnails):
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 
-# --- square ---------------------------------------------------------------------------------------
+# --- crop -----------------------------------------------------------------------------------------
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
-def square_box(size: tuple[int, int], at: float = 0.5) -> Box:
-    """The largest square in `size` = (width, height): (left, top, right, bottom) in whole pixels.
+def nearest_bucket(size: tuple[int, int], buckets: Sequence[Bucket]) -> Bucket:
+    """The bucket with the aspect ratio nearest that of a photo of `size` = (width, height).
 
-    `at` in [0, 1] is its place along the longer side: 0 left or top, 0.5 centred, 1 right or
-    bottom.
+    Nearest in the logarithm: 1:2 and 2:1 are as far from 1:1. Of buckets that are as near, the one
+    nearest in size.
     """
     width, height = size
-    side = min(width, height)
-    left, top = round((width - side) * at), round((height - side) * at)
-    return left, top, left + side, top + side
+
+    def distance(bucket):
+        high, wide = bucket
+        return (abs(math.log(width * high / (height * wide))),
+                abs(math.log(width * height / (high * wide))))
+
+    return min(buckets, key=distance)
+
+
+def describe_buckets(photos: Iterable[Photo], buckets: Sequence[Bucket]) -> str:
+    """How many photos each bucket has, in a sentence."""
+    counts = Counter(nearest_bucket(photo.size, buckets) for photo in photos)
+    rows = [f"{count} in {height},{width}" for (height, width), count in counts.most_common()]
+    return f"Photos by bucket (height,width): {'; '.join(rows)}."
+
+
+def crop_box(size: tuple[int, int], shape: tuple[int, int], at: float = 0.5) -> Box:
+    """The largest box in `size` = (width, height) that is shaped as `shape` = (height, width).
+
+    (left, top, right, bottom) in whole pixels. `at` in [0, 1] is its place along the side that is
+    cropped: 0 left or top, 0.5 centred, 1 right or bottom.
+    """
+    (width, height), (high, wide) = size, shape
+    across = min(width, max(1, round(height * wide / high)))
+    down = min(height, max(1, round(width * high / wide)))
+    left, top = round((width - across) * at), round((height - down) * at)
+    return left, top, left + across, top + down
+
+
+def square_box(size: tuple[int, int], at: float = 0.5) -> Box:
+    """The largest square in `size` = (width, height), as `crop_box`."""
+    return crop_box(size, (1, 1), at)
 
 
 def check_box(box: Iterable[Any], size: tuple[int, int]) -> Box:
@@ -385,14 +424,20 @@ def crop_to_square(image: Image.Image, resolution: int, center_crop: bool = True
     right, bottom) goes before both. A mask is cropped with the same arguments and stays in step.
     Raises `PhotoError` for a bad box or interpolation.
     """
-    if interpolation not in INTERPOLATIONS:
-        raise PhotoError(
-            f"interpolation {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}"
-        )
     box = (
         check_box(box, image.size)
         if box is not None
         else square_box(image.size, 0.5 if center_crop else at)
     )
-    square = image.crop(box)  # first, so that no colour bleeds in from beyond the edge
-    return square.resize((resolution, resolution), Image.Resampling[interpolation.upper()])
+    return crop_to(image, box, (resolution, resolution), interpolation)
+
+
+def crop_to(image: Image.Image, box: Box, bucket: Bucket,
+            interpolation: str = "lanczos") -> Image.Image:
+    """What `box` holds of an image, at `bucket` = (height, width) pixels. Raises `PhotoError`."""
+    if interpolation not in INTERPOLATIONS:
+        raise PhotoError(
+            f"interpolation {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}"
+        )
+    part = image.crop(box)  # first, so that no colour bleeds in from beyond the edge
+    return part.resize(bucket[::-1], Image.Resampling[interpolation.upper()])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dbcore.config import TrainConfig
+from dbcore.config import AUTO, TrainConfig
 from dbcore.engines.memory import Forecast, forecast
 from dbcore.models.base import resolve
 
@@ -67,7 +67,9 @@ def savings(config: TrainConfig, device: str) -> Iterator[dict[str, Any]]:
                * config.gradient_accumulation_steps}
     if not config.low_vram:
         yield {"low_vram": True}
-    yield {"resolution": config.resolution * 3 // 4 // 64 * 64 or config.resolution // 16 * 8 or 8}
+    side = config.resolution * 3 // 4 // 64 * 64 or config.resolution // 16 * 8 or 8
+    buckets = {"aspect_ratio_buckets": AUTO} if config.aspect_ratio_buckets else {}
+    yield {"resolution": side, **buckets}
 
 
 def flags(changes: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ while it lives: batch, resolution, precision and gradient checkpointing need no 
 """
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ class Shadow:
         self.parameters = [p for m in self.modules.values() for p in lora_parameters(m)]
         keeps_class = c.with_prior_preservation or c.prior_prediction
         self.batch = c.train_batch_size * (2 if keeps_class else 1)
+        self.bucket = max(c.buckets, key=math.prod)  # the largest
 
     def phase(self, name: str, roles: tuple[str, ...], work: Callable, *args: int,
               optimizer: int = 0) -> Phase:
@@ -160,11 +162,11 @@ class Shadow:
     def encode_photos(self) -> None:
         c = self.config
         count = min(ENCODED, self.batch * c.gradient_accumulation_steps)
-        self.base.encode_images(torch.empty(count, 3, c.resolution, c.resolution))
+        self.base.encode_images(torch.empty(count, 3, *self.bucket))
 
     def step(self) -> None:
         """Forward and backward through all that is trained."""
-        c, x0 = self.config, self.latents(self.batch)
+        c, x0 = self.config, self.latents(self.batch, self.bucket)
         batch = {"x0": x0, "noise": torch.empty_like(x0), "t": self.timesteps(x0),
                  "mask": torch.ones_like(x0[:, :1]), "geometry": None}
         trained = c.train_text_encoder
@@ -175,13 +177,14 @@ class Shadow:
     def sample(self, count: int) -> None:
         """A denoising step with guidance, and the images, of as many as are sampled at once."""
         if count:
-            x_t = self.latents(2 * self.base.at_once(count))
+            side = self.config.resolution
+            x_t = self.latents(2 * self.base.at_once(count), (side, side))
             with evaluating(self.modules.values()):
                 self.base.predict(x_t, self.timesteps(x_t), self.cond(len(x_t)))
             self.base.decode(x_t.chunk(2)[0])
 
-    def latents(self, count: int) -> torch.Tensor:
-        return torch.empty(count, *self.base.latent_shape(self.config.resolution))
+    def latents(self, count: int, bucket: tuple[int, int]) -> torch.Tensor:
+        return torch.empty(count, *self.base.latent_shape(*bucket))
 
     def cond(self, count: int) -> dict[str, torch.Tensor]:
         """Encoded prompts, from a cache."""

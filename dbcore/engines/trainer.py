@@ -19,7 +19,7 @@ from PIL import Image
 
 from dbcore.config import TrainConfig
 from dbcore.datasets.dreambooth import DreamBoothData, Sample, refuse_shared
-from dbcore.datasets.photos import Photo, gather_photos
+from dbcore.datasets.photos import Photo, describe_buckets, gather_photos
 from dbcore.datasets.prompts import check_fit, check_identifier, texts_of
 from dbcore.datasets.store import PromptCache
 from dbcore.engines import checkpoint
@@ -102,9 +102,12 @@ def check(config: TrainConfig) -> tuple[TrainConfig, Accelerator, list[Photo]]:
     config = without_bf16(resolve(config, accelerator.device), accelerator.device)
     chosen = ", ".join(f"{name} {getattr(config, name)}" for name in CHOSEN)
     accelerator.print(f"Chosen for this base and machine: {chosen}.")
-    photos, problems = gather_photos(config.instance_data_dir, config.resolution, config.use_masks)
+    photos, problems = gather_photos(config.instance_data_dir, use_masks=config.use_masks,
+                                     buckets=config.buckets)
     for problem in problems:
         accelerator.print(f"  {problem}")
+    if config.aspect_ratio_buckets:
+        accelerator.print(describe_buckets(photos, config.buckets))
     base = load_base(config.pretrained_model_name_or_path, config.revision,
                      tokenizer_name=config.tokenizer_name,
                      tokenizer_max_length=config.tokenizer_max_length)  # for its tokenizers
@@ -223,7 +226,7 @@ class Run:
         self.trained = start_training(self.base, inject(self.base, config), config, self.world)
         share_weights(self.trained.parameters, self.world)
         self.predict = faster(self.base.predict, self.base.denoiser, self.compiles(),
-                              config.gradient_accumulation_steps)
+                              config.gradient_accumulation_steps, len(self.data.photos_of))
         if resume is not None:
             self.load(resume)
 

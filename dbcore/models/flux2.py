@@ -72,9 +72,9 @@ class Flux2Klein(Family):
     def native_resolution(self) -> int:
         return self.config_of("vae")["sample_size"]
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        side = resolution // self.downsampling
-        return 4 * self.config_of("vae")["latent_channels"], side, side
+    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
+        high, wide = (side // self.downsampling for side in (height, width or height))
+        return 4 * self.config_of("vae")["latent_channels"], high, wide
 
     def precision(self, component: str) -> torch.dtype:
         half = component == "vae" and self.dtype == torch.float16

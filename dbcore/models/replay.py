@@ -18,19 +18,19 @@ from dbcore.models.lora import SampleDropout
 
 
 def faster(predict: Callable, module: torch.nn.Module, compile: bool = False,
-           batches: int = 1) -> Callable:
+           batches: int = 1, shapes: int = 1) -> Callable:
     """`predict`, a function that calls a network and is trained through it, with less Python in it.
 
     `compile`: torch.compile the blocks that the network repeats, so that one is compiled for many.
-    `batches`: how many are added up in one step's gradients.
+    `batches`: how many are added up in one step's gradients. `shapes`: how many the inputs have.
     """
     if compile:
         if not getattr(module, "_repeated_blocks", None):
             return torch.compile(predict)
         module.compile_repeated_blocks()
     # a CUDA graph leaves its gradients in the same place each time: a second batch's would be added
-    # to themselves
-    replays = can_replay(module) and (module.device.type == "cpu" or batches == 1)
+    # to themselves; and each shape's graph keeps the memory of a step of its own
+    replays = can_replay(module) and (module.device.type == "cpu" or batches == shapes == 1)
     return Replay(predict, module) if replays else predict
 
 

@@ -57,9 +57,9 @@ class StableDiffusion(Family):
         """Pixels to one latent, along a side."""
         return 2 ** (len(self.config_of("vae")["block_out_channels"]) - 1)
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        side = resolution // self.downsampling
-        return self.config_of("vae").get("latent_channels", 4), side, side
+    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
+        high, wide = (side // self.downsampling for side in (height, width or height))
+        return self.config_of("vae").get("latent_channels", 4), high, wide
 
     def precision(self, component: str) -> torch.dtype:
         # in fp16 the decoder overflows on some images, and they come out black

@@ -104,16 +104,19 @@ def chosen(config: TrainConfig) -> list[str]:
 
 def photos(config: TrainConfig) -> list[str]:
     """What is wrong with each photo, with its number of problems first."""
-    from dbcore.datasets.photos import PhotoError, gather_photos
+    from dbcore.datasets.photos import PhotoError, describe_buckets, gather_photos
     from dbcore.models.base import resolve
 
-    resolution = resolve(config).resolution if config.pretrained_model_name_or_path else None
+    buckets = resolve(config).buckets if config.pretrained_model_name_or_path else []
     try:
-        found, problems = gather_photos(config.instance_data_dir, resolution, config.use_masks)
+        found, problems = gather_photos(config.instance_data_dir, use_masks=config.use_masks,
+                                        buckets=buckets)
     except PhotoError as error:
         return [f"No run is possible: {error}"]
     skipped = sum(problem.skipped for problem in problems)
     lines = [f"{len(found)} can be used, {skipped} are skipped."]
+    if config.aspect_ratio_buckets and buckets:
+        lines.append(describe_buckets(found, buckets))
     if len(found) < 3:
         lines.append("Three to ten photos from several sides teach a subject; "
                      "fewer teach one view of it.")

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,17 @@ from pipelines import make_tiny_pipeline
 from runs import Copies, make_photos
 
 from dbcore.config import TrainConfig
-from dbcore.datasets.dreambooth import CROPS, DreamBoothData, Sample, refuse_shared, steps_per_epoch
-from dbcore.datasets.photos import Photo, PhotoError, gather_photos
+from dbcore.datasets.dreambooth import (
+    CROPS,
+    DreamBoothData,
+    Sample,
+    look,
+    refuse_shared,
+    steps_per_epoch,
+)
+from dbcore.datasets.photos import Photo, PhotoError, gather_photos, nearest_bucket
 from dbcore.models.base import load_base
-from dbcore.utils.seeding import integer
+from dbcore.utils.seeding import integer, permutation
 
 OPTIONS = {"instance_prompt": "a photo of sks dog", "class_prompt": "a photo of a dog",
            "resolution": 32,
@@ -111,6 +119,99 @@ def test_a_step_can_be_asked_for_alone():
                     for _ in range(2))
     before = [run.samples(step) for step in range(12)]
     assert resumed.samples(11) == before[11]
+
+
+def test_sample_g_is_photo_g_of_passes_that_are_permutations_of_the_seed():
+    data = DreamBoothData(config(train_batch_size=2, seed=5), named(5), named(3, "class"))
+    for g in range(20):
+        subject, of_class = (data.samples(g // 2)[g % 2 + more] for more in (0, 2))
+        for sample, count, stream in ((subject, 5, "instance"), (of_class, 3, "class")):
+            epoch, place = divmod(g, count)
+            assert (sample.photo.path.stem[-1]
+                    == str(permutation(count, 5, stream, epoch)[place]))
+
+
+# --- aspect-ratio buckets -------------------------------------------------------------------------
+
+SIZES = [(60, 40), (90, 60), (40, 60), (50, 50), (30, 45), (64, 40)]  # 3 wide, 2 high, 1 between
+BUCKETS = {"aspect_ratio_buckets": "24,36;36,24"}
+
+
+def mixed():
+    return [Photo(Path(f"{k}.png"), size) for k, size in enumerate(SIZES)]
+
+
+def test_without_buckets_there_is_one_of_the_resolution():
+    """And its samples are those of a run that names it, though there is another that none needs."""
+    plain, named_ = (DreamBoothData(config(train_batch_size=2, random_flip=True, **more), mixed(),
+                                    named(3, "class"))
+                     for more in ({}, {"aspect_ratio_buckets": "32,32;32,320"}))
+    for step in range(9):
+        assert plain.samples(step) == named_.samples(step)
+        assert {s.bucket for s in plain.samples(step)} == {(32, 32)}
+
+
+def test_a_batch_is_of_one_bucket_and_every_photo_is_seen_equally_often():
+    data = DreamBoothData(config(train_batch_size=3, **BUCKETS), mixed())
+    batches = [data.samples(step) for step in range(4 * len(SIZES))]
+    assert all(len({sample.bucket for sample in batch}) == 1 for batch in batches)
+    assert len({batch[0].bucket for batch in batches[:len(SIZES)]}) == 2
+    seen = Counter(sample.photo for batch in batches for sample in batch)
+    assert set(seen.values()) == {3 * 4}
+    assert len(seen) == len(SIZES)
+    assert all(nearest_bucket(sample.photo.size, data.config.buckets) == sample.bucket
+               for batch in batches for sample in batch)
+    other = DreamBoothData(config(train_batch_size=3, seed=1, **BUCKETS), mixed())
+    assert [batch[0].bucket for batch in batches] != [other.samples(step)[0].bucket
+                                                      for step in range(len(batches))]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_see_the_buckets_that_one_process_with_the_whole_batch_sees(world):
+    options = {"gradient_accumulation_steps": 2, "random_flip": True, **BUCKETS}
+    one = DreamBoothData(config(train_batch_size=4, **options), mixed(), named(3, "class"))
+    many = DreamBoothData(config(train_batch_size=4 // world, **options), mixed(),
+                          named(3, "class"))
+    for step, micro in ((0, 0), (0, 1), (7, 1)):
+        rows = [s for rank in range(world) for s in many.samples(step, micro, rank, world)]
+        assert sorted(rows, key=lambda s: s.is_class) == one.samples(step, micro)
+
+
+def test_class_images_are_cropped_to_the_bucket_of_their_batch_and_kept_apart(base, photos):
+    """One square class image is encoded once for each bucket that it is in."""
+    data = DreamBoothData(config(train_batch_size=2, center_crop=True, **BUCKETS), photos[1:3],
+                          photos[:1])
+    shapes = set()
+    for step in range(4):
+        data.encode(base, samples := data.samples(step))
+        batch = data.batch(base, samples, step)
+        height, width = samples[0].bucket
+        assert [s.bucket for s in samples] == [(height, width)] * 4
+        assert batch["x0"].shape == batch["noise"].shape == (4, 4, height // 2, width // 2)
+        assert batch["mask"].shape == (4, 1, height // 2, width // 2)
+        assert batch["geometry"][:, 4:].tolist() == [[height, width]] * 4
+        shapes.add((height, width))
+    assert shapes == {(24, 36), (36, 24)}
+    assert len(data.latents.where) == 2 + 2
+
+
+def test_photo_and_mask_are_cropped_to_the_bucket_without_distortion(tmp_path):
+    """Of a photo whose left third is red, and so is the mask, the bucket shows the middle."""
+    pixels = np.zeros((30, 60, 3), dtype=np.uint8)
+    pixels[:, :20, 0] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "a.mask.png")
+    (photo,), _ = gather_photos(tmp_path)
+    sample = Sample(photo, "a dog", (40, 40), 0.5, False, 0)
+    image, mask = look(sample, config())
+    assert sample.box == (15, 0, 45, 30)
+    wide = replace(sample, bucket=(24, 36))
+    image, mask = look(wide, config())
+    assert wide.box == (8, 0, 53, 30)  # 12 of 45 columns are red
+    assert image.shape == (3, 24, 36)
+    assert mask.size == (36, 24)
+    assert float((image[0] > 0).float().mean()) == pytest.approx(12 / 45, abs=0.03)
+    assert np.array_equal(np.asarray(mask) > 127, image[0].numpy() > 0)
 
 
 # --- processes and accumulation -------------------------------------------------------------------
@@ -209,10 +310,11 @@ def test_crops_and_mirrors_are_drawn_and_can_be_switched_off():
     oblong = [Photo(Path("long.png"), (60, 40))]
     free = DreamBoothData(config(random_flip=True), oblong)
     views = {s.view[1:] for step in range(60) for s in free.samples(step)}
-    assert len({place for place, _ in views}) == CROPS
-    assert {mirrored for _, mirrored in views} == {False, True}
+    assert len({place for _, place, _ in views}) == CROPS
+    assert {mirrored for *_, mirrored in views} == {False, True}
     fixed = DreamBoothData(config(center_crop=True), oblong)
-    assert {s.view[1:] for step in range(20) for s in fixed.samples(step)} == {(0.5, False)}
+    assert {s.view[1:] for step in range(20) for s in fixed.samples(step)} == {
+        ((32, 32), 0.5, False)}
 
 
 # --- the latents' store ---------------------------------------------------------------------------
@@ -301,10 +403,11 @@ def test_five_thousand_photos_do_not_grow_memory():
     ((400, 300), 1.0, False, [300, 400, 0, 50, 150, 150]),  # the right end, at half size
     ((400, 300), 1.0, True, [300, 400, 0, 0, 150, 150]),  # which is the left end in a mirror
     ((300, 600), 0.5, False, [600, 300, 75, 0, 150, 150]),
+    ((400, 300), 1.0, False, [300, 400, 12, 0, 100, 150]),  # 400 x 267 of it, the lowest
 ])  # fmt: skip
 def test_geometry_is_that_of_the_photo_and_of_the_crop_once_resized(size, place, mirrored, wanted):
-    sample = Sample(Photo("photo.png", size), "a dog", place, mirrored, 0)
-    assert sample.geometry(150) == wanted
+    sample = Sample(Photo("photo.png", size), "a dog", tuple(wanted[4:]), place, mirrored, 0)
+    assert sample.geometry == wanted
 
 
 def test_a_batch_carries_each_samples_geometry_and_time(base, photos):
@@ -312,8 +415,7 @@ def test_a_batch_carries_each_samples_geometry_and_time(base, photos):
     samples = data.samples(0)
     data.encode(base, samples)
     batch = data.batch(base, samples, 0)
-    assert batch["geometry"].tolist() == [sample.geometry(data.config.resolution)
-                                          for sample in samples]
+    assert batch["geometry"].tolist() == [sample.geometry for sample in samples]
     assert batch["t"].tolist() == [integer(1000, 0, "timestep", 0, sample.number)
                                    for sample in samples]
 

@@ -487,6 +487,36 @@ def test_small_and_narrow_photos_are_warned_about(tmp_path):
     assert check(tmp_path, "a.png", resolution=100)[1][0].kind == "narrow"
 
 
+def test_warnings_are_of_the_bucket_that_a_photo_goes_to(tmp_path):
+    picture(size=(400, 100)).save(tmp_path / "a.png")
+    known = {}
+    for buckets in ([(64, 256), (128, 128)], [(120, 480), (480, 120)], [(256, 128)]):
+        known[buckets[0]] = [str(problem) for problem in P.check_photos(
+            [tmp_path / "a.png"], buckets=buckets)[1]]
+    assert known[64, 256] == []
+    assert known[120, 480] == ["a.png: 400 x 100 is smaller than 480 x 120: enlarged 1.2 times"]
+    assert known[256, 128] == [
+        "a.png: 400 x 100 is smaller than 128 x 256: enlarged 2.6 times",
+        "a.png: 400 x 100 is long and narrow: the nearest bucket keeps 12 % of it"]
+
+
+@pytest.mark.parametrize(("size", "wanted"), [
+    ((600, 500), (512, 512)), ((700, 500), (512, 768)), ((500, 700), (768, 512)),
+    ((1000, 1000), (1024, 1024)), ((700, 700), (512, 512)), ((9000, 100), (512, 768)),
+])  # fmt: skip
+def test_a_photo_goes_to_the_bucket_of_its_shape_and_then_of_its_size(size, wanted):
+    assert P.nearest_bucket(size, [(512, 512), (512, 768), (768, 512), (1024, 1024)]) == wanted
+
+
+@pytest.mark.parametrize(("size", "shape", "at", "box"), [
+    ((60, 40), (1, 1), 0.5, (10, 0, 50, 40)), ((60, 40), (768, 512), 1, (33, 0, 60, 40)),
+    ((60, 40), (512, 1024), 0, (0, 0, 60, 30)), ((60, 40), (512, 768), 0.3, (0, 0, 60, 40)),
+    ((3, 900), (512, 2048), 0.5, (0, 450, 3, 451)),
+])  # fmt: skip
+def test_a_crop_is_the_largest_of_its_shape(size, shape, at, box):
+    assert P.crop_box(size, shape, at) == box
+
+
 def test_duplicates_and_near_duplicates(tmp_path):
     picture(1, (256, 256)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())

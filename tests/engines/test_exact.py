@@ -35,6 +35,8 @@ KINDS = {
     # 4 of 3 photos a step: mid-epoch
     "accumulation": {"train_batch_size": 2, "gradient_accumulation_steps": 2},
     "prior preservation": PRIOR,
+    "buckets": {**PRIOR, "aspect_ratio_buckets": "24,40;40,24", "instance_data_dir": "oblongs",
+                "train_batch_size": 2, "gradient_accumulation_steps": 2},
     "prior prediction": {"prior_prediction": True, "class_prompt": "a photo of a dog"},
     "words": {"caption_dropout": 0.5, "shuffle_tags": True, "instance_prompt": "sks dog, red, blue",
               "train_batch_size": 2},
@@ -62,7 +64,10 @@ def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DBCORE_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
         leave_out_report(patch)
+        for size in ((48, 30), (30, 48)):
+            make_photos(folder / "oblongs" / str(size), count=2, size=size)
         yield make_options(folder, learning_rate=1e-2)
 
 

@@ -65,6 +65,19 @@ def test_shapes_and_numbers_give_the_same_count(folder, checkpointing):
     assert step.activations == pytest.approx(live.peak, rel=0.05)
 
 
+def test_steps_take_what_the_largest_bucket_takes(folder):
+    square, wide, mixed = (phases(folder, resolution=32, aspect_ratio_buckets=buckets)
+                           for buckets in (None, "32,64", "32,64;32,32;64,24"))
+    for name in ("steps", "encoding photos"):
+        assert mixed[name] == wide[name]
+        assert mixed[name].activations > 1.4 * square[name].activations
+    assert mixed["validation and report"] == square["validation and report"]
+    (*_, last) = advice.savings(config(folder, resolution=256, train_batch_size=1,
+                                       aspect_ratio_buckets="256,256"),
+                                "cpu")
+    assert last == {"resolution": 192, "aspect_ratio_buckets": "auto"}
+
+
 def test_a_cpus_heap_has_gaps(folder):
     here, card = (memory.forecast(config(folder), device).phases for device in ("cpu", "cuda"))
     assert [phase.name for phase in here] == [phase.name for phase in card]

@@ -175,6 +175,8 @@ EFFECTS = {
     "class_prompt": ("a red car", PRIOR,
                      lambda f, *_: prompts(f, True) == f.class_prompts == {"a red car"}),
     "resolution": (24, {}, lambda f, *_: f.batches[0]["x0"].shape == (1, 4, 12, 12)),
+    "aspect_ratio_buckets": ("40,24;24,40", {},
+                             lambda f, *_: f.batches[0]["x0"].shape == (1, 4, 12, 20)),
     "center_crop": (True, {}, lambda f, *_: {sample.place for sample in f.samples} == {0.5}),
     "random_flip": (True, {},
                     lambda f, *_: {sample.mirrored for sample in f.samples} == {True, False}),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import LORA, leave_out_report, make_options, read_run
+from runs import LORA, leave_out_report, make_options, make_photos, read_run
 from safetensors.torch import load_file
 
 import dbcore
@@ -63,7 +63,8 @@ with open(f"{notes}/{rank}.json", "w") as file:
 STEPS = 3
 CLASS = {"class_prompt": "a photo of a dog"}
 KINDS = {
-    "class images": {**CLASS, "with_prior_preservation": True, "num_class_images": 3},
+    "class images": {**CLASS, "with_prior_preservation": True, "num_class_images": 3,
+                     "aspect_ratio_buckets": "24,40;40,24"},
     "prior prediction": {**CLASS, "prior_prediction": True, "caption_dropout": 0.3,
                          "use_tlora": True},
 }
@@ -71,9 +72,11 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def options(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    make_photos(folder / "photos" / "high", count=2, size=(40, 64), seed=1)
     # epsilon keeps Adam from blowing up the rounding of gradients near 0
     return make_options(
-        tmp_path_factory.mktemp("world"), max_train_steps=STEPS, learning_rate=1e-3 / 4,
+        folder, max_train_steps=STEPS, learning_rate=1e-3 / 4,
         scale_lr=True, adam_epsilon=1e-4,
         **KINDS[request.param], sample_batch_size=1, gradient_accumulation_steps=2,
         lora_dropout=0.2, train_text_encoder=True, text_encoder_lr=1e-3 / 4,

@@ -1,5 +1,6 @@
 """The frozen base behind its few methods, and what `auto` becomes."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -402,6 +403,27 @@ def test_an_inpainting_base_is_refused_with_the_reason(file, entries, words, tmp
     edit_json(folder / file, **entries)
     with pytest.raises(ConfigError, match=words):
         load_base(folder)
+
+
+def test_auto_buckets_are_those_of_diffusers_in_multiples_that_the_base_can(folder):
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    config = TrainConfig(pretrained_model_name_or_path=str(folder), resolution=512,
+                         aspect_ratio_buckets="auto")
+    ladder = getattr(training_utils, "generate_aspect_ratio_buckets", None)
+    if ladder is None:
+        pytest.skip("this diffusers has none")
+    assert set(resolve(config).buckets) == set(ladder(512, 8))
+    small = resolve(dataclasses.replace(config, resolution=8)).buckets
+    assert min(side for bucket in small for side in bucket) == 8
+    assert len(small) == len(set(small))
+
+
+def test_buckets_that_the_base_cannot_draw_are_refused_with_those_that_it_can(folder):
+    config = TrainConfig(pretrained_model_name_or_path=str(folder),
+                         aspect_ratio_buckets="64,32;100,32")
+    with pytest.raises(ConfigError, match=r"--aspect_ratio_buckets 100: this base's images have "
+                       "sides that are multiples of 8; give 96 or 104"):
+        resolve(config)
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])

@@ -56,6 +56,20 @@ def test_latents_are_the_pipelines_and_decode_to_what_the_autoencoder_says(base,
     torch.testing.assert_close(base.decode(mean), decoded, rtol=0, atol=1e-5)
 
 
+def test_an_oblong_training_image_is_told_its_places_as_the_pipeline_tells_them(base, stock,
+                                                                              monkeypatch):
+    seen, forward = {}, base.transformer.forward
+    monkeypatch.setattr(base.transformer, "forward",
+                        lambda **given: seen.update(given) or forward(**given))
+    x_t = normal(base.latent_shape(32, 64), 0, "latents")
+    assert x_t.shape[2] * 2 == x_t.shape[3]
+    with torch.no_grad():
+        made = base.predict(x_t, torch.tensor([0.5]), base.encode_text(PROMPTS[:1]))
+    assert made.shape == x_t.shape
+    assert torch.equal(seen["img_ids"], stock._prepare_latent_ids(x_t)[0])
+    assert torch.equal(seen["hidden_states"], stock._pack_latents(x_t))
+
+
 def preset(base, name):
     return target_modules(base.transformer, ",".join(base.lora_targets["transformer"][name]))
 

@@ -108,6 +108,7 @@ def test_batches_that_add_up_are_not_replayed_by_a_gpu_whose_gradients_lie_in_on
                           is_gradient_checkpointing=False)
     assert isinstance(faster(base.predict, gpu), Replay)
     assert faster(base.predict, gpu, batches=2) == base.predict
+    assert faster(base.predict, gpu, shapes=2) == base.predict  # each shape's graph takes memory
 
 
 def test_a_cuda_graph_is_asked_for_with_what_is_trained_and_where_it_fails_python_goes_on(
