@@ -221,11 +221,11 @@ def before_after(before: Iterable[Image.Image], after: Iterable[Image.Image],
     """
     pairs = dict(zip(labels, zip(before, after, strict=True), strict=True))
 
-    def pair(picture):
-        return image_grid([pairs[picture]], column_labels=["before", "after"], title=str(picture),
+    def pair(image):
+        return image_grid([pairs[image]], column_labels=["before", "after"], title=str(image),
                           cell=2.5)
 
-    return Panel(pair, {"picture": list(pairs)})
+    return Panel(pair, {"image": list(pairs)})
 
 
 def doctor_sheet(photos: Sequence[Photo], problems: Iterable[Problem], columns: int = 4) -> Picture:

@@ -444,7 +444,7 @@ def result_table(result: dict[str, Any]) -> str:
     names = list(result["mean"]["floor"])
     count = len(result["subjects"])
     size = (f"{count} subject{'s' * (count > 1)} x {result['prompts']} prompts x "
-            f"{result['num_images']} pictures")
+            f"{result['num_images']} images")
     lines = [f"{size}; in brackets 95 % intervals over subjects (bootstrap).", "",
              "| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     rows = [("**all**", result["mean"])] if count > 1 else []

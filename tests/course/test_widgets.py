@@ -161,7 +161,7 @@ def test_a_frame_is_needed_for_every_timestep():
 def test_before_after_shows_both_images_of_a_label():
     panel = widgets.before_after([swatch(20), swatch(40)], [swatch(200), swatch(220)],
                                  ["seed 0", "seed 1"])
-    panel.controls["picture"].value = "seed 1"
+    panel.controls["image"].value = "seed 1"
     assert {40, 220} <= set(seen(panel)[..., 0].flat)
     assert not {20, 200} <= set(seen(panel)[..., 0].flat)
 

@@ -30,7 +30,6 @@ SHORT = {
 }
 # What only a model that has learned can show.
 CLAIMS = {
-    "00_meet_the_model": ["variety(rows[1]) > 0.6 * variety(rows[2])"],
     "02_lora_injection": ["changed > 10"],
     "03_prior_preservation": ["pres[-1] > pres[0] + 0.02",
                               ("pres_alone[-1] > pres_kept[-1] + 0.02 and div_kept[-1] "

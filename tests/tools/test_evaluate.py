@@ -225,7 +225,7 @@ def test_a_lora_that_does_nothing_scores_as_the_floor_and_one_that_does_not(tmp_
                                   + busy["adapter"]["subject, colours"]) / 2)
     assert low <= mean <= high
     table = (out / "evaluation.md").read_text()
-    assert "2 subjects x 3 prompts x 2 pictures" in table
+    assert "2 subjects x 3 prompts x 2 images" in table
     assert "| busy, with LoRA |" in table
     assert "colours: a stand-in." in table
 
