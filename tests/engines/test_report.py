@@ -199,7 +199,7 @@ def test_licence_and_provenance_are_the_bases_own_words(tmp_path):
 def test_the_card_says_where_the_base_is_the_toy(tmp_path):
     _, card = run(tmp_path, strength=0.5,
                   config=Config(pretrained_model_name_or_path=str(TOY_BASE)))
-    assert "Every picture it learnt from and every weight was made by dbcore's own code" in card
+    assert "Every image it learnt from and every weight was made by dbcore's own code" in card
 
 
 def test_every_setting_is_listed_but_no_secret_and_no_home(tmp_path):
