@@ -461,18 +461,18 @@ def check_06_groups(groups: Any) -> str:
 
 @exercise
 def check_07_fidelity(fidelity: Callable) -> str:
-    drawn = np.array([[3.0, 4.0], [0.0, 2.0]])
+    generated = np.array([[3.0, 4.0], [0.0, 2.0]])
     photos = np.array([[5.0, 0.0], [0.0, 0.5], [1.0, 1.0]])
-    got = fidelity(drawn, photos)
+    got = fidelity(generated, photos)
     expect(got is None or np.ndim(got) == 0,
            f"fidelity gives shape {np.shape(got)}; expected one number.")
     if got is not None:
-        expect(abs(float(got) - (drawn @ photos.T).mean()) > 1e-4,
+        expect(abs(float(got) - (generated @ photos.T).mean()) > 1e-4,
                "These are products of vectors of any length: "
                "divide each vector by its length first.")
     wanted = (0.6 + 0.8 + 1.4 / np.sqrt(2) + 0 + 1 + 1 / np.sqrt(2)) / 6
-    same(got, wanted, "for two drawn pictures and three photos it")
-    same(fidelity(10 * drawn, photos), wanted, "with vectors ten times as long it")
+    same(got, wanted, "for two generated images and three photos it")
+    same(fidelity(10 * generated, photos), wanted, "with vectors ten times as long it")
     return "a mean over all pairs; only directions count."
 
 
@@ -490,7 +490,7 @@ def check_07_reached(reached: Callable) -> str:
 @exercise
 def check_07_agreement(agreement: Callable) -> str:
     same(agreement([0.9, 0.2, 0.8, 0.1], [True, False, True, False]), 1.0,
-         "when every right picture is above every wrong one it")
+         "when every right image is above every wrong one it")
     same(agreement([0.1, 0.9], [True, False]), 0.0, "when the wrong one is above it")
     same(agreement([0.9, 0.5, 0.7], [True, True, False]), 0.5,
          "for right ones at 0.9 and 0.5, a wrong one at 0.7, it")

@@ -36,23 +36,6 @@ CLAIMS = {
                                "> div_alone[-1]"),
                               'fidelity[name] > fidelity["before"]'],
     "05_inference": ['max(apart, key=apart.get) == "euler_a"'],
-    "07_evaluation": ["rise[who.name] > 0.4",
-                      ("min(seen[what] for what in same) > max(seen[what] for what in made if "
-                       "what not in same)"),
-                      'likeness[clip.name]["another build"] > likeness[clip.name]["in the snow"]',
-                      ("max(fidelity, key=fidelity.get) == cheat and min(obeys, "
-                       "key=obeys.get) == cheat"),
-                      ('obeys[cheat] + 0.1 < obeys["all steps"] < obeys["a third of the steps"] < '
-                       'obeys["the base alone"]'),
-                      'best["striped"] < best["plain"] - 0.1',
-                      'kept["all steps"] < fidelity["all steps"] - 0.1',
-                      "count[0] < count[2]",
-                      ('(agrees["subject encoder"] or 0) > 0.75 and abs(pairs.float().mean() - '
-                       'agrees["subject encoder"]) < 1e-3'),
-                      'intervals["all steps, less the base alone"][0] > 0',
-                      ('chosen == {"subject fidelity": "all steps", "prompt fidelity": '
-                       '"the base alone"}'),
-                      'good["the base alone"] < good["all steps"]'],
 }  # fmt: skip
 
 
