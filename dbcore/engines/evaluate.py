@@ -281,6 +281,21 @@ def nearest_photo(images: Images, photos: Images,
     return which.tolist(), cosines.tolist()
 
 
+def share_of_copies(images: Images, photos: Images, encoder: Encoder) -> float:
+    """Are they learnt by heart? Share of images that are nearer to a photo than any two photos are
+    to each other, in [0, 1].
+
+    New photos of the subject would have 2 / (n + 1) beside n photos: of all n + 1, any two may be
+    the nearest pair. Raises ValueError for fewer than two photos.
+    """
+    vectors = features(photos, encoder)
+    if len(vectors) < 2:
+        raise InputError("one photo alone is as near to itself as can be: give two or more")
+    limit = float((vectors @ vectors.T).fill_diagonal_(-1).max())
+    nearest = nearest_photo(images, vectors, encoder)[1]
+    return sum(cosine > limit for cosine in nearest) / len(nearest)
+
+
 def agreement(values: Sequence[float], right: Sequence[bool]) -> float | None:
     """Does a metric see the truth? The chance that a right image has a higher value than a wrong
     one, in [0, 1].

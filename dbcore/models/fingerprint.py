@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HEAD = 1024  # bytes of each tensor: training changes every one of them
-NO_WEIGHTS = ("safety_checker/", "feature_extractor/")  # parts that neither train nor draw
+INDEX = "model_index.json"
+NO_WEIGHTS = {"safety_checker", "feature_extractor"}  # parts that neither train nor draw
 
 
 def fingerprint(name_or_path: str | Path, revision: str | None = None,
@@ -16,8 +17,8 @@ def fingerprint(name_or_path: str | Path, revision: str | None = None,
     another one.
 
     It depends neither on where the base lies nor on what its tensors are called, which versions of
-    transformers disagree on; a copy in another precision has another one. A hub's base is looked up
-    in the cache, or downloaded.
+    transformers disagree on, nor on what lies beside the pipeline, such as metric encoders; a copy
+    in another precision has another one. A hub's base is looked up in the cache, or downloaded.
     """
     digest = hashlib.sha256()
     for part in sorted(weight_files(name_or_path, revision, variant)):
@@ -34,10 +35,11 @@ def weight_files(name_or_path: str | Path, revision: str | None, variant: str | 
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=wanted,
+        folder = Path(snapshot_download(str(name_or_path), revision=revision,
+                                        allow_patterns=[wanted, INDEX],
                                         ignore_patterns=None if variant else "*/*.*.safetensors"))
-    found = [path for path in folder.glob(wanted)
-             if not path.relative_to(folder).as_posix().startswith(NO_WEIGHTS)]
+    parts = json.loads((folder / INDEX).read_text(encoding="utf-8")).keys() - NO_WEIGHTS
+    found = [path for path in folder.glob(wanted) if path.parent.name in parts]
     return found if variant else [path for path in found if "." not in path.stem]
 
 

@@ -56,6 +56,7 @@ NUM_PHOTOS, FULL_FINETUNING = OWN = "num_photos", "full_finetuning"
 LORA_ALONE = ("adapter", "rank", "lora_alpha", "lora_dropout", "use_dora", "use_rslora",
               "use_tlora", "lora_layers", "train_text_encoder", "prior_prediction", "low_vram")
 SUBJECT, PROMPT, PRES = "truth: subject", "truth: prompt", "truth: PRES"
+COPIES = "share of copies"  # under the first encoder, which also sees the place and the light
 LABELS = {"floor": "base alone", "ceiling": "photos"}  # beside the names of the settings
 
 
@@ -217,8 +218,9 @@ class Case:
         from dbcore.toybench.finetune import finetune
 
         config, full = self.config(options), FULL_FINETUNING in options
+        usual = dataclasses.asdict(TrainConfig())  # left out: a new option changes no run's name
         what = {name: value for name, value in dataclasses.asdict(resolve(config)).items()
-                if name not in PATHS}
+                if name not in PATHS and value != usual[name]}
         name = f"{Path(str(config.instance_data_dir)).name}-{digest(what)}{'-full' * full}"
         config.output_dir, config.resume_from_checkpoint = str(self.work / "runs" / name), "latest"
         taught: dict[str, Any] = ({"base": str(finetune(config))} if full
@@ -229,7 +231,8 @@ class Case:
     def config(self, options: dict[str, Any]) -> TrainConfig:
         from dbcore.models.base import recommended
 
-        given: dict[str, Any] = {"instance_prompt": self.alone.instance_prompt, "report_to": "none"}
+        given: dict[str, Any] = {"instance_prompt": self.alone.instance_prompt, "report_to": "none",
+                                 "num_report_images": 0}
         if options.get("with_prior_preservation") or options.get("prior_prediction"):
             given |= {"class_prompt": self.alone.class_prompt}
         if options.get("with_prior_preservation"):
@@ -276,6 +279,7 @@ def score(one: Case, generated: dict[str, list[Image.Image]], asked: Sequence[tu
     """One subject's ({column: {measure: value}}, the truth's too, {measure: agreement with the
     truth})."""
     from dbcore.datasets.photos import gather_photos
+    from dbcore.engines.evaluate import share_of_copies
     from dbcore.toybox.gates import is_subject
     from dbcore.toybox.reader import load_reader
 
@@ -289,8 +293,9 @@ def score(one: Case, generated: dict[str, list[Image.Image]], asked: Sequence[tu
                     for answers in reader.read(images[-num_images:])]
         columns[column] |= dict(zip((SUBJECT, PROMPT, PRES),
                                     map(mean, (*truths[column], of_class))))
+        columns[column][COPIES] = share_of_copies(images[:-num_images], photos, encoders[0])
     real = [is_subject(answers, one.character) for answers in reader.read(photos)]
-    columns["ceiling"] |= {SUBJECT: mean(real), PROMPT: None, PRES: None}
+    columns["ceiling"] |= {SUBJECT: mean(real), PROMPT: None, PRES: None, COPIES: None}
     return columns, agree(generated, truths, photos, asked, num_images, encoders)
 
 

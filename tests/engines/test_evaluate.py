@@ -82,6 +82,15 @@ def test_the_nearest_photo_is_found(encoder):
     assert near == pytest.approx([1, 0.8])
 
 
+def test_a_copy_is_nearer_to_a_photo_than_photos_are_to_each_other(encoder):
+    photos = [plain("blue"), Image.new("RGB", (8, 8), (0, 30, 40))]  # their cosine is 0.8
+    near = Image.new("RGB", (8, 8), (0, 40, 30))  # 0.6 and 0.96
+    images = [plain("red"), plain("blue"), near, plain("green")]  # green: 0 and 0.6
+    assert evaluate.share_of_copies(images, photos, encoder) == 1 / 2
+    with pytest.raises(ValueError, match="one photo alone"):
+        evaluate.share_of_copies(images, photos[:1], encoder)
+
+
 def test_agreement_is_the_chance_that_a_right_picture_scores_higher():
     right = [True, True, False, False]
     assert evaluate.agreement([0.9, 0.8, 0.1, 0.2], right) == 1

@@ -211,6 +211,13 @@ def test_a_fingerprint_depends_on_numbers_and_not_on_names_or_places(base, folde
     assert load_base(copy).fingerprint() == base.fingerprint()
 
 
+def test_a_fingerprint_is_that_of_the_pipeline_alone(base, folder, tmp_path):
+    """A metric encoder that is trained anew leaves the LoRAs of its base as they are."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shutil.copytree(copy / "vae", copy / "reader")
+    assert load_base(copy).fingerprint() == base.fingerprint()
+
+
 def test_a_fingerprint_is_that_of_the_variant_and_the_revision(base, tmp_path, monkeypatch):
     folder = shutil.copytree(base.name, tmp_path / "base")
     other = make_base(tmp_path / "other", seed=1)

@@ -1,6 +1,7 @@
 """ToyBench: its definition, what prompts ask for, settings, and a whole bench on a tiny
 base."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -14,7 +15,7 @@ from runs import leave_out_report
 
 from dbcore import TOY_BASE
 from dbcore.__main__ import main
-from dbcore.config import ConfigError, TrainConfig, read_yaml
+from dbcore.config import ANSWERED, ConfigError, TrainConfig, option, read_yaml
 from dbcore.engines import evaluate as engine
 from dbcore.engines.trainer import Run
 from dbcore.models.stable_diffusion import StableDiffusion
@@ -165,6 +166,7 @@ def test_a_bench_trains_draws_measures_and_compares(bench, tmp_path):
         assert 0 <= columns["floor"][toybench.PROMPT] <= 1
         assert columns["ceiling"][toybench.SUBJECT] is not None
         assert columns["ceiling"][toybench.PROMPT] is None
+        assert 0 <= columns["prior"][toybench.COPIES] <= 1
     apart = [columns["prior"]["DIV, colours"] - columns["slow"]["DIV, colours"]
              for columns in result["subjects"].values()]
     assert result["differences"]["prior"]["DIV, colours"][0] == pytest.approx(np.mean(apart))
@@ -183,6 +185,17 @@ def test_a_bench_that_is_there_is_not_made_again(bench, tmp_path, monkeypatch):
     assert bench(*WAYS) == first
     assert {path: path.stat().st_mtime_ns
             for path in (tmp_path / "out").glob("*/runs/*/*.safetensors")} == runs
+
+
+def test_a_new_option_of_train_leaves_what_is_there(bench, monkeypatch):
+    way = "--vary", "plain=--max_train_steps 1"
+    first = bench(*way)
+    newer = dataclasses.make_dataclass("Newer", [("new_option", int, option(0, "a new one"))],
+                                       bases=(TrainConfig,))
+    monkeypatch.setitem(ANSWERED, newer, {})
+    monkeypatch.setattr(toybench, "TrainConfig", newer)
+    monkeypatch.setattr(StableDiffusion, "generate", None)
+    assert bench(*way) == first
 
 
 def test_the_subject_is_drawn_in_the_words_that_it_was_taught_with(bench, tmp_path):
