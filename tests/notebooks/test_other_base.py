@@ -31,10 +31,6 @@ SHORT = {
 # What only a model that has learned can show.
 CLAIMS = {
     "02_lora_injection": ["changed > 10"],
-    "03_prior_preservation": ["pres[-1] > pres[0] + 0.02",
-                              ("pres_alone[-1] > pres_kept[-1] + 0.02 and div_kept[-1] "
-                               "> div_alone[-1]"),
-                              'fidelity[name] > fidelity["before"]'],
     "05_inference": ['max(apart, key=apart.get) == "euler_a"'],
 }  # fmt: skip
 
