@@ -10,6 +10,7 @@ from dbcore.config import need
 from dbcore.models.base import Family, read_json
 from dbcore.models.process import Flow
 
+MAX_TOKENS = 512  # the pipeline's own max_sequence_length
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # of the blocks that keep text and image apart
 # of the blocks that hold both in one stream: queries, keys, values and feed-forward in one layer
 SINGLE_STREAM = ["to_qkv_mlp_proj", "attn.to_out"]
@@ -84,8 +85,13 @@ class Flux2Klein(Family):
         """{"prompt_embeds": (n, length, 3 x width)}: three layers of the language model."""
         pipeline = self.pipeline_class(scheduler=None, vae=None, transformer=None,
                                        tokenizer=self.tokenizer, text_encoder=self.text_encoder)
-        length = self.tokenizer_max_length or pipeline.tokenizer_max_length
+        length = self.token_limit("tokenizer")
         return {"prompt_embeds": pipeline.encode_prompt(prompts, max_sequence_length=length)[0]}
+
+    def token_limit(self, tokenizer: str) -> int:
+        """The language model reads far more than the transformer was trained with."""
+        limit = super().token_limit(tokenizer)
+        return self.tokenizer_max_length or min(limit, MAX_TOKENS)
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,9 +11,7 @@ while it trains: for a GPU, which sees millions of samples in minutes.
 from __future__ import annotations
 
 import argparse
-import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,35 +152,10 @@ class Toybox:
         write_card(folder, gates, self.work, self.count, self.unet_batch, self.device)
 
 
-@contextmanager
-def weights_kept(work: Path, folder: Path | None, every: float = 60.0) -> Iterator[None]:
-    """Take up the weights in `folder` at the start, and write those of the newest checkpoints.
-
-    Every so many seconds and at the end: a machine lent by the minute may be gone before.
-    """
-    from dbcore.toybox.weights import read_weights, write_weights
-
-    if folder is None:
-        yield
-        return
-
-    def write():
-        while not done.wait(every):
-            write_weights(work, folder)
-
-    read_weights(folder, work)
-    done, thread = threading.Event(), threading.Thread(target=write)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        write_weights(work, folder)
-
-
 def main(argv: list[str] | None = None) -> None:
     import torch
+
+    from dbcore.toybox.weights import weights_kept
 
     args = parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 DOWN, CHANNELS = 4, 8
 KL_WEIGHT = 5e-4
+SHAPE = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": CHANNELS,
+    "block_out_channels": (24, 48, 96), "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3, "layers_per_block": 1, "norm_num_groups": 8,
+    "sample_size": 64, "mid_block_add_attention": False}
 
 
 def make_autoencoder() -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=CHANNELS, block_out_channels=(24, 48, 96),
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1, norm_num_groups=8, sample_size=64, mid_block_add_attention=False,
-        scaling_factor=1.0)
+    return AutoencoderKL(**SHAPE, scaling_factor=1.0)
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:

@@ -22,7 +22,7 @@ from dbcore.toybox.fit import fit, half_where_fast, step_rng
 from dbcore.toybox.scene import caption
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer, Qwen2Tokenizer
 
 WIDTH = 128
 
@@ -99,7 +99,11 @@ def pixels_of(images: list) -> torch.Tensor:
         [np.asarray(i.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)) for i in images]))
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+def tokenize(tokenizer: CLIPTokenizer | Qwen2Tokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids (n, model_max_length) of n texts; a chat model's, each as a message of its own."""
+    if tokenizer.chat_template:
+        messages = [[{"role": "user", "content": text}] for text in texts]
+        texts = tokenizer.apply_chat_template(messages, tokenize=False)
     return tokenizer(texts, padding="max_length", truncation=True,
                      max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
 
@@ -152,14 +156,16 @@ def save_clip(clip: ToyCLIP, folder: Path) -> None:
 def load_clip(folder: str | Path) -> ToyCLIP:
     """The toy CLIP of a toy base's folder, with `.tokenizer`, in float32 and eval mode.
 
-    `embed_texts` and `embed_images` give unit vectors whose products are its scores.
+    `embed_texts` and `embed_images` give unit vectors whose products are its scores. Its text tower
+    lies in `clip_image/`, or is the base's own text encoder.
     """
     from safetensors.torch import load_file
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    folder = Path(folder)
-    clip = ToyCLIP(CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32))
-    held = load_file(folder / "clip_image" / "model.safetensors")
+    own = Path(folder) / "clip_image"
+    words = own if (own / "text_encoder").is_dir() else Path(folder)
+    clip = ToyCLIP(CLIPTextModel.from_pretrained(words / "text_encoder", dtype=torch.float32))
+    held = load_file(own / "model.safetensors")
     clip.load_state_dict({**clip.state_dict(), **held})
-    clip.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    clip.tokenizer = CLIPTokenizer.from_pretrained(words / "tokenizer")
     return clip.eval().requires_grad_(False)

@@ -4,6 +4,7 @@ text tower."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,13 +96,14 @@ class Latents:
                                              for k, m in zip(picks, mirrored)]
 
     def inputs(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents (n, 8, 16, 16), noise like them, timesteps (n,), token ids (n, length)."""
+        """Latents (n, 8, 16, 16), noise like them, uniform u (n,) of which a process makes
+        timesteps, token ids (n, length)."""
         rng, torch_rng = step_rng(self.seed, "unet", step)
         z, scenes = self.batch_at(step, rng)
         ids = tokenize(self.tokenizer, [training_caption(scene, rng) for scene in scenes])
-        # one timestep from each of `batch` equal bands: the same mean, less variance
-        t = (np.arange(self.batch) + rng.random(self.batch)) * (1000 / self.batch)
-        return z, near_noise(z, torch_rng), torch.from_numpy(t.astype(np.int64)), ids
+        # one level from each of `batch` equal bands: the same mean, less variance
+        u = (np.arange(self.batch) + rng.random(self.batch)) / self.batch
+        return z, near_noise(z, torch_rng), torch.from_numpy(u).float(), ids
 
 
 def training_caption(scene: tuple[Character, View], rng: np.random.Generator) -> str:
@@ -145,41 +147,30 @@ def greedy_noise(z: torch.Tensor, group: int = 32) -> torch.Tensor:
 
 
 class Velocity(nn.Module):
-    """The UNet as the loss asks for it: noisy latents, timesteps and encoded captions to v."""
+    """A denoiser as the loss asks for it: noisy latents, timesteps and encoded captions to v.
 
-    def __init__(self, net: UNet2DConditionModel, device: str):
+    `predict` does it, with the weights of `net`.
+    """
+
+    def __init__(self, net: nn.Module, predict: Callable, device: str):
         super().__init__()
-        self.net, self.device = net, device
+        self.net, self.predict, self.device = net, predict, device
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         with half_where_fast(self.device):
-            return self.net(noisy, t, hidden).sample
+            return self.predict(noisy, t, hidden)
 
 
-def train_unet(text_encoder: CLIPTextModel, data: Latents | FreshLatents, folder: Path, seed: int,
-               steps: int = 47_000, minutes: float | None = None, lr: float = 1e-3,
-               device: str = "cpu") -> UNet2DConditionModel:
-    """Minimise |v - v_theta(z_t, t, caption)|^2.
+def train_denoiser(stage: str, folder: Path, net: nn.Module, predict: Callable, example: Callable,
+                   steps: int, minutes: float | None, lr: float, batch: int,
+                   device: str) -> nn.Module:
+    """Minimise |v - v_theta(x_t, t, caption)|^2, averaging the weights.
 
-    `data` is a `Latents` or a `FreshLatents`. `lr` is for batches of 32; it grows with the square
-    root of the batch (Malladi et al. 2022), and the weights are averaged over that many steps
-    fewer.
+    `example(step)` gives the arguments of `predict`, whose weights are `net`'s, and v. `lr` is for
+    batches of 32; it grows with the square root of the batch (Malladi et al. 2022), and the weights
+    are averaged over that many steps fewer.
     """
-    torch.manual_seed(seed + 2)
-    net = make_unet().to(device, memory_format=torch.channels_last)
-    schedule, faster = make_scheduler(), (data.batch / 32) ** 0.5
-    text_encoder.eval().requires_grad_(False).to(device)
-
-    def example(step):
-        """What the UNet is given (noisy latents, timesteps, encoded captions), and v."""
-        z, noise, t, ids = data.inputs(step)
-        noisy, v = schedule.add_noise(z, noise, t), schedule.get_velocity(z, noise, t)
-        with half_where_fast(device), torch.no_grad():
-            hidden = text_encoder(ids.to(device)).last_hidden_state
-        noisy = noisy.to(device, memory_format=torch.channels_last)
-        return (noisy, t.to(device), hidden), v.to(device)
-
-    velocity = Velocity(net, device)
+    velocity, faster = Velocity(net, predict, device), (batch / 32) ** 0.5
     if torch.device(device).type == "cuda":  # hundreds of small kernels, launched as two graphs
         velocity = torch.cuda.make_graphed_callables(velocity, example(0)[0])
 
@@ -187,8 +178,31 @@ def train_unet(text_encoder: CLIPTextModel, data: Latents | FreshLatents, folder
         given, v = example(step)
         return {"loss": F.mse_loss(velocity(*given).float(), v)}
 
-    return fit("unet", folder, net, loss_at, steps, lr * faster, minutes, muon=True,
+    return fit(stage, folder, net, loss_at, steps, lr * faster, minutes, muon=True,
                ema=1 - 0.0005 * faster, device=device, rate=trapezoid_rate)
+
+
+def train_unet(text_encoder: CLIPTextModel, data: Latents | FreshLatents, folder: Path, seed: int,
+               steps: int = 47_000, minutes: float | None = None, lr: float = 1e-3,
+               device: str = "cpu") -> UNet2DConditionModel:
+    """The UNet after `train_denoiser`, on what `data` gives, a `Latents` or a `FreshLatents`."""
+    torch.manual_seed(seed + 2)
+    net = make_unet().to(device, memory_format=torch.channels_last)
+    schedule = make_scheduler()
+    text_encoder.eval().requires_grad_(False).to(device)
+
+    def example(step):
+        """What the UNet is given (noisy latents, timesteps, encoded captions), and v."""
+        z, noise, u, ids = data.inputs(step)
+        t = (1000 * u).long().clamp(max=999)
+        noisy, v = schedule.add_noise(z, noise, t), schedule.get_velocity(z, noise, t)
+        with half_where_fast(device), torch.no_grad():
+            hidden = text_encoder(ids.to(device)).last_hidden_state
+        noisy = noisy.to(device, memory_format=torch.channels_last)
+        return (noisy, t.to(device), hidden), v.to(device)
+
+    return train_denoiser("unet", folder, net, lambda *given: net(*given).sample, example, steps,
+                          minutes, lr, data.batch, device)
 
 
 def make_pipeline(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, autoencoder: AutoencoderKL,

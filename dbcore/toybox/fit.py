@@ -157,8 +157,11 @@ class Average:
 
 
 def progress(step: int, steps: int, seconds: float, minutes: float | None) -> float:
-    """The fraction of a run that is done: of its steps or of its minutes, whichever is further."""
-    return max(step / steps, seconds / (60 * minutes) if minutes else 0.0)
+    """The fraction of a run that is done: of its steps or of its minutes, whichever is further.
+
+    A run of no steps is done from the start.
+    """
+    return max(step / steps if steps else 1.0, seconds / (60 * minutes) if minutes else 0.0)
 
 
 def fit(stage: str, folder: Path, module: nn.Module, loss_at: Callable[[int, float], dict],

@@ -1,4 +1,4 @@
-"""Scenes for a UNet that learns by the minute: made while it trains, held on the device that
+"""Scenes for a denoiser that learns by the minute: made while it trains, held on the device that
 trains.
 
 Other processes think of scenes and word their captions; the device renders and encodes them between
@@ -29,7 +29,7 @@ from dbcore.toybox.scene import caption, mirror
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, Qwen2Tokenizer
 
     from dbcore.toybox.scene import Character, View
 
@@ -37,10 +37,10 @@ CHUNK, CAPTIONS = 256, 4  # scenes made at once; captions of each image, the fir
 
 
 @functools.cache
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    from transformers import CLIPTokenizer
+def load_tokenizer(folder: Path) -> CLIPTokenizer | Qwen2Tokenizer:
+    from transformers import AutoTokenizer
 
-    return CLIPTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def captions(scene: tuple[Character, View], rng: np.random.Generator) -> list[str]:
@@ -117,7 +117,7 @@ class FreshLatents:
         self.count += CHUNK
 
     def inputs(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents, noise, timesteps and token ids of a batch, as `denoiser.Latents` gives them."""
+        """Latents, noise, uniform u and token ids of a batch, as `denoiser.Latents` gives them."""
         due = self.first + (step - self.steps_done) * self.batch // self.REUSE
         while self.count < self.first or (self.count < due and self.waiting[0].done()):
             self.add()
@@ -127,7 +127,7 @@ class FreshLatents:
         ids = self.ids[scene, side, torch.where(share < WHOLE_CAPTION, 0, part)].long()
         ids = torch.where(share[:, None] < NO_CAPTION, self.empty, ids)
         z = self.latents[scene, side].float()
-        # a timestep from each of equal bands, in any order: the first of a group has its choice of
+        # a level from each of equal bands, in any order: the first of a group has its choice of
         # noise
-        t = (torch.rand_like(share).argsort() + torch.rand_like(share)) * (1000 / self.batch)
-        return z, greedy_noise(z), t.long().clamp(max=999), ids
+        u = (torch.rand_like(share).argsort() + torch.rand_like(share)) / self.batch
+        return z, greedy_noise(z), u, ids

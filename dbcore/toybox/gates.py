@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import dbcore
+from dbcore.models.process import Density
 from dbcore.toybox.autoencoder import psnr
 from dbcore.toybox.clip import load_clip, retrieval
 from dbcore.toybox.corpus import sample_held_out
@@ -126,16 +127,19 @@ def photos_gate(reader: Reader) -> list[Gate]:
 
 
 @torch.no_grad()
-def moved(base: Family, one: list[str], other: list[str], t: int = 950, count: int = 16) -> float:
-    """How far another prompt moves the prediction, relative to the prediction's size; the mean over
-    the pairs."""
-    noise = torch.randn((count, *base.latent_shape(base.resolution)),
-                        generator=torch.Generator().manual_seed(t))
+def moved(base: Family, one: list[str], other: list[str], count: int = 16) -> float:
+    """How far another prompt moves the prediction from noise, relative to the prediction's size.
+
+    At the first twentieth of the way (t=950 of 1000); the mean over the pairs.
+    """
+    shape = base.latent_shape(base.resolution)
+    noise = torch.randn((count, *shape), generator=torch.Generator().manual_seed(950))
+    t = base.process.timestep(torch.full((count,), 0.95), shape[1] * shape[2], Density())
 
     def predictions(prompts):
         for prompt in prompts:
             cond = {k: v.expand(count, -1, -1) for k, v in base.encode_text([prompt]).items()}
-            yield base.predict(noise, torch.full((count,), t), cond)
+            yield base.predict(noise, t, cond)
 
     shares = [(a - b).norm() / a.norm() for a, b in zip(predictions(one), predictions(other))]
     return float(torch.stack(shares).mean())

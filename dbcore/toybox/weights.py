@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,6 +13,31 @@ import torch
 from dbcore.utils.files import whole_file, write_whole
 
 PART = 15 * 2**20  # bytes a file
+
+
+@contextmanager
+def weights_kept(work: Path, folder: Path | None, every: float = 60.0) -> Iterator[None]:
+    """Take up the weights in `folder` at the start, and write those of the newest checkpoints.
+
+    Every so many seconds and at the end: a machine lent by the minute may be gone before.
+    """
+    if folder is None:
+        yield
+        return
+
+    def write():
+        while not done.wait(every):
+            write_weights(work, folder)
+
+    read_weights(folder, work)
+    done, thread = threading.Event(), threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        write_weights(work, folder)
 
 
 def write_weights(work: Path, folder: Path) -> list[Path]:

@@ -86,6 +86,13 @@ def test_presets_are_of_both_kinds_of_blocks_and_never_the_embedders(base):
     assert all("transformer_blocks" in name for name in more)
 
 
+def test_no_more_tokens_are_read_than_the_tokenizer_gives_or_the_pipeline_takes(folder):
+    base = load_base(folder)
+    assert base.token_limit("tokenizer") == 512
+    base.tokenizer.model_max_length = 20
+    assert base.encode_text(PROMPTS)["prompt_embeds"].shape[1] == 20
+
+
 def test_larger_images_are_trained_with_more_noise(base):
     u = torch.tensor([0.2, 0.5, 0.8])
     few, many = base.process.timestep(u, 256), base.process.timestep(u, 4096)

@@ -4,7 +4,13 @@ import pytest
 
 from dbcore.toybox.corpus import scenes
 from dbcore.toybox.scene import caption
-from dbcore.toybox.words import IDENTIFIERS, MAX_LENGTH, train_tokenizer, words
+from dbcore.toybox.words import (
+    IDENTIFIERS,
+    MAX_LENGTH,
+    make_chat_tokenizer,
+    train_tokenizer,
+    words,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +49,25 @@ def test_the_vocabulary_is_the_same_every_time(tokenizer, tmp_path):
     from transformers import CLIPTokenizer
 
     assert CLIPTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return make_chat_tokenizer()
+
+
+def test_a_chat_model_has_a_token_for_every_word_alone_and_after_a_space(chat):
+    ids = [tuple(chat(space + word, add_special_tokens=False).input_ids)
+           for word in words() for space in ("", " ")]
+    assert {len(i) for i in ids} == {1}
+    assert len(set(ids)) == len(ids)
+    assert len(chat("zebra", add_special_tokens=False).input_ids) > 1
+
+
+def test_a_chat_models_captions_fit_between_two_marks(chat):
+    for scene in scenes(0, 300):
+        text = caption(*scene)
+        message = chat.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+        ids = chat(message).input_ids
+        assert len(ids) == len(text.replace(",", " ,").split()) + 2 <= MAX_LENGTH
+        assert chat.decode(ids) == f"<|im_start|> {text}<|im_end|>"
