@@ -272,7 +272,7 @@ def check_03_loss(two_part_loss: Callable) -> str:
 @exercise
 def check_03_diversity(diversity_of: Callable) -> str:
     right_angles = np.eye(4)
-    same(diversity_of(np.ones((3, 4)) / 2), 0.0, "for three times the same picture it")
+    same(diversity_of(np.ones((3, 4)) / 2), 0.0, "for three times the same image it")
     got = diversity_of(right_angles)
     expect(got is not None and abs(float(got) - 0.75) > 1e-4,
            "For four vectors at right angles it is 0.75; expected 1. Leave out the pairs of a "
