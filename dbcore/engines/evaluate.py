@@ -77,14 +77,15 @@ def load_encoder(base_or_name: Family | str | Path) -> Encoder:
     `base_or_name`: a `Family`, its folder, or a CLIP or a ViT (DINO) of transformers, as a folder
     or a name on the hub. Raises ConfigError if it is none of these.
     """
-    return load_encoders(base_or_name)[0]
+    if isinstance(base_or_name, Family) or Path(base_or_name, "model_index.json").is_file():
+        return load_encoders(base_or_name)[0]
+    return load_hub_encoder(str(base_or_name))
 
 
-def load_encoders(base_or_name: Family | str | Path) -> list[Encoder]:
-    """Every encoder for a base, the one that also reads prompts first; see `load_encoder`."""
-    folder = Path(base_or_name.name if isinstance(base_or_name, Family) else base_or_name)
-    if not isinstance(base_or_name, Family) and not (folder / "model_index.json").is_file():
-        return [load_hub_encoder(str(base_or_name))]
+def load_encoders(base: Family | str | Path) -> list[Encoder]:
+    """Every encoder for a base (itself, its folder, or its name on the hub), the one that also
+    reads prompts first; see `load_encoder`."""
+    folder = Path(base.name if isinstance(base, Family) else base)
     own = [name for name in OWN if (folder / name).is_dir()]
     named = recommended(folder).get("metrics") or own or ENCODERS
     named = [named] if isinstance(named, str) else named

@@ -188,6 +188,12 @@ def test_a_base_names_its_encoders(tmp_path, clip_folder):
     assert [e.name for e in evaluate.load_encoders(tmp_path)] == [str(clip_folder)]
 
 
+def test_a_base_on_the_hub_is_measured_by_the_usual_encoders(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_hub_encoder", lambda name: name)
+    found = evaluate.load_encoders("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert found == list(evaluate.ENCODERS)
+
+
 def test_what_is_no_encoder_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match="no-such-model"):
         evaluate.load_encoder(str(tmp_path / "no-such-model"))
