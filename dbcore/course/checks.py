@@ -357,7 +357,7 @@ def check_04_saved(saved: Any) -> str:
 
 @exercise
 def check_05_calls(looks: Callable) -> str:
-    same(looks(1, 25, 1.0), 25, "one picture of 25 steps without guidance")
+    same(looks(1, 25, 1.0), 25, "one image of 25 steps without guidance")
     same(looks(1, 25, 4.0), 50, "one image of 25 steps with guidance 4, asked twice a step,")
     same(looks(6, 20, 7.5), 240, "six images of 20 steps with guidance")
     return "steps and guidance are what you pay for; the scale costs nothing."

@@ -2,8 +2,8 @@
 miniature of it.
 
 The miniature lies in a hub's cache under its true name, has the original's layers, names and
-sampler, and random weights. So what a notebook claims of a trained model need not hold here, and
-those claims alone are not asked for.
+sampler, and random weights. So what a notebook claims of a trained model need not hold here: it is
+printed, as for every learner, and stops nothing.
 """
 
 import json
@@ -13,7 +13,13 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from notebook_guards import NOTEBOOKS, code_cells, tags
-from pipelines import make_sd15_miniature, make_sd15_pipeline, make_tokenizer
+from pipelines import (
+    make_flux2_miniature,
+    make_sd15_miniature,
+    make_sd15_pipeline,
+    make_sdxl_miniature,
+    make_tokenizer,
+)
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -21,19 +27,13 @@ SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SHORT = {
     "00_meet_the_model": {"STEPS": 5},
     "01_data_prep": {},
-    "02_lora_injection": {"STEPS": 2, "RANK": 4, "DRAW_STEPS": 4},
+    "02_lora_injection": {"STEPS": 2, "RANK": 4, "NUM_INFERENCE_STEPS": 4},
     "03_prior_preservation": {"STEPS": 4, "CLASS_IMAGES": 10},
     "04_gpu_training": {"STEPS": 8},
-    "05_inference": {"STEPS": 2, "DRAW_STEPS": 4},
+    "05_inference": {"STEPS": 2, "NUM_INFERENCE_STEPS": 4},
     "07_evaluation": {"STEPS": 3, "CLASS_IMAGES": 2},
     "09_your_own_subject": {"STEPS": 4},
 }
-# What only a model that has learned can show.
-CLAIMS = {
-    "02_lora_injection": ["changed > 10"],
-    "05_inference": ['max(apart, key=apart.get) == "euler_a"'],
-}  # fmt: skip
-
 
 # Before a notebook's first cell: the memory of a T4, less what CUDA's context takes.
 T4 = """import torch
@@ -96,15 +96,44 @@ def test_stable_diffusion_at_its_size_fits_a_t4(name, large_hub, tmp_path, monke
     execute(name, large_hub, tmp_path, monkeypatch, T4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [make_sd15_miniature, make_sdxl_miniature, make_flux2_miniature])
+@pytest.mark.parametrize("name", ["02_lora_injection", "03_prior_preservation", "05_inference"])
+def test_another_subject_on_a_base_of_each_family(name, make, hub, tmp_path, monkeypatch):
+    """To the end, and with no more than two denoisers in memory there."""
+    base = str(make(tmp_path / "base"))
+    nb = prepared(name, BASE=base, SUBJECT="teapot", **SHORT[name])
+    nb.cells.append(nbformat.v4.new_code_cell(COUNT))
+    run(nb, hub, tmp_path, monkeypatch)
+    assert 1 <= int(nb.cells[-1].outputs[0].text) <= 2
+
+
+# How many networks of the denoiser's class are in memory.
+COUNT = """import gc
+gc.collect()
+print(sum(type(one) is type(base.denoiser) for one in gc.get_objects()))"""
+
+
 def execute(name, hub, tmp_path, monkeypatch, first=""):
     """Run a notebook on the base in a hub's cache; `first`: what its kernel does before."""
+    nb = prepared(name, BASE=SD15, **SHORT[name])
+    nb.cells.insert(0, nbformat.v4.new_code_cell(first))
+    run(nb, hub, tmp_path, monkeypatch)
+
+
+def prepared(name, **values):
+    """A notebook with other parameters."""
     nb = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    set_parameters(nb, BASE=SD15, **SHORT[name])
-    without_claims(nb, CLAIMS.get(name, []))
+    set_parameters(nb, **values)
+    return nb
+
+
+def run(nb, hub, tmp_path, monkeypatch):
+    """Run it in an empty folder, as a learner does: what does not hold is printed."""
     monkeypatch.setenv("HF_HOME", str(hub))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
-    nb.cells.insert(0, nbformat.v4.new_code_cell(first))
+    monkeypatch.delenv("DBCORE_STRICT", raising=False)
     where = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(nb, timeout=600, kernel_name="python3", resources=where).execute()
 
@@ -117,14 +146,3 @@ def set_parameters(nb, **values):
         (at,) = [k for k, line in enumerate(lines) if line.startswith(f"{name} = ")]
         lines[at] = f"{name} = {value!r}"
     cell.source = "\n".join(lines)
-
-
-def without_claims(nb, claims):
-    """Each `assert claim` becomes the claim alone: still computed, no longer asked for.
-
-    All have to be there.
-    """
-    for claim in claims:
-        cells = [cell for cell in code_cells(nb) if f"assert {claim}" in cell.source]
-        assert len(cells) == 1, f"{len(cells)} cells assert {claim}"
-        cells[0].source = cells[0].source.replace(f"assert {claim}", claim)
