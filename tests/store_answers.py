@@ -14,7 +14,7 @@ from pathlib import Path
 import dbcore
 from dbcore.__main__ import main
 from dbcore.tools.evaluate import cell
-from dbcore.toybench.bench import PROMPT, SUBJECT
+from dbcore.toybench.bench import COPIES, PROMPT, SUBJECT
 
 RESULTS = dbcore.DATA / "toybench_results.json"
 WORK = "work_dirs/answers"
@@ -22,9 +22,12 @@ ANSWERS = dbcore.DATA / "results" / "answers.md"
 START, END = "<!-- answers: made by make answers -->", "<!-- end of answers -->"
 SHOWN = {SUBJECT: "right subject", "subject, subject encoder": "subject",
          "prompt, clip_image": "CLIP-T",
-         PROMPT: "right prompt", "PRES, subject encoder": "PRES", "DIV, subject encoder": "DIV"}
-SIZE = "--num_subjects 3 --num_prompts 8 --num_images 2"
-SHORT = "--max_train_steps 60"
+         PROMPT: "right prompt", "PRES, subject encoder": "PRES", "DIV, subject encoder": "DIV",
+         COPIES: "copies"}
+SIZE = "--num_subjects 3 --num_prompts 8 --num_images 2", WORK
+SIZES = {"prior": ("--quick", f"{WORK}/quick"),  # where it is not SIZE
+         "newer methods": ("--num_subjects 6 --num_prompts 4 --num_images 2", f"{WORK}/newer")}
+SHORT, SHORTER = "--max_train_steps 60", "--max_train_steps 40"
 RATE = "3e-3"  # the UNet's, as the toy base recommends it
 
 
@@ -52,12 +55,26 @@ QUESTIONS = {  # the first way is the one that the others are compared with
                "batch 1": f"{SHORT} --train_batch_size 1",
                **{f"full {rate}": f"{SHORT} --full_finetuning --learning_rate {rate}"
                   for rate in ("5e-5", "2e-4")}},
+    "newer methods": {
+        "LoRA": SHORTER,
+        "class images": f"{SHORTER} --with_prior_preservation --num_class_images 24",
+        "prior prediction": f"{SHORTER} --prior_prediction",
+        "caption dropout": f"{SHORTER} --caption_dropout 0.1",
+        "logit-normal": f"{SHORTER} --weighting_scheme logit_normal",
+        "T-LoRA": f"{SHORTER} --use_tlora",
+        # adapters at the rates nearest to LoRA's fidelity, of those that were tried
+        "OFT": f"{SHORTER} --adapter oft --learning_rate 1e-3",
+        "LoKr": f"{SHORTER} --adapter lokr --learning_rate 1e-2",
+        "LoHa": f"{SHORTER} --adapter loha --learning_rate 1e-2",
+        "DoRA": f"{SHORTER} --use_dora",
+        "schedule-free": f"{SHORTER} --optimizer AdamWScheduleFree",
+        "Prodigy": f"{SHORTER} --optimizer Prodigy --learning_rate 1"},
 }
 
 
 def ask(question):
     """One question's {"command", "table", "mean", "differences"}, all of them toybench's."""
-    size, folder = ("--quick", f"{WORK}/quick") if question == "prior" else (SIZE, WORK)
+    size, folder = SIZES.get(question, SIZE)
     ways = " ".join(f"--vary {shlex.quote(f'{name}={options}')}"
                     for name, options in QUESTIONS[question].items())
     command = f"toybench {size} {ways} --output_dir {folder}"
@@ -75,7 +92,8 @@ def summary(answers):
     for question, answer in answers.items():
         # a new way is not asked yet
         for way in (way for way in QUESTIONS[question] if way in answer["mean"]):
-            cells = [cell(answer["mean"][way][measure]) for measure in SHOWN]
+            # copies were not counted from the beginning
+            cells = [cell(answer["mean"][way].get(measure)) for measure in SHOWN]
             lines.append(f"| {question} | {way} | " + " | ".join(cells) + " |")
             question = ""  # once for all its rows
     return "\n".join(lines)
