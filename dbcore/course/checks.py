@@ -643,3 +643,64 @@ def check_09_verdict(verdict: Callable) -> str:
         expect(got is not None, "verdict gives nothing yet; does it return one of the three?")
         expect(got == wanted, f"verdict{numbers}, {why}: you say {got!r}; expected {wanted!r}.")
     return "a number between floor and ceiling, and the prompt beside it."
+
+
+# --- 10 ---
+
+
+@exercise
+def check_10_clean(clean: Callable) -> str:
+    import torch
+
+    x0, noise = torch.randn((2, 3, 4, 8, 8), generator=torch.Generator().manual_seed(10))
+    for t in (0.1, 0.5, 0.9):
+        x_t = (1 - t) * x0 + t * noise
+        got = clean(x_t, noise - x0, t)
+        if got is not None and np.shape(got) == tuple(x0.shape):
+            expect(not np.allclose(got, noise, atol=1e-3), "You have arrived at the noise: at a "
+                   "larger t there is more noise, so walk in the other direction.")
+        same(got, x0, f"clean(x_t, velocity, {t})", tolerance=1e-3)
+    return "walk back along the velocity for as long as the noise was added."
+
+
+@exercise
+def check_10_ranks(active: Callable) -> str:
+    for t, rank, a, wanted in ((0, 16, 1, 16), (1000, 16, 1, 1), (500, 16, 1, 8), (500, 16, 2, 4),
+                               (900, 4, 1, 1), (100, 4, 1, 3)):
+        got = active(t, 1000, rank, a)
+        expect(got is not None, "active gives nothing yet; does it return a number?")
+        expect(float(got).is_integer(),
+               f"active({t}, 1000, {rank}, {a}) is {got}: a rank is a whole number, rounded down.")
+        expect(got == wanted, f"active({t}, 1000, {rank}, {a}) is {got}; expected {wanted}.")
+    return "all ranks without noise, one rank in pure noise."
+
+
+@exercise
+def check_10_slider(slider_target: Callable) -> str:
+    import torch
+
+    own, more, less = torch.randn((3, 2, 4, 4), generator=torch.Generator().manual_seed(11))
+    same(slider_target(own, more, less, 0.0), own, "at scale 0, where nothing is to change, it")
+    same(slider_target(own, own, own, 1.0), own,
+         "where the two prompts say the same, so that no direction is left, it")
+    same(slider_target(own, more, less, 1.0), own + more - less, "at scale 1 it")
+    same(slider_target(own, more, less, -1.0), own - more + less, "at scale -1 it")
+    return "the base's own prediction, moved along the difference of two prompts."
+
+
+@exercise
+def check_10_ties(ties: Callable) -> str:
+    import torch
+
+    first = torch.tensor([4.0, -3.0, 0.1, 2.0, 0.0, 1.0])
+    second = torch.tensor([2.0, 5.0, -0.2, 0.3, -0.1, 3.0])
+    got = ties(first, second, 0.5)
+    if got is not None and np.shape(got) == (6,):
+        expect(not np.allclose(got, [6.0, 2.0, 0.0, 2.0, 0.0, 3.0]),
+               "That is the sum of what is kept: where the signs differ, the smaller one is "
+               "still in it.")
+    same(got, [3.0, 5.0, 0.0, 2.0, 0.0, 3.0], "with density 0.5 the merged update")
+    same(ties(first, first, 1.0), first, "of two equal updates with density 1 the merge")
+    same(ties(first, -2 * first, 1.0), -2 * first,
+         "of an update and minus twice itself with density 1 the merge")
+    return "keep the large numbers, let their signs vote, and average those that agree."

@@ -33,6 +33,7 @@ SHORT = {
     "05_inference": {"STEPS": 2, "NUM_INFERENCE_STEPS": 4},
     "07_evaluation": {"STEPS": 3, "CLASS_IMAGES": 2},
     "09_your_own_subject": {"STEPS": 4},
+    "10_beyond_dreambooth": {"STEPS": 2, "CLASS_IMAGES": 2, "DRAW_STEPS": 4},
 }
 
 # Before a notebook's first cell: the memory of a T4, less what CUDA's context takes.
