@@ -18,7 +18,7 @@ import math
 import shutil
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -285,7 +285,8 @@ def make_base(args: argparse.Namespace, device: str, batch: int) -> None:
         return
     autoencoder = make_autoencoder(toy_autoencoder(), some_renders())
     parts = tokenizer, language.cpu(), autoencoder
-    base = load_base(save_base(work / "untrained", *parts, make_transformer(SEED)), device=device)
+    untrained = save_base(work / "untrained", *parts, make_transformer(SEED))
+    base = cast("Flux2Klein", load_base(untrained, device=device))
     with closing(latents(work, tokenizer, batch, minutes, device)) as data:
         transformer = train_transformer(base, data, work, args.steps,
                                         minutes and minutes * (1 - LANGUAGE_SHARE), device=device)
