@@ -121,7 +121,8 @@ class TrainConfig:
     adapter: str = option(
         "lora", "what is trained: lora; oft, rotations that keep more of the base (arXiv "
         "2306.07280); lokr, the smallest file (arXiv 2309.14859); loha (arXiv 2108.06098). All but "
-        "lora are for generate, evaluate and peft, and for no pipeline of diffusers",
+        "lora are for generate, evaluate and peft, lokr and loha exported for ComfyUI too, and for "
+        "no pipeline of diffusers",
         ("lora", "oft", "lokr", "loha"))
     rank: AutoInt = option(
         AUTO, "rank r of the update B A, for oft the side of its blocks; more learns more detail "
@@ -358,7 +359,11 @@ class TrainConfig:
 
 @dataclass
 class SliderConfig:
-    """A concept slider: a LoRA whose scale moves one attribute (arXiv 2311.12092)."""
+    """A concept slider: a LoRA whose scale moves one attribute (arXiv 2311.12092).
+
+    It learns in minutes, so it has neither checkpoints nor validation: begun again, the same seed
+    makes the same file.
+    """
 
     pretrained_model_name_or_path: Asked = option(None, "the base: a folder or a name on the hub")
     revision: str | None = option(None, "branch, tag or commit of the base on the hub")
@@ -368,7 +373,8 @@ class SliderConfig:
     slider_strength: float = option(
         1.0, "eta: how much of the two prompts' difference scale 1 is", above=0)
     num_images: int = option(8, "images of the prompt that it is learnt on, made first", low=1)
-    max_train_steps: int = option(200, "steps", low=1)
+    max_train_steps: int = option(
+        200, "steps, a few minutes of them: there are no checkpoints to resume from", low=1)
     train_batch_size: AutoInt = option(AUTO, "images a step", low=1)
     rank: AutoInt = option(AUTO, "rank of the LoRA", low=1)
     lora_layers: str = option(AUTO, "where it goes, as in train")

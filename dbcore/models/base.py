@@ -182,10 +182,10 @@ def without_bf16(config: Any, device: str | None = None) -> Any:
 def resolve_buckets(config: Any, multiple: int) -> Any:
     """`config` (TrainConfig) with `auto` buckets written out. Raises ConfigError for a bad side."""
     if config.aspect_ratio_buckets == AUTO:
-        sizes = [tuple(max(1, round(config.resolution * ratio**power / multiple)) * multiple
-                       for power in (-0.5, 0.5)) for ratio in ASPECTS]
-        sizes = [f"{height},{width}" for height, width in dict.fromkeys(sizes)]
-        config = dataclasses.replace(config, aspect_ratio_buckets=";".join(sizes))
+        sizes = [[max(1, round(config.resolution * ratio**power / multiple)) * multiple
+                  for power in (-0.5, 0.5)] for ratio in ASPECTS]
+        texts = dict.fromkeys(f"{height},{width}" for height, width in sizes)
+        config = dataclasses.replace(config, aspect_ratio_buckets=";".join(texts))
     for side in (side for bucket in config.buckets for side in bucket):
         check_side("aspect_ratio_buckets", side, multiple)
     return config

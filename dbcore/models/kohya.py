@@ -1,17 +1,24 @@
 """A LoRA in the names of kohya's scripts, which A1111, ComfyUI, Forge and InvokeAI read as well.
 
     lora_unet_<module with _ for .>.lora_down.weight, .lora_up.weight, .alpha, with DoRA .dora_scale
+A LoHa or LoKr in those of LyCORIS, from which peft has its own: .hada_w1_a, .lokr_w1, ..., .alpha
 """
+
+from __future__ import annotations
 
 import json
 import math
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from dbcore.models.adapter import Adapter, LoraFileError
 from dbcore.models.lora_files import save_safetensors
+
+if TYPE_CHECKING:
+    from dbcore.models.peft_adapters import PeftAdapter
 
 # where diffusers' converters know a module only by the original SDXL's name
 ORIGINAL = {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2"}
@@ -42,6 +49,29 @@ def save_kohya(adapter: Adapter, path: str | Path) -> Path:
         tensors[f"{flat}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         if layer.magnitude is not None:
             tensors[f"{flat}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.up.dim() - 1))
+    return save_safetensors(tensors, path, header)
+
+
+def save_lycoris(adapter: PeftAdapter, path: str | Path) -> Path:
+    """A LoHa or LoKr as one file in LyCORIS's names, for ComfyUI, A1111, Forge and LyCORIS itself.
+
+    Raises `LoraFileError` for an OFT: peft rotates the inputs of a layer, LyCORIS its outputs.
+    """
+    if adapter.kind == "oft":
+        raise LoraFileError("--format kohya: it is an OFT of peft, which rotates the inputs of a "
+                            "layer, and LyCORIS's rotates the outputs: give --format peft")
+    tensors, is_xl = {}, "text_encoder_2" in adapter.settings
+    for component, found in adapter.tensors.items():
+        alpha, rank = (float(adapter.settings[component][name]) for name in ("alpha", "rank"))
+        for name, tensor in found.items():
+            module, _, part = name.rpartition(".")
+            flat = kohya_name(component, module, is_xl)
+            # of two whole factors LyCORIS knows no rank, and does not scale their product
+            whole = part == "lokr_w1" and f"{module}.lokr_w2" in found
+            tensors[f"{flat}.{part}"] = tensor * (alpha / rank) if whole else tensor
+            tensors[f"{flat}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    header = {**adapter.notes, "ss_network_module": "lycoris.kohya",
+              "ss_network_args": json.dumps({"algo": adapter.kind})}
     return save_safetensors(tensors, path, header)
 
 

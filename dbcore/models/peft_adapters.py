@@ -5,8 +5,8 @@
   loha  W' = W + (alpha / r) (A B) * (C D)             Hyeon-Woo et al. 2021, arXiv 2108.06098
 
 OFT keeps the angles between neurons, and with them more of the base; LoKr's files are the smallest.
-No pipeline of diffusers reads them: their file has a header of its own, and `save_peft_folder`
-writes what `PeftModel.from_pretrained` reads.
+No pipeline of diffusers reads them: their file has a header of its own, `save_peft_folder` writes
+what `PeftModel.from_pretrained` reads, and `kohya.save_lycoris` what ComfyUI does.
 """
 
 from __future__ import annotations

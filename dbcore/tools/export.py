@@ -101,16 +101,23 @@ def main(args: argparse.Namespace) -> None:
               "give it one of --format diffusers")
 
 
-def export_other(adapter: PeftAdapter, format: str, folder: Path) -> None:
-    """Write an adapter that is no LoRA for peft. Raises InputError for another format."""
+def export_other(adapter: PeftAdapter, format: str, output: Path) -> None:
+    """Write an adapter that is no LoRA for peft, or for LyCORIS in kohya's format.
+
+    Raises InputError for another format.
+    """
+    from dbcore.models.kohya import save_lycoris
     from dbcore.models.peft_adapters import NAMES, save_peft_folder
 
-    need_peft = f"it is {NAMES[adapter.kind]}, which {format} has no place for: give --format peft"
-    if format != "peft":
-        raise InputError(f"--format {format}: {need_peft}")
-    with export_folder(folder) as partial:
-        save_peft_folder(adapter, partial)
-    print(f"peft: {NAMES[adapter.kind]} of {', '.join(adapter.settings)} -> {folder}")
+    if format not in ("peft", "kohya"):
+        raise InputError(f"--format {format}: it is {NAMES[adapter.kind]}, which {format} has no "
+                         "place for: give --format peft, or for a LoHa or LoKr kohya")
+    if format == "kohya":
+        save_lycoris(adapter, output)
+    else:
+        with export_folder(output) as partial:
+            save_peft_folder(adapter, partial)
+    print(f"{format}: {NAMES[adapter.kind]} of {', '.join(adapter.settings)} -> {output}")
 
 
 def free_path(text: str, overwrite: bool = False, is_file: bool = True) -> Path:

@@ -120,6 +120,31 @@ def test_the_same_seed_is_the_same_bytes_and_another_is_not(options, uninterrupt
     assert all(other["pictures"][name] != first["pictures"][name] for name in first["pictures"])
 
 
+# options at the value at which they change nothing, and what they are beside
+NEUTRAL = {
+    "caption_dropout": ({"caption_dropout": 1e-12}, {}),
+    "shuffle_tags": ({"shuffle_tags": True}, {}),  # of a prompt that is one tag
+    "aspect_ratio_buckets": ({"aspect_ratio_buckets": "32,32"}, {}),
+    "use_tlora": ({"use_tlora": True}, {"rank": 1}),
+    "use_rslora": ({"use_rslora": True}, {"rank": 1}),
+    "weighting_scheme": ({"weighting_scheme": "none"}, {}),
+    "snr_gamma": ({"snr_gamma": 1e12}, {}),
+    "use_ema": ({"use_ema": True, "ema_decay": 0.0}, {}),
+    "lr_scheduler": ({"lr_scheduler": "constant_with_warmup"}, {}),
+    "cache_latents": ({"cache_latents": False, "pre_compute_text_embeddings": False}, {}),
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_an_option_at_its_neutral_value_is_no_option(name, options, uninterrupted, tmp_path):
+    more, beside = NEUTRAL[name]
+    train(TrainConfig(**{**options, **beside, **more}, output_dir=tmp_path))
+    plain, found = load_file(uninterrupted(**beside) / LORA), load_file(tmp_path / LORA)
+    assert plain.keys() == found.keys()
+    assert all(torch.equal(plain[key], found[key]) for key in plain)
+    assert read_run(tmp_path)["log"] == read_run(uninterrupted(**beside))["log"]
+
+
 def test_the_text_encoder_stops_after_its_share_of_the_steps(uninterrupted):
     folder = uninterrupted(**KINDS["text encoder"], checkpointing_steps=1)
     second, third, last = (load_file(folder / f"checkpoint-{step}" / LORA) for step in (2, 3, 4))

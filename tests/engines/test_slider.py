@@ -6,11 +6,14 @@ import pytest
 import torch
 from runs import make_base
 
+import dbcore
 from dbcore.__main__ import main
 from dbcore.config import ConfigError, SliderConfig
+from dbcore.datasets.dreambooth import to_pixels
 from dbcore.engines.slider import train_slider
 from dbcore.models.base import load_base
 from dbcore.models.lora import load_lora, set_scale
+from dbcore.toybox.reader import load_reader
 
 WISH = {"prompt": "a photo of a dog", "positive": "red", "negative": "blue", "num_images": 2,
         "train_batch_size": 2, "max_train_steps": 60, "learning_rate": 2e-3, "lora_layers": "all",
@@ -50,6 +53,26 @@ def test_the_two_ends_move_the_prediction_in_opposite_ways(world):
     assert cosine(moved[1.0], moved[-1.0]) < -0.5
     assert cosine(moved[1.0], wanted) > 0.3
     assert cosine(moved[-1.0], wanted) < -0.3
+
+
+@pytest.mark.slow
+def test_legs_grow_by_the_scale_on_the_shipped_base(tmp_path):
+    """By the reader's own measure: the difference of its logits of long and of short legs."""
+    prompt, path = "a photo of a dog", str(dbcore.TOY_BASE)
+    train_slider(SliderConfig(
+        pretrained_model_name_or_path=path, output_dir=str(tmp_path), prompt=prompt,
+        positive="with long legs", negative="with short legs", max_train_steps=60, rank=4))
+    base, reader = load_base(path), load_reader(dbcore.TOY_BASE)
+    load_lora(base, tmp_path)
+    length = []
+    for scale in (-2, 0, 2):
+        set_scale(base, {"default": scale})
+        images = base.generate([prompt] * 6, range(6), num_inference_steps=12)
+        with torch.no_grad():
+            logits = reader(torch.stack([to_pixels(image) for image in images]))["legs"]
+        length.append(float((logits[:, 1] - logits[:, 0]).mean()))
+    assert length == sorted(length)
+    assert length[2] - length[0] > 2
 
 
 def test_the_same_seed_is_the_same_file(world, tmp_path):

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines.memory import forecast
 from dbcore.models import peft_adapters as P
-from dbcore.models.adapter import LoraFileError
+from dbcore.models.adapter import LoraFileError, plain_name
 from dbcore.models.base import load_base
+from dbcore.models.kohya import kohya_name
 from dbcore.models.lora import (
     adapter_layers,
     add_lora,
@@ -143,10 +144,53 @@ def test_peft_reads_the_exported_folder(kind, folder, tmp_path, capsys):
     assert close(said(around), said(base))
 
 
+def change_by_lycoris(tensors, flat, shape):
+    """The change of a weight as LyCORIS and ComfyUI compute it from a file."""
+    def part(name):
+        return tensors.get(f"{flat}.{name}")
+
+    def factor(name):  # (matrix, its rank or None)
+        if part(name) is not None:
+            return part(name), None
+        return part(f"{name}_a") @ part(f"{name}_b"), len(part(f"{name}_b"))
+
+    prefix = "hada_w" if part("hada_w1_a") is not None else "lokr_w"
+    (first, rank), (second, other) = factor(f"{prefix}1"), factor(f"{prefix}2")
+    scale = float(part("alpha")) / (rank or other) if rank or other else 1.0
+    whole = first * second if prefix == "hada_w" else torch.kron(
+        first[..., None, None] if second.ndim == 4 else first, second)
+    return scale * whole.reshape(shape)
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("loha", 4), ("lokr", 4), ("lokr", 1)])
+def test_other_tools_compute_the_same_from_kohyas_format(kind, rank, folder, tmp_path, capsys):
+    """With rank 4 LoKr's factors are whole in this small base, with rank 1 the second is two."""
+    base, numbers = load_base(folder), torch.Generator().manual_seed(0)
+    modules = {"unet": base.unet, "text_encoder": base.text_encoder}
+    for name, module in modules.items():
+        P.add_peft_adapter(module, kind, rank, 3.0, "all", 0, base.lora_targets[name])
+        for parameter in lora_parameters(module):
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=numbers)
+    path = P.save_adapter(modules, tmp_path / "a.safetensors", {"trigger_words": "sks dog"})
+    run(export, "--lora", path, "--format", "kohya", "--output", tmp_path / "k.safetensors")
+    assert f"kohya: {P.NAMES[kind]} of text_encoder, unet" in capsys.readouterr().out
+    tensors, count = load_file(tmp_path / "k.safetensors"), 0
+    for component, module in modules.items():
+        for name, layer in adapter_layers(module):
+            flat = kohya_name(component, plain_name(component, name), False)
+            weight = layer.get_base_layer().weight
+            found = change_by_lycoris(tensors, flat, weight.shape)
+            assert close(found, P.weight_change(layer, "default")), name
+            count += sum(key.startswith(f"{flat}.") for key in tensors)
+    assert count == len(tensors)
+    _, header = read_safetensors(tmp_path / "k.safetensors")
+    assert json.loads(header["ss_network_args"]) == {"algo": kind}
+
+
 @pytest.mark.parametrize("kind", P.CONFIGS)
 def test_what_it_cannot_be_is_refused_with_a_reason(kind, folder, tmp_path):
     path = P.save_adapter(adapted(folder, kind)[1], tmp_path / "a.safetensors")
-    for format in ("kohya", "diffusers", "merged"):
+    for format in ("kohya", "diffusers", "merged") if kind == "oft" else ("diffusers", "merged"):
         with pytest.raises(InputError, match=f"--format {format}: .*give --format peft"):
             run(export, "--lora", path, "--format", format, "--output", tmp_path / "b.safetensors")
     with pytest.raises(LoraFileError, match="Here LoRA and DoRA are read"):

@@ -13,7 +13,15 @@ from dbcore.engines.sample import generate
 from dbcore.engines.trainer import train
 from dbcore.models.adapter import Adapter
 from dbcore.models.base import load_base
-from dbcore.models.lora import add_lora, lora_layers, merge_lora, read_lora, remove_lora
+from dbcore.models.lora import (
+    adapters_off,
+    add_lora,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    read_lora,
+    remove_lora,
+)
 from dbcore.models.lora_files import read_adapter, save_diffusers
 from dbcore.models.process import Flow
 from dbcore.models.tlora import active_ranks, mask_ranks
@@ -64,6 +72,33 @@ def test_a_sample_has_the_ranks_of_its_timestep(family, tmp_path):
     masked = base.predict(x_t, t, cond)
     torch.testing.assert_close(masked, torch.stack(by_hand), rtol=0, atol=1e-5)
     assert (plain - masked).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+
+
+def test_compiled_blocks_have_the_ranks_of_each_call_and_none_where_they_are_off(tmp_path):
+    base = load_base(make_tiny_pipeline(tmp_path / "base"))
+    with_lora(base, "attention")
+    mask_ranks(base, 1.0)
+    x_t = torch.randn(2, *base.latent_shape(32), generator=torch.Generator().manual_seed(1))
+    cond = {name: rows.detach() for name, rows in base.encode_text(["a red car"] * 2).items()}
+    times = [torch.tensor([50, 900]), torch.tensor([700, 400])]
+
+    def said():
+        found = []
+        for t in times:
+            found.append(base.predict(x_t, t, cond))
+            found.append(torch.autograd.grad(found[-1].square().mean(), lora_parameters(base.unet)))
+            with torch.no_grad(), adapters_off({"unet": base.unet}):
+                found.append(base.predict(x_t, t, cond))
+        return found
+
+    plain = said()
+    traced = []
+    base.unet.compile_repeated_blocks(  # the tracing of torch.compile, run in Python
+        backend=lambda graph, inputs: traced.append(graph) or graph.forward)
+    compiled = said()
+    assert traced
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(plain[0], plain[2])
 
 
 @pytest.fixture(scope="module")
