@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dbcore.utils.errors import InputError
 from dbcore.utils.files import write_whole
+from dbcore.utils.text import replace_word
 
 AUTO = "auto"
 OPTIMIZERS = ("AdamW", "AdamW8bit", "AdamWScheduleFree", "Prodigy", "Adafactor")
@@ -30,6 +31,12 @@ PRECISIONS = (AUTO, "no", "fp32", "fp16", "bf16")  # no and fp32 are one
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts",
              "polynomial")
 SECRETS = {"hub_token"}
+OF_THE_TEXT_ENCODER = {  # what says nothing without another option
+    "text_encoder_rank": "train_text_encoder", "train_text_encoder_frac": "train_text_encoder",
+    "token_abstraction": "train_text_encoder_ti", "initializer_concept": "train_text_encoder_ti",
+    "num_new_tokens_per_abstraction": "train_text_encoder_ti",
+    "train_text_encoder_ti_frac": "train_text_encoder_ti",
+}
 # For the reader of types an option is what it is once `check` and `resolve` have been through.
 if TYPE_CHECKING:
     AutoInt: TypeAlias = int
@@ -148,8 +155,22 @@ class TrainConfig:
     # The text encoder
     train_text_encoder: bool = option(
         False, "also put a LoRA on the text encoder; see text_encoder_lr")
+    train_text_encoder_ti: bool = option(
+        False, "pivotal tuning: also learn vectors for new tokens <s0><s1>, as textual inversion "
+        "does (TI, arXiv 2208.01618)")
+    token_abstraction: str = option(
+        "TOK", "the word that stands for them: wherever it is in a prompt or a caption, the new "
+        "tokens are read in its place")
+    num_new_tokens_per_abstraction: int = option(
+        2, "how many new tokens; more tell more and leave other words less room", low=1)
+    initializer_concept: str | None = option(
+        None, "words whose vectors they begin as, such as dog; without it they begin at random")
+    train_text_encoder_ti_frac: AutoFloat = option(
+        AUTO, "leave them as they are after this fraction of the steps, when only the adapter "
+        "learns on; auto is 0.5", above=0, high=1)
     text_encoder_lr: AutoFloat = option(
-        AUTO, "its learning rate; auto is a tenth of learning_rate", above=0)
+        AUTO, "its learning rate, or that of new tokens; auto is a tenth of learning_rate, for new "
+        "tokens learning_rate", above=0)
     text_encoder_rank: AutoInt = option(
         AUTO, "its rank; auto is rank, lower it where words lose their meaning", low=1)
     train_text_encoder_frac: float = option(
@@ -278,12 +299,7 @@ class TrainConfig:
                  or getattr(self, given) == getattr(TrainConfig, given),
                  f"--{given} does nothing without --weighting_scheme {scheme}: "
                  "add that, or leave this out")
-        for given in ("text_encoder_lr", "text_encoder_rank"):
-            need(self.train_text_encoder or getattr(self, given) == AUTO,
-                 f"--{given} does nothing without --train_text_encoder: "
-                 "add that, or leave this out")
-        need(self.train_text_encoder or self.train_text_encoder_frac == 1,
-             "--train_text_encoder_frac does nothing without --train_text_encoder")
+        self.check_text_encoder()
         need(self.validation_steps is None or self.validation_epochs is None,
              "--validation_steps and --validation_epochs both say how often: give one")
         for given in ("validation_steps", "validation_epochs"):
@@ -339,6 +355,45 @@ class TrainConfig:
         if self.aspect_ratio_buckets is None:
             return [(self.resolution, self.resolution)]
         return parse_buckets(self.aspect_ratio_buckets)
+
+    def check_text_encoder(self) -> None:
+        """Raises ConfigError where what it is to learn is in doubt."""
+        need(self.trains_text or self.text_encoder_lr == AUTO,
+             "--text_encoder_lr does nothing without --train_text_encoder or "
+             "--train_text_encoder_ti: add one of them, or leave this out")
+        for given, owner in OF_THE_TEXT_ENCODER.items():
+            need(getattr(self, owner) or getattr(self, given) == getattr(TrainConfig, given),
+                 f"--{given} does nothing without --{owner}: add that, or leave this out")
+        if self.train_text_encoder_ti:
+            self.check_new_tokens()
+
+    def check_new_tokens(self) -> None:
+        """Raises ConfigError where new tokens would not be learnt, or not by the subject alone."""
+        word = self.token_abstraction
+        need(not self.train_text_encoder, "--train_text_encoder_ti and --train_text_encoder both "
+             "change what words mean: give one")
+        need(re.fullmatch(r"\w+", word),
+             f"--token_abstraction {word!r}: give one word, such as TOK")
+        need(replace_word(word, "", str(self.instance_prompt)) != self.instance_prompt,
+             f"--instance_prompt {self.instance_prompt!r} lacks {word}, which stands for the new "
+             "tokens: put it there, or name another word by --token_abstraction")
+        need(replace_word(word, "", self.class_prompt or "") == (self.class_prompt or ""),
+             f"--class_prompt {self.class_prompt!r} has {word} in it, which stands for the new "
+             "tokens of the subject: leave it out there")
+        need(self.optimizer != "AdamWScheduleFree", "--train_text_encoder_ti with --optimizer "
+             "AdamWScheduleFree: the mean that it keeps knows nothing of how new tokens are scaled "
+             "after each step; choose another optimizer")
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether what prompts are encoded as changes in the run."""
+        return self.train_text_encoder or self.train_text_encoder_ti
+
+    def trains_text_at(self, step: int) -> bool:
+        """Whether it still changes in a step, counted from 0; `max_train_steps` must be known."""
+        share = (self.train_text_encoder_ti_frac if self.train_text_encoder_ti
+                 else self.train_text_encoder_frac)
+        return self.trains_text and step < share * self.max_train_steps
 
     def check_prior(self) -> None:
         """Raises ConfigError where what keeps the class is said in part, or twice."""

@@ -102,11 +102,12 @@ def finished_runs(patch):
 
 
 def read_run(folder):
-    """What must be equal in equal runs: the LoRA's bytes, the log, and the validation pictures'
-    bytes."""
+    """What must be equal in equal runs: the bytes of the LoRA, of new tokens and of the validation
+    pictures, and the log."""
     folder = Path(folder)
     return {
         "lora": (folder / LORA).read_bytes(),
+        "tokens": [path.read_bytes() for path in folder.glob("learned_embeds.safetensors")],
         "log": [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()],
         "pictures": {str(path.relative_to(folder)): path.read_bytes()
                      for path in sorted(folder.glob("validation/*/*.png"))},

@@ -311,6 +311,7 @@ def test_the_commands_of_the_seed_repository_are_read_as_they_are(capsys):
 
 # --- contradictions -------------------------------------------------------------------------------
 
+TOKENS = {"train_text_encoder_ti": True, "token_abstraction": "sks"}
 CONTRADICTIONS = {
     "pretrained_model_name_or_path": {"pretrained_model_name_or_path": None},
     "instance_data_dir": {"instance_data_dir": None},
@@ -332,6 +333,15 @@ CONTRADICTIONS = {
     "text_encoder_lr": {"text_encoder_lr": 1e-5},
     "text_encoder_rank": {"text_encoder_rank": 2},
     "train_text_encoder_frac": {"train_text_encoder_frac": 0.5},
+    "train_text_encoder_ti_frac": {"train_text_encoder_ti_frac": 0.5},
+    "token_abstraction": {"token_abstraction": "sks"},
+    "num_new_tokens_per_abstraction": {"num_new_tokens_per_abstraction": 3},
+    "initializer_concept": {"initializer_concept": "dog"},
+    "token_abstraction of two": {"train_text_encoder_ti": True, "token_abstraction": "sks,TOK"},
+    "instance_prompt without": {"train_text_encoder_ti": True, "token_abstraction": "TOK"},
+    "class_prompt with": {**TOKENS, "prior_prediction": True, "class_prompt": "a sks dog"},
+    "train_text_encoder_ti": {**TOKENS, "train_text_encoder": True},
+    "train_text_encoder_ti schedule-free": {**TOKENS, "optimizer": "AdamWScheduleFree"},
     "validation_epochs": {"validation_prompt": "a dog", "validation_steps": 1,
                           "validation_epochs": 1},
     "validation_steps": {"validation_steps": 1},

@@ -73,6 +73,18 @@ def check_identifier(instance_prompt: str, class_prompt: str) -> None:
         )
 
 
+def check_abstraction(config: TrainConfig, photos: Iterable[Photo]) -> None:
+    """Raises PromptError where no photo's caption has the word for new tokens, which would learn
+    nothing."""
+    word = config.token_abstraction
+    texts = [photo.caption or config.instance_prompt for photo in photos]
+    if not any(word.lower() in words(text) for text in texts):
+        raise PromptError(
+            f"--token_abstraction {word}: no photo's caption has this word, which stands for the "
+            f"new tokens (the first is {shortened(texts[0])!r}): put it into the captions"
+        )
+
+
 def without_identifier(text: str, instance_prompt: str, class_prompt: str) -> str:
     """A photo's words without those that call the subject.
 

@@ -72,10 +72,10 @@ class PromptCache:
     def add(self, prompts: Iterable[str]) -> None:
         """From now on no text encoder is needed for these prompts.
 
-        Raises ConfigError while one has a LoRA, which may change at any time.
+        Raises ConfigError while one has a LoRA or learns new tokens, and may change at any time.
         """
-        need(not self.base.has_text_lora, "a prompt's encoding cannot be kept while the text "
-             "encoder has a LoRA: add it before")
+        need(not self.base.text_varies, "a prompt's encoding cannot be kept while the text "
+             "encoder has a LoRA or learns new tokens: add it before")
         for prompt in prompts:
             if prompt not in self.store:
                 cond = self.base.encode_text([prompt])
@@ -84,10 +84,10 @@ class PromptCache:
     def encode(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
         """As `Family.encode_text`, which is asked where one of the prompts is not held.
 
-        While a text encoder has a LoRA, all are encoded anew.
+        While a text encoder has a LoRA or learns new tokens, all are encoded anew.
         """
         prompts = list(prompts)
-        if self.base.has_text_lora or any(prompt not in self.store for prompt in prompts):
+        if self.base.text_varies or any(prompt not in self.store for prompt in prompts):
             return self.base.encode_text(prompts)
         rows = [self.recall(prompt) for prompt in prompts]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

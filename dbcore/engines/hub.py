@@ -4,8 +4,10 @@ from pathlib import Path
 
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.engines.run_folder import LORA_FILE
+from dbcore.models.embeddings import EMBEDS_NAME
 
-SHARED = [LORA_FILE, "README.md", "training.gif", "report/*", "validation/*/grid.png"]
+SHARED = [LORA_FILE, EMBEDS_NAME, "README.md", "training.gif", "report/*",
+          "validation/*/grid.png"]
 
 
 def push(config: TrainConfig) -> None:

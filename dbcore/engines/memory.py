@@ -98,7 +98,7 @@ def phases_of(c: TrainConfig, device: str) -> Iterator[Phase]:
                           maker.sample, c.sample_batch_size)
     stays = both if c.with_prior_preservation and not (apart or c.low_vram) else ()
     yield run.phase("encoding prompts", (*words, *stays), run.encode_prompt)
-    once = c.pre_compute_text_embeddings and not c.train_text_encoder
+    once = c.pre_compute_text_embeddings and not c.trains_text
     each = () if once else words
     yield run.phase("encoding photos", ("autoencoder", *stays, *each), run.encode_photos)
     shown = max(c.num_report_images, c.num_validation_images * len(c.validation_prompt))
@@ -169,8 +169,7 @@ class Shadow:
         c, x0 = self.config, self.latents(self.batch, self.bucket)
         batch = {"x0": x0, "noise": torch.empty_like(x0), "t": self.timesteps(x0),
                  "mask": torch.ones_like(x0[:, :1]), "geometry": None}
-        trained = c.train_text_encoder
-        cond = self.base.encode_text([""] * len(x0)) if trained else self.cond(len(x0))
+        cond = self.base.encode_text([""] * len(x0)) if c.trains_text else self.cond(len(x0))
         batch_loss(self.base.process, batch, cond, self.base.predict, c)[0].backward()
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 
 from dbcore.config import TrainConfig
 from dbcore.engines.trained import Modules
+from dbcore.models.embeddings import TokenFile, read_tokens
 from dbcore.models.lora import adapter_layers, adapters_off
 from dbcore.models.peft_adapters import weight_change
 from dbcore.utils.files import home_folder, whole_file, write_whole
@@ -265,7 +266,8 @@ def model_card(config: TrainConfig, output_dir: Path, evidence: Evidence,
         "## Did it learn?", evidence.verdict(), *images, learned(evidence),
         "![loss](report/loss_by_timestep.png)", "![update](report/update_by_layer.png)",
         "## On the way", validation_links(output_dir),
-        "## Use it", usage(name, config.instance_prompt, config.adapter),
+        "## Use it", usage(name, config.instance_prompt, config.adapter,
+                           read_tokens(output_dir)),
         "## The base", f"{name}. Licence: {base['license']}. {base['provenance']}",
         ("The photos it was trained on, and whoever they show, have rights of their own: "
          "ask before you share."),
@@ -327,17 +329,18 @@ def validation_grids(output_dir: Path) -> list[Path]:
     return sorted(output_dir.glob("validation/step-*/*grid*.png"))
 
 
-def usage(name: str, prompt: str, adapter: str = "lora") -> str:
+def usage(name: str, prompt: str, adapter: str = "lora", tokens: TokenFile | None = None) -> str:
     if adapter != "lora":
         return (f"It is an adapter of the kind `{adapter}`, which no diffusers pipeline reads:\n\n"
                 f"```\npython -m dbcore generate --checkpoint_dir . --prompt {quoted(prompt)}\n"
                 "python -m dbcore export --lora . --format peft --output adapter\n```")
+    words, tell = (tokens.spell(prompt), tokens.loading()) if tokens else (prompt, "")
     return f"""```python
 from diffusers import DiffusionPipeline  # run in this folder
 
 pipeline = DiffusionPipeline.from_pretrained({quoted(name)})
 pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")
-pipeline({quoted(prompt)}).images[0]
+{tell}pipeline({quoted(words)}).images[0]
 ```"""
 
 

@@ -18,7 +18,8 @@ Say = Callable[[str], None]
 SHAPE = ("pretrained_model_name_or_path", "adapter", "rank", "lora_layers", "use_dora",
          "use_rslora", "use_tlora", "tlora_alpha",
          "lora_alpha", "optimizer",
-         "train_text_encoder", "text_encoder_rank", "use_ema", "seed")
+         "train_text_encoder", "text_encoder_rank", "train_text_encoder_ti", "token_abstraction",
+         "num_new_tokens_per_abstraction", "initializer_concept", "use_ema", "seed")
 FREE = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "max_train_steps",
         "num_train_epochs",
         "validation_prompt", "num_validation_images", "validation_steps", "validation_epochs",
@@ -124,7 +125,8 @@ def say_changes(before: dict[str, Any], now: dict[str, Any], config: TrainConfig
             f"{now['processes']} now, so a step takes other photos unless --train_batch_size makes "
             f"up for it: {DIFFERS}")
     depends = [f"--{name} {getattr(config, name)}" for name, alike in (
-        ("lr_scheduler", ("constant", "constant_with_warmup")), ("train_text_encoder_frac", (1,)))
+        ("lr_scheduler", ("constant", "constant_with_warmup")), ("train_text_encoder_frac", (1,)),
+        ("train_text_encoder_ti_frac", (1, AUTO)))
         if getattr(config, name) not in alike]
     if before["steps"] != now["steps"] and depends:
         say(f"The run to resume was to have {before['steps']} steps and has "

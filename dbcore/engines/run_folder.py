@@ -22,12 +22,13 @@ from filelock import FileLock, Timeout  # comes with torch
 
 from dbcore.config import ConfigError, TrainConfig, full_paths, write_yaml
 from dbcore.engines.checkpoint import checkpoints
+from dbcore.models.embeddings import EMBEDS_NAME
 from dbcore.utils.files import sweep, write_whole
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LOG = "log.jsonl"
 # by a run, beside its LoRA and checkpoints
-WRITTEN = (LOG, "README.md", "training.gif", "validation", "report")
+WRITTEN = (LOG, EMBEDS_NAME, "README.md", "training.gif", "validation", "report")
 REPLACEMENT, FINISHED = "replacement", ".finished"
 LOCK, HOLDER = ".lock", ".running"
 

@@ -1,7 +1,7 @@
 """What training changes, and nothing else: a checkpoint holds just this."""
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,6 +11,7 @@ import torch
 
 from dbcore.config import ConfigError, TrainConfig
 from dbcore.models.base import Family, checkpoint_gradients
+from dbcore.models.embeddings import NewTokens, add_tokens, tokens_of
 from dbcore.models.lora import PRESETS, add_lora, lora_parameters, multiply_in_half
 from dbcore.models.peft_adapters import add_peft_adapter
 from dbcore.models.tlora import mask_ranks
@@ -29,6 +30,7 @@ class Trained:
     schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler  # of the loss, in fp16 alone
     mean: list[torch.Tensor] | None = None  # running mean of the weights
+    tokens: Sequence[NewTokens] = ()  # of the text encoders
     step: int = 0  # steps done
     seconds: float = 0.0  # that they took
 
@@ -59,6 +61,8 @@ class Trained:
             self.optimizer.step()
         elif not skipped:
             self.optimizer.step()
+        for part in self.tokens:
+            part.keep_spread(skipped)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -116,14 +120,16 @@ def start_training(base: Family, modules: Modules, config: TrainConfig, world: i
               for name, module in modules.items()]
     optimizer = make_optimizer(c, groups)
     scaler = torch.amp.GradScaler(base.device.type, enabled=c.mixed_precision == "fp16")
-    trained = Trained(modules, optimizer, make_schedule(c, optimizer), scaler)
+    trained = Trained(modules, optimizer, make_schedule(c, optimizer), scaler,
+                      tokens=tokens_of(modules))
     if c.use_ema:
         trained.mean = [p.detach().clone() for p in trained.parameters]
     return trained
 
 
 def inject(base: Family, config: TrainConfig) -> Modules:
-    """LoRA, or another adapter, on the denoiser and the text encoders if they are trained.
+    """LoRA, or another adapter, on the denoiser and the text encoders if they are trained, and new
+    tokens where they are asked for.
 
     Returns {name: network}.
     """
@@ -144,6 +150,9 @@ def inject(base: Family, config: TrainConfig) -> Modules:
         multiply_in_half(module)
     if c.use_tlora:
         mask_ranks(base, c.tlora_alpha)
+    if c.train_text_encoder_ti:
+        add_tokens(base, c)
+        modules |= base.text_encoders
     return in_training(modules, c)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from dbcore.config import TrainConfig
 from dbcore.datasets.dreambooth import DreamBoothData, Sample, refuse_shared
 from dbcore.datasets.photos import Photo, describe_buckets, gather_photos
-from dbcore.datasets.prompts import check_fit, check_identifier, texts_of
+from dbcore.datasets.prompts import check_abstraction, check_fit, check_identifier, texts_of
 from dbcore.datasets.store import PromptCache
 from dbcore.engines import checkpoint
 from dbcore.engines.callbacks import (
@@ -50,6 +50,7 @@ from dbcore.engines.report import report_prompts
 from dbcore.engines.resume import circumstances, find_resume, is_finished, say_changes
 from dbcore.engines.run_folder import LORA_FILE, complete, held, place, prepare_folder
 from dbcore.engines.trained import PACKAGES, Modules, inject, optional, start_training
+from dbcore.models import embeddings
 from dbcore.models.base import (
     Family,
     best_device,
@@ -111,6 +112,10 @@ def check(config: TrainConfig) -> tuple[TrainConfig, Accelerator, list[Photo]]:
     base = load_base(config.pretrained_model_name_or_path, config.revision,
                      tokenizer_name=config.tokenizer_name,
                      tokenizer_max_length=config.tokenizer_max_length)  # for its tokenizers
+    if config.train_text_encoder_ti:
+        check_abstraction(config, photos)
+        embeddings.name_tokens(base, config.token_abstraction,
+                               config.num_new_tokens_per_abstraction)
     check_fit(base, texts_of(config, photos), config.instance_prompt, config.class_prompt,
               accelerator.print)
     return config, accelerator, photos
@@ -221,6 +226,8 @@ class Run:
         self.notes = {"base": Path(self.base.name).name, "trigger_words": config.instance_prompt}
         if config.use_tlora:
             self.notes[NOTE] = str(config.tlora_alpha)
+        if config.train_text_encoder_ti:
+            self.notes[embeddings.NOTE] = config.token_abstraction
         # before there is a denoiser, so that it and the encoders are not in memory together
         self.encode_ahead(checkpoint.steps_done(resume) if resume else 0)
         self.trained = start_training(self.base, inject(self.base, config), config, self.world)
@@ -236,15 +243,21 @@ class Run:
         Then the encoders that are needed no more are let go.
         """
         c, steps = self.config, range(start, self.config.max_train_steps)
-        if c.pre_compute_text_embeddings and not c.train_text_encoder:
-            met = (sample.prompt for step in steps for sample in self.all_samples(step))
-            self.prompts.add([*met, *c.validation_prompt, *report_prompts(c), ""])
+        if c.pre_compute_text_embeddings and not c.trains_text:
+            self.encode_prompts(start)
             self.base.release("text_encoders")
         if c.cache_latents:
             for step in progress(steps, self.is_main, desc="encoding photos"):
                 self.data.encode(self.base, self.all_samples(step))
             if not c.validation_prompt:
                 self.base.release("autoencoder")
+
+    def encode_prompts(self, start: int) -> None:
+        """Embeddings of all prompts that the steps from `start` on meet, once."""
+        c = self.config
+        met = (sample.prompt for step in range(start, c.max_train_steps)
+               for sample in self.all_samples(step))
+        self.prompts.add([*met, *c.validation_prompt, *report_prompts(c), ""])
 
     def compiles(self) -> bool:
         """Whether to compile: it is asked for, and the run is long enough to gain by it."""
@@ -290,6 +303,8 @@ class Run:
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step over all its batches; returns its record, still on the device."""
         c, rate = self.config, self.trained.set_rates(step)
+        if not c.trains_text_at(step):
+            self.keep_tokens(step)
         records = [self.backward(step, micro) for micro in range(c.gradient_accumulation_steps)]
         average_gradients(self.trained.parameters, self.world)
         skipped = self.trained.update(self.trained.clip(c.max_grad_norm))
@@ -321,11 +336,20 @@ class Run:
         return [sample for micro in batches for sample in self.samples(step, micro)]
 
     def encode(self, prompts: list[str], step: int) -> dict[str, torch.Tensor]:
-        """Embeddings of a batch; with gradients while the text encoder is being trained."""
-        c = self.config
-        trains = c.train_text_encoder and step < c.train_text_encoder_frac * c.max_train_steps
-        with torch.set_grad_enabled(trains):
+        """Embeddings of a batch; with gradients while they are being trained."""
+        with torch.set_grad_enabled(self.config.trains_text_at(step)):
             return self.prompts.encode(prompts)
+
+    def keep_tokens(self, step: int) -> None:
+        """New tokens stay as they are from this step on, so prompts can be encoded ahead.
+
+        With a running mean of the weights they cannot, which takes the tokens' place in images.
+        """
+        learnt = [part for part in self.trained.tokens if part.rows.requires_grad]
+        for part in learnt:
+            part.requires_grad_(False)
+        if learnt and self.config.pre_compute_text_embeddings and self.trained.mean is None:
+            self.encode_prompts(step)
 
     @torch.no_grad()
     def predict_frozen(self, x_t: torch.Tensor, t: torch.Tensor, prompts: list[str],

@@ -31,6 +31,7 @@ from dbcore.models.intervals import Intervals
 from dbcore.models.quantize import quantize
 from dbcore.models.reading import first_line, hub_answer, not_finite, other_variant, reading
 from dbcore.utils.seeding import generator, normal
+from dbcore.utils.text import replace_word
 
 if TYPE_CHECKING:
     from dbcore.models.process import Process
@@ -141,14 +142,17 @@ def resolve(config: Any, device: str | None = None) -> Any:
         check_side("resolution", config.resolution, base.side_multiple)
     if getattr(config, "aspect_ratio_buckets", None):
         config = resolve_buckets(config, base.side_multiple)
-    need(not getattr(config, "train_text_encoder", False) or {*base.roles["text_encoders"]} <= {
-        *base.lora_targets},
-         "--train_text_encoder: this base's text encoder is used as it is; leave it out")
+    for option, able in (("train_text_encoder", base.lora_targets),
+                         ("train_text_encoder_ti", base.embedding_keys)):
+        need(not getattr(config, option, False) or {*base.roles["text_encoders"]} <= {*able},
+             f"--{option}: this base's text encoder is used as it is; leave it out")
     if "rank" in names:
         follow = {"lora_alpha": float(config.rank)}
         if config.train_text_encoder:
             follow |= {"text_encoder_rank": config.rank,
                        "text_encoder_lr": config.learning_rate / 10}
+        if config.train_text_encoder_ti:
+            follow |= {"train_text_encoder_ti_frac": 0.5, "text_encoder_lr": config.learning_rate}
         config = dataclasses.replace(
             config, **{k: v for k, v in follow.items() if getattr(config, k) == AUTO})
     return config
@@ -287,6 +291,9 @@ class Family(ABC):
     timestep_argument: ClassVar[str] = "timestep"
     # Memory layout of images and of convolutions' weights.
     layout: ClassVar[torch.memory_format] = torch.channels_last
+    # {text encoder that new tokens can be taught: its key in files of textual inversion}; the
+    # family's `encode_text` then reads `spell_out` of its prompts.
+    embedding_keys: ClassVar[dict[str, str]] = {}
     # Arguments of the pipeline's constructor beside networks, tokenizers and scheduler.
     pipeline_extras: ClassVar[dict] = {}
 
@@ -299,6 +306,7 @@ class Family(ABC):
         self.tokenizer_name, self.tokenizer_max_length = tokenizer_name, tokenizer_max_length
         self.device, self.dtype, self.low_vram = torch.device(device), dtype, low_vram
         self.settings = {**self.defaults, **recommended(name)}
+        self.new_tokens: tuple[str, str] | None = None  # (word, tokens that it stands for)
         self.check()
 
     # --- what a family does
@@ -534,10 +542,9 @@ class Family(ABC):
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt, in whole words, that is beyond the token limit; "" where all is
         read."""
-        kept = len(prompt.split())
+        kept, spelt = len(prompt.split()), self.spell_out([prompt])[0].split()
         for name in self.tokenizers:
-            kept = min(kept,
-                       self.words_read(prompt.split(), getattr(self, name), self.token_limit(name)))
+            kept = min(kept, self.words_read(spelt, getattr(self, name), self.token_limit(name)))
         return prompt.split(maxsplit=kept)[-1] if kept < len(prompt.split()) else ""
 
     @staticmethod
@@ -551,11 +558,22 @@ class Family(ABC):
             return len(words)
         return bisect.bisect_left(range(1, len(words) + 1), True, key=too_long)
 
+    def spell_out(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts with new tokens in place of the word that stands for them, where there are
+        any."""
+        return [replace_word(*self.new_tokens, text) if self.new_tokens else text
+                for text in prompts]
+
     @property
-    def has_text_lora(self) -> bool:
-        """Whether a text encoder has a LoRA, by which any prompt's encoding may change any time."""
+    def text_varies(self) -> bool:
+        """Whether what a prompt is encoded as may change at any time.
+
+        By a text encoder's LoRA, or by new tokens that are being learnt or are switched off.
+        """
         encoders = self.loaded("text_encoders").values()
-        return any(getattr(encoder, "peft_config", None) for encoder in encoders)
+        return any(getattr(encoder, "peft_config", None)
+                   or getattr(encoder.get_input_embeddings(), "varies", False)
+                   for encoder in encoders)
 
     # --- generating
 

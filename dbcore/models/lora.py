@@ -22,6 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from dbcore.config import need
 from dbcore.models.adapter import Adapter, Layer, LoraFileError, plain_name
+from dbcore.models.embeddings import remove_tokens, tokens_of
 from dbcore.models.lora_files import (
     fits,
     lora_config,
@@ -298,14 +299,22 @@ def set_scale(base, scales):
 
 @contextmanager
 def adapters_off(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
-    """In the block, {component: network} answer as the frozen base does."""
+    """In the block, {component: network} answer as the frozen base does.
+
+    New tokens have the vectors that they began with.
+    """
     layers = [layer for module in modules.values() for _, layer in adapter_layers(module)]
+    tokens = tokens_of(modules)
     trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     for layer in layers:
         layer.enable_adapters(False)
+    for part in tokens:
+        part.is_on = False
     try:
         yield
     finally:
+        for part in tokens:
+            part.is_on = True
         for layer in layers:
             layer.enable_adapters(True)
         for parameter, was in trained:  # peft's switch also thaws and freezes
@@ -334,7 +343,9 @@ def unmerge_lora(module: torch.nn.Module) -> None:
 
 
 def remove_lora(base: Family) -> None:
-    """The base as it was: every adapter is dropped (a merged one is taken out first)."""
+    """The base as it was: every adapter is dropped (a merged one is taken out first), and new
+    tokens are."""
+    remove_tokens(base)
     in_memory = [part for part in vars(base).values() if isinstance(part, torch.nn.Module)]
     for module in in_memory:
         for path, layer in adapter_layers(module):

@@ -27,6 +27,13 @@ from peft.utils import get_peft_model_state_dict
 from dbcore.config import need
 from dbcore.models import lora
 from dbcore.models.adapter import LoraFileError, plain_name
+from dbcore.models.embeddings import (
+    beside,
+    check_tokens,
+    load_tokens,
+    read_tokens,
+    save_tokens,
+)
 from dbcore.models.lora_files import WEIGHT_NAME, read_adapter, read_safetensors, save_safetensors
 from dbcore.utils.seeding import key
 
@@ -105,7 +112,9 @@ def weight_change(layer: BaseTunerLayer, name: str) -> torch.Tensor:
 
 def save_adapter(modules: Mapping[str, torch.nn.Module], path: str | Path,
                  notes: Mapping[str, Any] | None = None) -> Path:
-    """Write the adapter on {component: network} as one file, `save_lora`'s for a LoRA."""
+    """Write the adapter on {component: network} as one file, `save_lora`'s for a LoRA; new tokens
+    go into another beside it."""
+    save_tokens(modules, beside(path), notes or {})
     kinds = {name: kind for name, module in modules.items() if (kind := kind_on(module))}
     if not kinds:
         return lora.save_lora(modules, path, notes)
@@ -155,15 +164,29 @@ def read(path: str | Path) -> PeftAdapter | None:
 
 
 def components(path: str | Path, base: Family) -> set[str]:
-    """Names of the networks that an adapter's file changes."""
-    return {*(other.settings if (other := read(path)) else read_adapter(path, base.name).layers)}
+    """Names of the networks that an adapter's file, or the new tokens beside it, change."""
+    words = base.roles["text_encoders"] if read_tokens(path) else ()
+    other = read(path)
+    return {*words, *(other.settings if other else read_adapter(path, base.name).layers)}
 
 
 def load(base: Family, path: str | Path, name: str = "default") -> Family:
-    """Put a saved adapter on a base: a LoRA beside others, any other kind alone.
+    """Put a saved adapter on a base, a LoRA beside others, any other kind alone; and the new tokens
+    beside it.
 
     Raises LoraFileError, as `load_lora`; then nothing has changed.
     """
+    tokens = read_tokens(path)
+    if tokens:
+        check_tokens(base, tokens, path)
+    load_weights(base, path, name)
+    if tokens:
+        load_tokens(base, tokens)
+    return base
+
+
+def load_weights(base: Family, path: str | Path, name: str) -> None:
+    """`load`, of the adapter alone."""
     other = read(path)
     networks = base.loaded().values()
     there = next(filter(None, map(kind_on, networks)), None)
@@ -173,7 +196,8 @@ def load(base: Family, path: str | Path, name: str = "default") -> Family:
         raise LoraFileError(f"{path}: {kind} is used alone, and there would be two adapters: give "
                             "one --checkpoint_dir")
     if other is None:
-        return lora.load_lora(base, path, name=name)
+        lora.load_lora(base, path, name=name)
+        return
     strange = sorted({*other.settings} - {*base.lora_targets})
     try:
         need(not strange, f"no network {', '.join(strange)}")
@@ -184,7 +208,6 @@ def load(base: Family, path: str | Path, name: str = "default") -> Family:
         reason = str(error).splitlines()[0]
         raise LoraFileError(f"{path} does not fit this base ({reason}); "
                             "give the base that it was trained on") from None
-    return base
 
 
 @torch.no_grad()

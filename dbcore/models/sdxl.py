@@ -20,6 +20,7 @@ class StableDiffusionXL(StableDiffusion):
         **StableDiffusion.lora_targets,
         "text_encoder_2": StableDiffusion.lora_targets["text_encoder"],
     }
+    embedding_keys: ClassVar = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     defaults: ClassVar = {
         **StableDiffusion.defaults, "learning_rate": 1e-4, "guidance_scale": 5.0}
 

@@ -20,6 +20,7 @@ class StableDiffusion(Family):
     roles: ClassVar = {
         "denoiser": ("unet",), "autoencoder": ("vae",), "text_encoders": ("text_encoder",)}
     lora_targets: ClassVar = {"unet": PRESETS, "text_encoder": PRESETS}
+    embedding_keys: ClassVar = {"text_encoder": "clip_l"}
     samplers: ClassVar = {
         "ddim": "DDIMScheduler", "dpm++": "DPMSolverMultistepScheduler",
         "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
@@ -77,8 +78,8 @@ class StableDiffusion(Family):
         """(n, length) token numbers, each prompt padded or cut to the same length."""
         tokenize = getattr(self, tokenizer)
         length = self.tokenizer_max_length or tokenize.model_max_length
-        return tokenize(prompts, padding="max_length", truncation=True, max_length=length,
-                        return_tensors="pt").input_ids.to(self.device)
+        return tokenize(self.spell_out(prompts), padding="max_length", truncation=True,
+                        max_length=length, return_tensors="pt").input_ids.to(self.device)
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,7 +45,7 @@ PROMPT_FORM = '{"scenes": ["in the snow", ...], "looks": ["red", ...]}'
 ARTICLES = ("a", "an", "the", "my")
 # parts of the sampling steps: all of them
 WHOLE = {"guidance_interval": [0.0, 1.0], "lora_interval": [0.0, 1.0]}
-IDENTIFIERS = ("sks", "ohwx", "zwx")  # that can be nothing else
+IDENTIFIERS = ("sks", "ohwx", "zwx", "tok")  # that can be nothing else
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -320,8 +320,13 @@ def generate_all(subject: Subject, which: str, asked: Sequence[tuple[str, str]],
 def about(subject: Subject, which: str, texts: list[str], seed: int,
           intervals: dict[str, list[float]]) -> dict[str, Any]:
     """All that the images depend on, but their number; intervals where they are not whole."""
+    from dbcore.models.embeddings import beside
+
     file = subject.lora if which == "adapter" else None
     lora = hashlib.sha256(file.read_bytes()).hexdigest() if file else None
+    tokens = file and beside(file)
+    if tokens and tokens.is_file():
+        lora = hashlib.sha256(f"{lora} {tokens.read_bytes().hex()}".encode()).hexdigest()
     parts = {name: interval for name, interval in intervals.items()
              if list(interval) != WHOLE[name] and (file or name != "lora_interval")}
     return {"base": subject.base, "revision": subject.revision, "lora": lora, "prompts": texts,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from dbcore.models.adapter import Adapter
+    from dbcore.models.embeddings import TokenFile
     from dbcore.models.peft_adapters import PeftAdapter
 
 HELP = "write a LoRA in another tool's format, or merge it into its base"
@@ -70,24 +71,30 @@ def finite(text: str) -> float:
 def main(args: argparse.Namespace) -> None:
     from dbcore.models import peft_adapters
     from dbcore.models.adapter import Adapter
+    from dbcore.models.embeddings import beside, read_tokens
     from dbcore.models.kohya import kohya_leaves_out, save_kohya
     from dbcore.models.lora_files import read_adapter, save_diffusers, save_peft
     from dbcore.models.tlora import what_is_lost
 
     output = free_path(args.output, args.overwrite, is_file=args.format in ("kohya", "diffusers"))
+    tokens = read_tokens(args.lora)
+    if tokens and output.suffix.lower() == ".safetensors":
+        free_path(str(beside(output)), args.overwrite)
     if other := peft_adapters.read(args.lora):
-        export_other(other, args.format, output)
+        export_other(other, args.format, output, tokens)
         return
     adapter = read_adapter(args.lora, args.pretrained_model_name_or_path)
     if args.trigger_words:
         adapter = Adapter(adapter.layers, {**adapter.notes, "trigger_words": args.trigger_words})
     if args.format == "merged":
-        save_merged(adapter, args.pretrained_model_name_or_path, output, args.lora_scale)
+        save_merged(adapter, args.pretrained_model_name_or_path, output, args.lora_scale, tokens)
     elif args.format == "peft":
         with export_folder(output) as folder:
             save_peft(adapter, folder)
+            take_along(tokens, folder)
     else:
         {"kohya": save_kohya, "diffusers": save_diffusers}[args.format](adapter, output)
+        take_along(tokens, output)
     counts = ", ".join(f"{len(named)} layers of the {name}"
                        for name, named in adapter.layers.items())
     print(f"{args.format}: {counts} -> {output}")
@@ -101,7 +108,21 @@ def main(args: argparse.Namespace) -> None:
               "give it one of --format diffusers")
 
 
-def export_other(adapter: PeftAdapter, format: str, output: Path) -> None:
+def take_along(tokens: TokenFile | None, output: Path) -> None:
+    """Write the new tokens of a run beside its LoRA's new file, or into its new folder."""
+    from dbcore.models.embeddings import beside
+    from dbcore.models.lora_files import save_safetensors
+
+    if tokens is None:
+        return
+    path = save_safetensors(tokens.rows, beside(output), tokens.notes)
+    print(f"{tokens.word} stands for new tokens, {''.join(tokens.names)}, which are in {path.name} "
+          "beside it: diffusers' load_textual_inversion reads that; for A1111 and ComfyUI put it "
+          f"into their folder of embeddings, and write {path.stem} in place of {tokens.word}")
+
+
+def export_other(adapter: PeftAdapter, format: str, output: Path,
+                 tokens: TokenFile | None = None) -> None:
     """Write an adapter that is no LoRA for peft, or for LyCORIS in kohya's format.
 
     Raises InputError for another format.
@@ -114,9 +135,11 @@ def export_other(adapter: PeftAdapter, format: str, output: Path) -> None:
                          "place for: give --format peft, or for a LoHa or LoKr kohya")
     if format == "kohya":
         save_lycoris(adapter, output)
+        take_along(tokens, output)
     else:
         with export_folder(output) as partial:
             save_peft_folder(adapter, partial)
+            take_along(tokens, partial)
     print(f"{format}: {NAMES[adapter.kind]} of {', '.join(adapter.settings)} -> {output}")
 
 
@@ -154,7 +177,8 @@ def is_lora(path: Path) -> bool:
 
     try:
         with safe_open(path, "pt") as file:
-            return any("lora" in key for key in file.keys())  # noqa: SIM118 - it is no dict
+            keys = {*file.keys()}
+            return "clip_l" in keys or any("lora" in key for key in keys)
     except (SafetensorError, OSError):
         return False
 
@@ -176,13 +200,16 @@ def export_folder(path: Path) -> Iterator[Path]:
         (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
-def save_merged(adapter: Adapter, base: str | None, folder: Path, lora_scale: float = 1.0) -> None:
-    """Write `folder`: the pipeline `base` with `lora_scale` of `adapter` added to its weights.
+def save_merged(adapter: Adapter, base: str | None, folder: Path, lora_scale: float = 1.0,
+                tokens: TokenFile | None = None) -> None:
+    """Write `folder`: the pipeline `base` with `lora_scale` of `adapter` added to its weights, and
+    the new tokens to its words.
 
     Added in float32, then rounded once to the precision the base is stored in. Raises InputError
     without a base.
     """
     from dbcore.datasets.store import scratch
+    from dbcore.models.embeddings import load_into_pipeline
     from dbcore.models.lora_files import save_diffusers
     from dbcore.models.reading import check_finite, load_pipeline
 
@@ -195,6 +222,9 @@ def save_merged(adapter: Adapter, base: str | None, folder: Path, lora_scale: fl
         pipeline.load_lora_weights(temporary, weight_name=path.name)
     pipeline.fuse_lora(lora_scale=lora_scale)
     pipeline.unload_lora_weights()
+    if tokens:
+        load_into_pipeline(pipeline, tokens)
+        print(f"{tokens.word} stands for new tokens: write {''.join(tokens.names)} for it")
     check_finite(pipeline.to(dtype=stored), f"--lora_scale {lora_scale:g} in {stored}")
     with export_folder(folder) as partial:
         pipeline.save_pretrained(partial)

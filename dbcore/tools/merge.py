@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     from dbcore.models.adapter import merge_adapters
+    from dbcore.models.embeddings import beside, read_tokens
     from dbcore.models.lora_files import read_adapter, save_diffusers
     from dbcore.models.tlora import what_is_lost
 
@@ -56,6 +57,11 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"--density {density:g}: give more than 0 and less than 1")
     output = free_path(args.output, args.overwrite)
     weights = args.weights if args.weights is not None else [1.0] * len(args.lora)
+    for path in args.lora:
+        if read_tokens(path):
+            raise InputError(f"--lora {path} has new tokens in {beside(path).name}, which do not "
+                             "add up with another LoRA: give the LoRA's file alone in another "
+                             "folder to merge it without them")
     adapters = [read_adapter(path, args.pretrained_model_name_or_path) for path in args.lora]
     merged, error = merge_adapters(adapters, weights, args.rank, args.method, density, args.seed)
     save_diffusers(merged, output)

@@ -1,6 +1,7 @@
-"""Text files as people save them."""
+"""Text files as people save them, and words in a text."""
 
 import codecs
+import re
 from pathlib import Path
 
 from dbcore.utils.errors import InputError
@@ -42,3 +43,8 @@ def plain(text: str) -> str:
             f"holds the character U+{ord(odd):04X}, which is none of a text: save it as UTF-8"
         )
     return text
+
+
+def replace_word(word: str, other: str, text: str) -> str:
+    """`text` with `other` for each `word` in it that stands alone, in small letters or capitals."""
+    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", lambda _: other, text, flags=re.IGNORECASE)

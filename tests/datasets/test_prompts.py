@@ -130,6 +130,16 @@ def test_the_identifier_is_left_out_of_a_photos_words(text, says):
     assert without_identifier(text, "a photo of sks dog", "a photo of a dog") == says
 
 
+def test_captions_need_the_word_for_new_tokens(tmp_path, folder):
+    options = make_options(tmp_path, train_text_encoder_ti=True, token_abstraction="sks")
+    for k in range(3):
+        (tmp_path / "photos" / f"{k}.txt").write_text("a dog in snow")
+    with pytest.raises(PromptError, match=r"--token_abstraction sks: no photo's caption .*in snow"):
+        train(TrainConfig(**{**options, "pretrained_model_name_or_path": str(folder)},
+                          output_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_prior_prediction_needs_an_identifier_in_the_instance_prompt_alone(tmp_path):
     config = TrainConfig("base", instance_data_dir=str(tmp_path), prior_prediction=True,
                          instance_prompt="a photo of a dog", class_prompt="photo of the dog")

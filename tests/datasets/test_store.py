@@ -4,10 +4,11 @@ import pytest
 import torch
 from pipelines import make_tiny_pipeline
 
-from dbcore.config import ConfigError
+from dbcore.config import ConfigError, TrainConfig
 from dbcore.datasets.store import PromptCache
 from dbcore.models.base import load_base
-from dbcore.models.lora import add_lora, load_lora, remove_lora, save_lora, set_scale
+from dbcore.models.embeddings import add_tokens, tokens_of
+from dbcore.models.lora import adapters_off, add_lora, load_lora, remove_lora, save_lora, set_scale
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,23 @@ def test_images_of_prompts_in_a_cache_need_no_text_encoder(folder):
     (image,) = base.generate(["a red dog"], [0], num_inference_steps=2, encode=cache.encode)
     assert image.tobytes() == wanted.tobytes()
     assert "text_encoder" not in vars(base)
+
+
+def test_prompts_with_new_tokens_are_kept_once_they_are_learnt(folder):
+    base = load_base(folder)
+    cache = PromptCache(base)
+    add_tokens(base, TrainConfig(token_abstraction="sks"))
+    (part,) = tokens_of(base.text_encoders)
+    with pytest.raises(ConfigError, match="or learns new tokens"):
+        cache.add(["sks dog"])
+    part.requires_grad_(False)
+    cache.add(["sks dog"])
+    kept = encoded(cache.encode, ["sks dog"])
+    assert torch.equal(kept, encoded(base.encode_text, ["<s0><s1> dog"]))
+    part.initial.zero_()
+    with adapters_off(base.text_encoders):  # as before the run, which the cache does not know
+        assert (encoded(cache.encode, ["sks dog"]) - kept).abs().max() > 0.01
+    assert torch.equal(encoded(cache.encode, ["sks dog"]), kept)
 
 
 def test_prompts_are_encoded_anew_while_a_lora_is_on_the_text_encoder(folder, tmp_path):

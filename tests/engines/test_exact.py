@@ -26,10 +26,12 @@ from dbcore.engines.checkpoint import STATE, TRAINING
 from dbcore.engines.sample import with_base
 from dbcore.engines.trained import PACKAGES
 from dbcore.engines.trainer import Interrupted, train
+from dbcore.models.embeddings import EMBEDS_NAME
 
 VALIDATED = {"validation_prompt": ["a photo of sks dog"], "num_validation_images": 1,
              "validation_steps": 2}
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 2}
+TOKENS = {"train_text_encoder_ti": True, "token_abstraction": "sks"}
 KINDS = {
     "plain": {},
     # 4 of 3 photos a step: mid-epoch
@@ -42,6 +44,9 @@ KINDS = {
               "train_batch_size": 2},
     "EMA": {"use_ema": True, "ema_decay": 0.5},
     "text encoder": {"train_text_encoder": True, "train_text_encoder_frac": 0.75},
+    "new tokens": {**TOKENS, "use_ema": True},
+    "new tokens, kept from the middle on": {**TOKENS, **PRIOR, "initializer_concept": "a dog",
+                                            "gradient_accumulation_steps": 2},
     "dropout": {"lora_dropout": 0.5},
     "DoRA": {"use_dora": True},
     "T-LoRA": {"use_tlora": True, "train_batch_size": 2, "prior_prediction": True,
@@ -155,6 +160,16 @@ def test_the_text_encoder_stops_after_its_share_of_the_steps(uninterrupted):
         moves = name not in words
         assert (second[name] != third[name]).any(), name
         assert bool((third[name] != last[name]).any()) == moves, name
+
+
+def test_new_tokens_stay_as_they_are_after_their_share_of_the_steps(uninterrupted):
+    folder = uninterrupted(**TOKENS, train_text_encoder_ti_frac=0.75, checkpointing_steps=1)
+    rows = [load_file(folder / f"checkpoint-{step}" / EMBEDS_NAME)["clip_l"]
+            for step in (1, 2, 3, 4)]
+    assert (rows[0] != rows[1]).all()
+    assert (rows[1] != rows[2]).all()
+    assert torch.equal(rows[2], rows[3])
+    assert torch.equal(rows[3], load_file(folder / EMBEDS_NAME)["clip_l"])
 
 
 @pytest.mark.parametrize("which", ["checkpoint-2", "{folder}/checkpoint-2"])
@@ -379,7 +394,8 @@ def test_another_number_of_processes_is_said(options, tmp_path, capsys):
 
 @pytest.mark.parametrize(("more", "said"), [
     ({}, False), ({"lr_scheduler": "cosine"}, True),
-    ({"train_text_encoder": True, "train_text_encoder_frac": 0.5}, True),
+    ({"train_text_encoder": True, "train_text_encoder_frac": 0.5}, True), (TOKENS, True),
+    ({**TOKENS, "train_text_encoder_ti_frac": 1}, False),
 ], ids=str)
 def test_another_length_is_said_where_something_depends_on_it(more, said, options, tmp_path,
                                                               capsys):

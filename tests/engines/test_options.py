@@ -24,6 +24,7 @@ from dbcore.engines.callbacks import Result
 from dbcore.engines.report import write_report
 from dbcore.engines.trained import Trained
 from dbcore.engines.trainer import train
+from dbcore.models.embeddings import EMBEDS_NAME
 from dbcore.models.lora import SampleDropout, lora_layers
 from dbcore.models.process import Density
 from dbcore.models.stable_diffusion import StableDiffusion as BASE
@@ -31,6 +32,7 @@ from dbcore.utils.seeding import normal, uniform
 
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a dog", "num_class_images": 3}
 TEXT = {"train_text_encoder": True}
+TOKENS = {"train_text_encoder_ti": True, "instance_prompt": "a photo of TOK and sks"}
 VALIDATED = {"validation_prompt": ["a photo of sks dog"], "num_validation_images": 1}
 HUB = {"push_to_hub": True}
 FINISHED = {"output_dir": "finished"}
@@ -71,6 +73,19 @@ def ranks(facts, component="unet"):
 
 def scales(facts):
     return {layer.scaling["default"] for _, layer in lora_layers(facts.run.base.unet)}
+
+
+def begun(facts):
+    """The vectors of the new tokens before the first step."""
+    return next(t for name, t in facts.path_of_weights[0].items() if name.endswith("rows"))
+
+
+def vectors(world, *words):
+    """Those of words, one token each, in the base's table."""
+    table = load_file(world / "base" / "text_encoder" / "model.safetensors")
+    vocabulary = json.loads((world / "base" / "tokenizer" / "vocab.json").read_text())
+    (weight,) = (t for name, t in table.items() if "token_embedding" in name)
+    return weight[[vocabulary[f"{word}</w>"] for word in words]]
 
 
 def norms(facts, component):
@@ -209,6 +224,17 @@ EFFECTS = {
     "train_text_encoder": (True, {}, lambda f, *_: all(
         t.any() for name, t in f.weights.items() if name.startswith("text_encoder"))
                            and ranks(f, "text_encoder")),
+    "train_text_encoder_ti": (True, {"instance_prompt": "a photo of TOK dog"},
+                              lambda f, *_: set(f.tokens) == {"clip_l"}),
+    "token_abstraction": ("sks", TOKENS,
+                          lambda f, *_: f.run.base.new_tokens == ("sks", "<s0><s1>")),
+    "num_new_tokens_per_abstraction": (3, TOKENS, lambda f, *_: len(f.tokens["clip_l"]) == 3),
+    "initializer_concept": ("red dog", TOKENS, lambda f, _, w: torch.equal(
+        begun(f), vectors(w, "red", "dog"))),
+    "train_text_encoder_ti_frac": (0.4, {**TOKENS, "train_text_encoder_ti_frac": 1.0},
+                                   lambda f, *_: (
+        [norm > 0 for norm in norms(f, "text_encoder")] == [True, True, False]
+        and all(norms(f, "unet")))),
     "text_encoder_lr": (0.1, TEXT, lambda f, *_: f.rates == [[RATE, 0.1]] * 3),
     "text_encoder_rank": (2, TEXT,
                           lambda f, *_: (ranks(f), ranks(f, "text_encoder")) == ({4}, {2})),
@@ -376,6 +402,8 @@ def watch(world, here, more, patch):
     facts.files = {path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()}
     if facts.path:
         facts.weights = load_file(facts.path)
+        if (facts.path.parent / EMBEDS_NAME).is_file():
+            facts.tokens = load_file(facts.path.parent / EMBEDS_NAME)
         facts.log = [json.loads(line)
                      for line in (facts.path.parent / "log.jsonl").read_text().splitlines()]
     return facts
@@ -383,8 +411,8 @@ def watch(world, here, more, patch):
 
 def new_facts():
     return SimpleNamespace(
-        error=None, path=None, run=None, saved=None, samples=[], batches=[], rates=[], grads=[],
-        states={},
+        error=None, path=None, run=None, saved=None, tokens={}, samples=[], batches=[], rates=[],
+        grads=[], states={},
         path_of_weights=[], encoded=[], dropped=[], lengths=set(), class_batches=[],
         class_dtypes=set(), class_prompts=set(), tf32=set(), compiled=0)  # fmt: skip
 

@@ -18,6 +18,7 @@ from dbcore.config import TrainConfig
 from dbcore.engines import trainer
 from dbcore.engines.processes import PATIENCE
 from dbcore.engines.trainer import make_accelerator, train
+from dbcore.models.embeddings import EMBEDS_NAME
 
 # `--multi_gpu` is accelerate's word for several processes; without a GPU they are CPU processes
 # with gloo. What each process runs: the command line, with a note of its weights at the end and of
@@ -67,7 +68,10 @@ KINDS = {
                      "aspect_ratio_buckets": "24,40;40,24"},
     "prior prediction": {**CLASS, "prior_prediction": True, "caption_dropout": 0.3,
                          "use_tlora": True},
+    "new tokens": {**CLASS, "prior_prediction": True, "train_text_encoder_ti": True,
+                   "token_abstraction": "sks", "initializer_concept": "dog"},
 }
+TEXT = {"train_text_encoder": True, "text_encoder_lr": 1e-3 / 4}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -78,8 +82,8 @@ def options(request, tmp_path_factory):
     return make_options(
         folder, max_train_steps=STEPS, learning_rate=1e-3 / 4,
         scale_lr=True, adam_epsilon=1e-4,
-        **KINDS[request.param], sample_batch_size=1, gradient_accumulation_steps=2,
-        lora_dropout=0.2, train_text_encoder=True, text_encoder_lr=1e-3 / 4,
+        **KINDS[request.param], **({} if "tokens" in request.param else TEXT),
+        sample_batch_size=1, gradient_accumulation_steps=2, lora_dropout=0.2,
         validation_prompt=["a red car"], num_validation_images=1)  # fmt: skip
 
 
@@ -129,6 +133,14 @@ def test_two_processes_are_one_with_twice_the_batch(pair, single):
         moved = 1e-3 * STEPS if "lora_B" in name else 1.0
         assert float((two[name] - one[name]).abs().max()) < 1e-3 * moved, name
     assert any(float(two[name].abs().max()) > 1e-4 for name in two if "lora_B" in name)
+
+
+def test_new_tokens_too(options, pair, single):
+    if "train_text_encoder_ti" not in options:
+        pytest.skip("no new tokens are learnt")
+    two, one = (load_file(folder / "run" / EMBEDS_NAME)["clip_l"] for folder in (pair, single))
+    assert (two - one).abs().max() < 1e-6
+    assert (one[0] - one[1]).abs().max() > 1e-4  # they began as one vector
 
 
 def test_the_log_is_that_of_one_process(pair, single):

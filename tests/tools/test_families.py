@@ -10,10 +10,14 @@ import torch
 from PIL import Image
 from pipelines import make_flux2_miniature, make_sdxl_miniature, make_tiny_pipeline
 from runs import LORA, leave_out_report, make_photos, read_run
+from safetensors.torch import load_file
 
 from dbcore.__main__ import main
+from dbcore.config import GenerateConfig
 from dbcore.engines import evaluate
-from dbcore.models.base import Family, load_base
+from dbcore.engines.sample import add_loras, encode_ahead, frozen_base
+from dbcore.models.base import Family, load_base, resolve
+from dbcore.models.embeddings import EMBEDS_NAME, read_tokens
 from dbcore.utils.seeding import generator, normal
 
 FAMILIES = {"sd": make_tiny_pipeline, "sdxl": make_sdxl_miniature, "flux2": make_flux2_miniature}
@@ -55,19 +59,32 @@ def generate(run, folder, **options):
     return pixels(Image.open(path) for path in sorted(folder.glob("a-photo*.png")))
 
 
-def stock(base, lora=None):
-    """The pixels that a stock pipeline makes of the noise that `generate` begins with."""
+def stock_pipeline(base, lora=None):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(base)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+        tell_tokens(pipeline, lora.parent)
+    return pipeline
+
+
+def stock(base, lora=None, prompt=PROMPT):
+    """The pixels that a stock pipeline makes of the noise that `generate` begins with."""
+    pipeline = stock_pipeline(base, lora)
     ours = load_base(base)
     shape, side = ours.latent_shape(ours.resolution), ours.resolution
     noise = torch.cat([normal(shape, seed, "picture") for seed in SEEDS])
     return pixels(pipeline(
-        prompt=[PROMPT] * len(SEEDS), latents=noise, num_inference_steps=2, height=side, width=side,
+        prompt=[prompt] * len(SEEDS), latents=noise, num_inference_steps=2, height=side, width=side,
         guidance_scale=ours.settings["guidance_scale"],
         generator=[generator(seed, "picture sampler") for seed in SEEDS]).images)  # fmt: skip
+
+
+def tell_tokens(pipeline, folder):
+    """As the model card says, where there are new tokens."""
+    if tokens := read_tokens(folder):
+        lines = tokens.loading().replace(EMBEDS_NAME, f"{folder}/{EMBEDS_NAME}")
+        exec(lines, {"pipeline": pipeline})  # noqa: S102 - our own, as a user would run them
 
 
 def pixels(images):
@@ -90,6 +107,61 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(world, tmp_path):
     train(world, tmp_path / "run", max_train_steps=2)
     train(world, tmp_path / "run", resume_from_checkpoint="latest")
     assert read_run(tmp_path / "run") == read_run(world / "run")
+
+
+@pytest.fixture(scope="module")
+def with_tokens(world):
+    """A run of new tokens beside its LoRA; skipped where the family has none."""
+    if (world / "base/transformer").is_dir():
+        pytest.skip("the family is taught no new tokens")
+    return train(world, world / "tokens", train_text_encoder_ti=True, token_abstraction="sks",
+                 initializer_concept="dog")
+
+
+def test_a_stock_pipeline_reads_new_tokens(world, with_tokens, tmp_path):
+    spelt = "a photo of <s0><s1> dog"
+    pipeline = stock_pipeline(world / "base", with_tokens / LORA)
+    theirs, plain = (pipeline.encode_prompt(
+        prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+                     for prompt in (spelt, PROMPT))
+    images = stock(world / "base", with_tokens / LORA, spelt)
+    assert np.abs(generate(with_tokens, tmp_path) - images).max() <= 1
+    for low_vram in (False, True):
+        config = GenerateConfig(str(world / "base"), checkpoint_dir=[str(with_tokens)],
+                                low_vram=low_vram)
+        base = frozen_base(resolve(config))
+        encode = encode_ahead(base, config)
+        add_loras(base, config)
+        ours = next(iter((encode or base.encode_text)([PROMPT]).values()))
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert (plain - theirs).abs().max() > 0.1
+
+
+def test_new_tokens_are_exported_and_not_merged(world, with_tokens, tmp_path, capsys):
+    base = {"pretrained_model_name_or_path": world / "base"}
+    dbcore("export", lora=with_tokens, format="merged", output=tmp_path / "whole", **base)
+    there = tmp_path / "there.safetensors"
+    dbcore("export", lora=with_tokens, format="kohya", output=there, **base)
+    dbcore("export", "--overwrite", lora=there, format="kohya", output=there, **base)
+    assert "write there_emb in place of sks" in capsys.readouterr().out
+    dbcore("export", lora=there, format="peft", output=tmp_path / "peft", **base)
+    rows = [load_file(folder / EMBEDS_NAME) for folder in (with_tokens, tmp_path / "peft")]
+    assert all(torch.equal(rows[0][key], rows[1][key]) for key in rows[0])
+    told = stock_pipeline(world / "base", with_tokens / LORA).text_encoder
+    whole = stock_pipeline(tmp_path / "whole").text_encoder
+    assert torch.equal(whole.get_input_embeddings().weight[-2:],
+                       told.get_input_embeddings().weight[-2:])
+    with pytest.raises(SystemExit, match="has new tokens in learned_embeds"):
+        dbcore("merge", "--lora", world / "run", with_tokens, output=tmp_path / "sum.safetensors")
+    with pytest.raises(SystemExit, match=r"has new tokens .*already"):
+        train(world, tmp_path / "again", train_text_encoder_ti=True, token_abstraction="sks",
+              pretrained_model_name_or_path=tmp_path / "whole")
+
+
+def test_a_family_without_new_tokens_says_so(world, tmp_path):
+    if (world / "base/transformer").is_dir():
+        with pytest.raises(SystemExit, match="--train_text_encoder_ti: this base's text encoder"):
+            train(world, tmp_path / "run", train_text_encoder_ti=True, token_abstraction="sks")
 
 
 def test_encoders_are_gone_before_the_denoiser_comes(world, tmp_path, monkeypatch):
