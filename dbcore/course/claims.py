@@ -18,8 +18,8 @@ class ClaimError(AssertionError):
     """A claim of the course that does not hold where it has to."""
 
 
-def claim(words: str, value: float, sign: str, other: float) -> bool:
-    """Print `words`, the numbers `value sign other`, and whether that held here; returns it.
+def claim(words: str, value: float, sign: str, other: float) -> None:
+    """Print `words`, the numbers `value sign other`, and whether that held here.
 
     `sign`: one of <, <=, ==, >=, >. A comparison with NaN does not hold. Raises `ClaimError` where
     it does not hold and DBCORE_STRICT is set to anything but 0.
@@ -29,4 +29,3 @@ def claim(words: str, value: float, sign: str, other: float) -> bool:
     print(line)
     if not held and os.environ.get(STRICT, "0") not in ("", "0"):
         raise ClaimError(line)
-    return held

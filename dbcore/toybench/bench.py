@@ -358,13 +358,13 @@ def result_table(result: dict[str, Any]) -> str:
     with the truth."""
     settings, count = list(result["settings"]), len(result["subjects"])
     size = (f"{count} subject{'s' * (count > 1)} x {result['prompts']} prompts x "
-            f"{result['num_images']} pictures")
+            f"{result['num_images']} images")
     lines = [f"{size}; in brackets 95 % intervals over subjects (bootstrap).", "",
              *measure_table(result["mean"])]
     if len(settings) > 1:
         lines += ["", f"Difference from {settings[0]}, subject by subject:", "",
                   *measure_table(result["differences"])]
-    told = ("the chance that a picture the reader calls right scores above one that it calls wrong "
+    told = ("the chance that an image the reader calls right scores above one that it calls wrong "
             "(0.5 is a coin)")
     lines += ["", f"Agreement with the truth, {told}:", "", "| metric | agreement | subjects |",
               "|---|---:|---:|"]
