@@ -54,6 +54,12 @@ def main(argv: list[str] | None = None) -> None:
             if os.environ.get("DBCORE_DEBUG"):
                 raise
             sys.exit(f"dbcore {args.tool}: {error}")
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # by name: torch takes long to import
+                raise
+            sys.exit(f"dbcore {args.tool}: the device's memory is full. Close what else uses it, "
+                     "or give a smaller --resolution or --batch_size, or --low_vram, where "
+                     f"`dbcore {args.tool} --help` has them")
 
 
 def with_home(args: argparse.Namespace) -> argparse.Namespace:

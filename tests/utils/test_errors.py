@@ -7,6 +7,7 @@ import gc
 from pathlib import Path
 
 import pytest
+import torch
 
 import dbcore
 from dbcore.__main__ import main
@@ -44,7 +45,7 @@ def run(error, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ValueError("a library's bug"), OSError("the disk"),
-                                   KeyError("x")], ids=repr)
+                                   KeyError("x"), RuntimeError("shapes")], ids=repr)
 def test_what_is_no_error_of_ours_keeps_its_traceback(error, monkeypatch):
     with pytest.raises(type(error)) as caught:
         run(error, monkeypatch)
@@ -55,6 +56,11 @@ def test_an_error_of_ours_is_one_line(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         run(ConfigError("--rank 0: give 1 or more"), monkeypatch)
     assert ended.value.code == "dbcore generate: --rank 0: give 1 or more"
+
+
+def test_a_full_memory_is_one_line_with_what_takes_less(monkeypatch):
+    with pytest.raises(SystemExit, match=r"^dbcore generate: .* memory is full.*--low_vram"):
+        run(torch.OutOfMemoryError("CUDA out of memory."), monkeypatch)
 
 
 def test_a_run_that_was_stopped_says_how_to_go_on(monkeypatch, capsys):
