@@ -156,8 +156,8 @@ class TrainConfig:
     train_text_encoder: bool = option(
         False, "also put a LoRA on the text encoder; see text_encoder_lr")
     train_text_encoder_ti: bool = option(
-        False, "pivotal tuning: also learn vectors for new tokens <s0><s1>, as textual inversion "
-        "does (TI, arXiv 2208.01618)")
+        False, "pivotal tuning: learn vectors for new tokens <s0><s1> too, as textual inversion "
+        "does (TI, arXiv 2208.01618); always beside the adapter, never alone")
     token_abstraction: str = option(
         "TOK", "the word that stands for them: wherever it is in a prompt or a caption, the new "
         "tokens are read in its place")
@@ -170,7 +170,7 @@ class TrainConfig:
         "learns on; auto is 0.5", above=0, high=1)
     text_encoder_lr: AutoFloat = option(
         AUTO, "its learning rate, or that of new tokens; auto is a tenth of learning_rate, for new "
-        "tokens learning_rate", above=0)
+        "tokens ten times it, as they have far to go", above=0)
     text_encoder_rank: AutoInt = option(
         AUTO, "its rank; auto is rank, lower it where words lose their meaning", low=1)
     train_text_encoder_frac: float = option(

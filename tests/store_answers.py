@@ -62,6 +62,7 @@ QUESTIONS = {  # the first way is the one that the others are compared with
         "caption dropout": f"{SHORTER} --caption_dropout 0.1",
         "logit-normal": f"{SHORTER} --weighting_scheme logit_normal",
         "T-LoRA": f"{SHORTER} --use_tlora",
+        "pivotal": f"{SHORTER} --train_text_encoder_ti --token_abstraction sks",
         # adapters at the rates nearest to LoRA's fidelity, of those that were tried
         "OFT": f"{SHORTER} --adapter oft --learning_rate 1e-3",
         "LoKr": f"{SHORTER} --adapter lokr --learning_rate 1e-2",

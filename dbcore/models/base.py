@@ -149,13 +149,20 @@ def resolve(config: Any, device: str | None = None) -> Any:
     if "rank" in names:
         follow = {"lora_alpha": float(config.rank)}
         if config.train_text_encoder:
-            follow |= {"text_encoder_rank": config.rank,
-                       "text_encoder_lr": config.learning_rate / 10}
+            follow |= {"text_encoder_rank": config.rank, "text_encoder_lr": text_rate(config)}
         if config.train_text_encoder_ti:
-            follow |= {"train_text_encoder_ti_frac": 0.5, "text_encoder_lr": config.learning_rate}
+            follow |= {"train_text_encoder_ti_frac": 0.5, "text_encoder_lr": text_rate(config)}
         config = dataclasses.replace(
             config, **{k: v for k, v in follow.items() if getattr(config, k) == AUTO})
     return config
+
+
+def text_rate(config: Any) -> float:
+    """What `text_encoder_lr` is where it is `auto`: new tokens have far to go, a text encoder is
+    soon harmed."""
+    if config.optimizer == "Prodigy":  # which finds one rate for all
+        return config.learning_rate
+    return config.learning_rate * 10 if config.train_text_encoder_ti else config.learning_rate / 10
 
 
 def resolve_precision(config: Any, device: str | None = None) -> dict[str, Any]:

@@ -47,6 +47,8 @@ KINDS = {
     "new tokens": {**TOKENS, "use_ema": True},
     "new tokens, kept from the middle on": {**TOKENS, **PRIOR, "initializer_concept": "a dog",
                                             "gradient_accumulation_steps": 2},
+    "new tokens in buckets": {**TOKENS, "aspect_ratio_buckets": "24,40;40,24",
+                              "instance_data_dir": "oblongs", "train_batch_size": 2},
     "dropout": {"lora_dropout": 0.5},
     "DoRA": {"use_dora": True},
     "T-LoRA": {"use_tlora": True, "train_batch_size": 2, "prior_prediction": True,

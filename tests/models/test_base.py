@@ -311,6 +311,16 @@ def test_prodigy_finds_its_rate_itself(folder):
                                optimizer="Prodigy")).learning_rate == 1.0
 
 
+@pytest.mark.parametrize(("option", "factor"),
+                         [("train_text_encoder", 0.1), ("train_text_encoder_ti", 10)])
+def test_new_tokens_learn_fast_a_text_encoder_slowly_and_both_at_prodigys_one_rate(option, factor,
+                                                                                   folder):
+    wish = TrainConfig(pretrained_model_name_or_path=str(folder), **{option: True})
+    assert resolve(wish).text_encoder_lr == pytest.approx(2e-4 * factor)
+    assert resolve(dataclasses.replace(wish, optimizer="Prodigy")).text_encoder_lr == 1.0
+    assert resolve(dataclasses.replace(wish, text_encoder_lr=1e-5)).text_encoder_lr == 1e-5
+
+
 def test_processors_and_macs_train_in_full_precision():
     assert best_precision("cpu") == best_precision("mps") == "no"
 
