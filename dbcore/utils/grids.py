@@ -172,14 +172,20 @@ def dot_plot(series: Mapping[str, Mapping[str, float]], xlabel: str, title: str 
 
 
 def scatter_plot(points: Mapping[str, tuple[float, float]], xlabel: str, ylabel: str,
-                 title: str | None = None, size: tuple[float, float] = (6.5, 3.4)) -> Picture:
-    """Points with their names beside them. `points`: {name: (x, y)}."""
+                 title: str | None = None, size: tuple[float, float] = (6.5, 3.4),
+                 limits: tuple[float, float] | None = None) -> Picture:
+    """Points with their names beside them. `points`: {name: (x, y)}.
+
+    `limits`: where both axes begin and end; None fits them to the points.
+    """
     figure, axis = _framed(xlabel, ylabel, title, size)
     axis.margins(0.1)
     for k, (x, y) in enumerate(points.values()):
         axis.plot(x, y, color=COLOURS[k % len(COLOURS)], marker=MARKERS[k % len(MARKERS)],
                   markersize=7)
     axis.autoscale_view()  # else the limits are not known yet
+    if limits:
+        axis.set(xlim=limits, ylim=limits)
     places = (axis.transData - axis.transAxes).transform(list(points.values()))  # in [0, 1]
     heights = _apart(places[:, 1], 0.2 / (size[1] - 0.8))
     for (name, point), (across, _), height in zip(points.items(), places, heights):

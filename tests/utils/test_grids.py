@@ -132,6 +132,13 @@ def test_a_points_name_stands_beside_it_and_over_no_other_name():
     assert abs(names[0].get_position()[1] - base[1]) < 0.02
 
 
+def test_a_scatter_plot_with_limits_has_them_on_both_axes_and_names_beside_the_points():
+    figure = grids.scatter_plot({"a": (0.4, 0.6), "b": (0.5, 0.7)}, "x", "y", limits=(0, 1))
+    axis = figure.axes[0]
+    assert axis.get_xlim() == axis.get_ylim() == (0, 1)
+    assert [round(name.get_position()[1], 2) for name in axis.texts] == [0.6, 0.7]
+
+
 def test_a_running_mean_has_fewer_values_at_first_and_looks_back_only():
     assert grids.running_mean([4.0, 2.0, 9.0, 1.0], 2) == [4.0, 3.0, 5.5, 5.0]
     assert grids.running_mean([4.0, 2.0, 9.0], 10) == [4.0, 3.0, 5.0]
