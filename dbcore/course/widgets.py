@@ -200,15 +200,17 @@ def _bundle(panel, image):
 # --- panels of the course -------------------------------------------------------------------------
 
 
-def timestep_slider(frames: Iterable[Any], timesteps: Iterable[float],
-                    label: str = "timestep") -> Panel:
-    """Slide through `frames`, one for each of `timesteps`: PIL images, or rows of them to show side
-    by side."""
+def timestep_slider(frames: Iterable[Sequence[Image.Image]], timesteps: Iterable[float],
+                    column_labels: Sequence[str], label: str = "timestep") -> Panel:
+    """Slide through `frames`, one row of PIL images for each of `timesteps`.
+
+    The images of a row stand side by side below `column_labels`, with the timestep as the title.
+    """
     by_timestep = dict(zip(timesteps, frames, strict=True))
 
     def frame(**chosen):
-        image = by_timestep[chosen[label]]
-        return image_grid([image], cell=2.0) if isinstance(image, (list, tuple)) else image
+        row = by_timestep[chosen[label]]
+        return image_grid([row], None, column_labels, f"{label} {chosen[label]}", cell=2.0)
 
     return explore(frame, **{label: list(by_timestep)})
 
@@ -248,19 +250,19 @@ def doctor_sheet(photos: Sequence[Photo], problems: Iterable[Problem], columns: 
 def photo_doctor(photos: Iterable[Photo], problems: Iterable[Problem]) -> Panel:
     """Go through a folder's files and read what `gather_photos` found about each."""
     loaders = {photo.path.name: photo.load for photo in photos}
-    notes: dict[str, list[str]] = {name: [] for name in loaders}
+    found: dict[str, list[Problem]] = {name: [] for name in loaders}
     for problem in problems:
-        photo = (problem.photo or problem.path).name
-        message = problem.message + (" [skipped]" if problem.skipped else "")
-        notes.setdefault(photo, []).append(message)
+        found.setdefault((problem.photo or problem.path).name, []).append(problem)
 
     def look(photo):
-        image = loaders[photo]() if photo in loaders else None
-        if image is not None:
-            image.thumbnail((SHOWN, SHOWN))
-        return image, "\n".join(notes[photo]) or "Nothing wrong with this one."
+        words = "\n".join(problem.message + " [skipped]" * problem.skipped
+                          for problem in found[photo]) or "Nothing wrong with this one."
+        if photo not in loaders:
+            return None, words
+        verdict = ", ".join(problem.kind for problem in found[photo]) or "good"
+        return image_grid([[loaders[photo]()]], title=f"{photo}: {verdict}", cell=2.5), words
 
-    return Panel(look, {"photo": list(notes)})
+    return Panel(look, {"photo": list(found)})
 
 
 def crop_square(size: tuple[int, int], across: float = 0.5, down: float = 0.5,

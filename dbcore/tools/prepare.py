@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 HELP = "check photos, turn them upright, crop them square and write a folder ready to train on"
 # the contact sheet: at most 60 photos, 150 pixels each
 SHEET_PHOTOS, SHEET_COLUMNS, CELL = 60, 4, 150
+SHEET_REMARK = 35  # letters of a photo's problems that fit above it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,8 +198,8 @@ def contact_sheet(photos: list[Photo], rows: list[dict[str, Any]], folder: Path)
     pen = ImageDraw.Draw(sheet)
     for number, (photo, row) in enumerate(zip(photos, shown_rows)):
         left, top = number % columns * wide + 4, number // columns * high + 20
-        label = (f"{row['file']}  {photo.size[0]} x {photo.size[1]}"
-                 + "  (!)" * bool(row["problems"]))
+        remark = textwrap.shorten("; ".join(row["problems"]), SHEET_REMARK, placeholder=" ...")
+        label = f"{row['file']}  {photo.size[0]} x {photo.size[1]}  {remark}"
         pen.text((left, top - 15), label, fill="black", font_size=12)
         small = photo.load()
         small.thumbnail((CELL, CELL))

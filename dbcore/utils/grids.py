@@ -116,10 +116,12 @@ def figure_png(figure: Figure) -> bytes:
 
 
 def line_plot(series: Mapping[str, tuple[Sequence, Sequence]], xlabel: str, ylabel: str,
-              title: str | None = None, size: tuple[float, float] = (5.5, 3.0)) -> Picture:
+              title: str | None = None, size: tuple[float, float] = (5.5, 3.0),
+              bands: Mapping[str, tuple[Sequence, Sequence]] | None = None) -> Picture:
     """Lines over a common x.
 
-    `series`: {name: (xs, ys)}. Colour and marker both tell lines apart.
+    `series`: {name: (xs, ys)}. Colour and marker both tell lines apart. `bands`: {name: (lows,
+    highs)}, shaded around the line of that name.
     """
     figure, axis = _framed(xlabel, ylabel, title, size)
     for k, (name, (xs, ys)) in enumerate(series.items()):
@@ -127,6 +129,9 @@ def line_plot(series: Mapping[str, tuple[Sequence, Sequence]], xlabel: str, ylab
         marker = MARKERS[(k + k // len(COLOURS)) % len(MARKERS)] if len(xs) <= 60 else None
         axis.plot(xs, ys, color=COLOURS[k % len(COLOURS)], marker=marker, markersize=3.5,
                   linewidth=1.3, label=name)
+        if bands and name in bands:
+            axis.fill_between(xs, *bands[name], color=COLOURS[k % len(COLOURS)], alpha=0.15,
+                              linewidth=0)
     if len(series) > 1:
         _legend(axis)
     return figure

@@ -146,6 +146,14 @@ def test_the_sheet_shows_square_and_result(folder, tmp_path):
     assert {(0xD5, 0x5E, 0x00), (0, 255, 0), (255, 0, 0), (0, 0, 255)} <= colours
 
 
+def test_the_sheet_says_what_is_wrong_with_a_photo(folder, tmp_path):
+    report = prepare(folder, tmp_path / "out", resolution=32)
+    assert all(row["problems"] for row in report["photos"])
+    sheet = np.asarray(Image.open(tmp_path / "out/contact_sheet.png").convert("L"))
+    for head in np.hsplit(sheet[:20], 2):
+        assert np.argwhere(head < 128)[:, 1].max() > 200, "a mark alone does not say what is wrong"
+
+
 def test_a_bad_mask_does_not_show_as_good_and_other_files_are_named(folder, tmp_path):
     Image.new("L", (90, 40), 255).save(folder / "собака b.mask.png")
     (folder / "O.txt").write_text("nobody's")

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from dbcore.utils import grids
@@ -92,6 +93,16 @@ def test_lines_carry_their_data_and_differ_by_more_than_colour():
     assert with_prior.get_marker() != without.get_marker()
     assert ([text.get_text() for text in figure.axes[0].get_legend().get_texts()]
             == ["with", "without"])
+
+
+def test_a_band_is_shaded_around_its_line():
+    figure = grids.line_plot({"a": ([0, 1], [1, 2]), "b": ([0, 1], [5, 6])}, "step", "PRES",
+                             bands={"b": ([4, 5], [7, 8])})
+    (band,) = figure.axes[0].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (4, 8)
+    colour = to_rgb(figure.axes[0].get_lines()[1].get_color())
+    assert np.allclose(band.get_facecolor()[0, :3], colour)
 
 
 def test_of_many_lines_no_two_look_alike():
