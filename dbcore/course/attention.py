@@ -55,9 +55,10 @@ def word_maps(base: Family, prompt: str, seed: int, words: list[str],
               **options: Any) -> list[Image.Image]:
     """The image of (prompt, seed), then a grey one for each of `words`, all of one size.
 
-    Each map is brought to its own range: white is where the image attends most to the word, black
-    where least. `words`: some of the prompt's. `options`: those of `generate`. Returns [] for a
-    denoiser without cross-attention, such as FLUX.2's, where words and image share one attention.
+    A map is the word's share of the attention that each place gives to all words of the prompt,
+    brought to its own range: white is where it is largest, black where it is least. `words`: some
+    of the prompt's. `options`: those of `generate`. Returns [] for a denoiser without
+    cross-attention, such as FLUX.2's, where words and image share one attention.
     """
     with recording(base.denoiser) as maps:
         (image,) = base.generate([prompt], [seed], **options)
@@ -67,7 +68,8 @@ def word_maps(base: Family, prompt: str, seed: int, words: list[str],
     mean = torch.stack([interpolate(one[None], (side, side), mode="bilinear")[0]
                         for one in maps]).mean(0)
     places = token_places(base.tokenizer, prompt)
-    return [image, *(grey(mean[places[word]].sum(0), image.size) for word in words)]
+    all_words = mean[1:1 + len(base.tokenizer.tokenize(prompt))].sum(0)
+    return [image, *(grey(mean[places[word]].sum(0) / all_words, image.size) for word in words)]
 
 
 def token_places(tokenizer: Any, prompt: str) -> dict[str, list[int]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pipelines import make_flux2_miniature, make_sd15_miniature, make_tokenizer
 
+from dbcore.course import attention
 from dbcore.course.attention import grey, recording, token_places, word_maps
 from dbcore.models.base import load_base
 
@@ -42,6 +43,14 @@ def test_recording_changes_no_image_and_ends(base):
     assert [one.size for one in maps] == [plain.size] * 2
     assert not any("Recording" in type(one).__name__
                    for one in base.denoiser.attn_processors.values())
+
+
+def test_a_map_is_the_words_share_among_the_words(base, monkeypatch):
+    shares = []
+    monkeypatch.setattr(attention, "grey", lambda values, size: shares.append(values))
+    word_maps(base, "a photo of sks dog", 0, ["a", "photo", "of", "sks", "dog"],
+              num_inference_steps=1)
+    torch.testing.assert_close(sum(shares), torch.ones_like(shares[0]))
 
 
 def test_a_word_of_several_tokens_has_all_of_them(tmp_path):
