@@ -62,7 +62,7 @@ test: setup ## lint, types, unit tests, then the notebooks against their stored 
 outputs: setup ## run the notebooks anew and store what they show, as what make test compares with
 	$(BIN)/python tests/store_outputs.py $(NOTEBOOKS)
 
-answers: setup ## ask the toy world the course's questions anew: tables of data/results and notebook 07 (more than an hour)
+answers: setup ## ask the toy world the course's questions anew: tables of data/results and notebook 07 (80 minutes)
 	$(BIN)/python tests/store_answers.py
 
 test-rounding: setup ## replay the notebooks with one thread, and rounding as an old processor does

@@ -1,4 +1,4 @@
-"""Ask the toy world the course's questions and store the answers: `make answers`, more than an hour
+"""Ask the toy world the course's questions and store the answers: `make answers`, some 80 minutes
 on one core.
 
 Each question is one `dbcore toybench` command. What it finds goes to data/toybench_results.json,
@@ -24,7 +24,7 @@ SHOWN = {SUBJECT: "right subject", "subject, subject encoder": "subject",
          "prompt, clip_image": "CLIP-T",
          PROMPT: "right prompt", "PRES, subject encoder": "PRES", "DIV, subject encoder": "DIV",
          COPIES: "copies"}
-SIZE = "--num_subjects 3 --num_prompts 8 --num_images 2", WORK
+SIZE = "--num_subjects 6 --num_prompts 8 --num_images 2", WORK
 SIZES = {"prior": ("--quick", f"{WORK}/quick"),  # where it is not SIZE
          "newer methods": ("--num_subjects 6 --num_prompts 4 --num_images 2", f"{WORK}/newer")}
 SHORT, SHORTER = "--max_train_steps 60", "--max_train_steps 40"
@@ -51,7 +51,7 @@ QUESTIONS = {  # the first way is the one that the others are compared with
               "random letters": f"{SHORT} --instance_prompt 'a photo of xjqv {{class}}'"},
     "method": {"LoRA": SHORT, "DoRA": f"{SHORT} --use_dora", "rsLoRA": f"{SHORT} --use_rslora",
                "min-SNR": f"{SHORT} --snr_gamma 5",
-               "attention only": f"{SHORT} --lora_layers attention",
+               "all layers": f"{SHORT} --lora_layers all",
                "batch 1": f"{SHORT} --train_batch_size 1",
                **{f"full {rate}": f"{SHORT} --full_finetuning --learning_rate {rate}"
                   for rate in ("5e-5", "2e-4")}},

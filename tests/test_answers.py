@@ -35,12 +35,12 @@ def test_the_shared_rate_is_the_one_that_the_unet_is_trained_at():
 
 
 def test_prior_preservation_has_the_papers_direction(answers):
-    """Ruiz et al. 2023, table 4: PRES falls by far, fidelity to the subject gives a little."""
+    """Ruiz et al. 2023, table 4: PRES falls by far. Their price in fidelity is not seen here."""
     mean, apart = answers["prior"]["mean"], answers["prior"]["differences"]["without"]
     assert (mean["with"]["PRES, subject encoder"][0] < mean["without"]["PRES, subject encoder"][0]
             - 0.2)
     assert apart["PRES, subject encoder"][1] > 0
-    assert apart["subject, subject encoder"][0] > 0
+    assert apart["subject, subject encoder"][1] < 0 < apart["subject, subject encoder"][2]
 
 
 def test_every_interval_in_words_is_one_that_was_stored(answers):
