@@ -31,7 +31,9 @@ SHORT = {
     "03_prior_preservation": {"STEPS": 4, "CLASS_IMAGES": 10},
     "04_gpu_training": {"STEPS": 8},
     "05_inference": {"STEPS": 2, "NUM_INFERENCE_STEPS": 4},
+    "06_text_encoder": {"STEPS": 2},
     "07_evaluation": {"STEPS": 3, "CLASS_IMAGES": 2},
+    "08_failure_lab": {"STEPS": 4},
     "09_your_own_subject": {"STEPS": 4},
     "10_beyond_dreambooth": {"STEPS": 2, "CLASS_IMAGES": 2, "DRAW_STEPS": 4},
 }
