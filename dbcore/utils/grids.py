@@ -167,13 +167,41 @@ def dot_plot(series: Mapping[str, Mapping[str, float]], xlabel: str, title: str 
     for k, (name, values) in enumerate(series.items()):
         axis.plot([values[row] for row in rows], range(len(rows)), label=name, linestyle="none",
                   color=COLOURS[k % len(COLOURS)], marker=MARKERS[k % len(MARKERS)], markersize=7)
+    _name_rows(axis, rows)
+    if len(series) > 1:
+        _legend(axis)
+    return figure
+
+
+def interval_plot(series: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str,
+                  title: str | None = None, width: float = 6.0) -> Picture:
+    """As `dot_plot`, of numbers with intervals: a line from low to high through each dot, and a
+    line at 0, which an interval holds or does not.
+
+    `series`: {name: {category: (number, low, high)}}.
+    """
+    rows = list(next(iter(series.values())))
+    figure, axis = _framed(xlabel, None, title,
+                           (width, 0.8 + (0.1 + 0.12 * len(series)) * max(len(rows), 3)))
+    axis.axvline(0, color=FAINT, linewidth=1)
+    for k, (name, values) in enumerate(series.items()):
+        means, lows, highs = zip(*(values[row] for row in rows))
+        heights = [row + 0.25 * (k - (len(series) - 1) / 2) for row in range(len(rows))]
+        color = COLOURS[k % len(COLOURS)]
+        axis.hlines(heights, lows, highs, color=color, linewidth=1.2)
+        axis.plot(means, heights, label=name, linestyle="none", color=color,
+                  marker=MARKERS[k % len(MARKERS)], markersize=4.5)
+    _name_rows(axis, rows)
+    _legend(axis)
+    return figure
+
+
+def _name_rows(axis, rows):
+    """The categories' names at the left, first on top."""
     axis.set_yticks(range(len(rows)), rows)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.grid(axis="y", color=FAINT, linewidth=0.4)
     axis.set_axisbelow(True)
-    if len(series) > 1:
-        _legend(axis)
-    return figure
 
 
 def scatter_plot(points: Mapping[str, tuple[float, float]], xlabel: str, ylabel: str,

@@ -129,6 +129,20 @@ def test_dots_stand_in_the_row_of_their_category_and_no_line_joins_them():
     assert axis.yaxis_inverted()
 
 
+def test_an_interval_is_a_line_through_its_dot_and_no_two_lie_on_each_other():
+    figure = grids.interval_plot({"fidelity": {"OFT": (0.1, -0.1, 0.2), "LoHa": (0.3, 0.2, 0.4)},
+                                  "PRES": {"OFT": (0, -0.2, 0.1), "LoHa": (0.2, 0, 0.3)}}, "moved")
+    axis = figure.axes[0]
+    fidelity, pres = axis.collections
+    assert [line[:, 0].tolist() for line in fidelity.get_segments()] == [[-0.1, 0.2], [0.2, 0.4]]
+    zero, dots, _ = axis.get_lines()
+    assert zero.get_xdata() == [0, 0]
+    assert list(dots.get_xdata()) == [0.1, 0.3]
+    assert list(dots.get_ydata()) == [line[0, 1] for line in fidelity.get_segments()]
+    heights = [line[0, 1] for lines in (fidelity, pres) for line in lines.get_segments()]
+    assert sorted(heights) == [-0.125, 0.125, 0.875, 1.125]
+
+
 def test_a_points_name_stands_beside_it_and_over_no_other_name():
     points = {"base": (0.9, 0.1), "LoRA": (0.5, 0.6), "DoRA": (0.5, 0.61), "min-SNR": (0.5, 0.6)}
     figure = grids.scatter_plot(points, "prompt", "subject")
