@@ -18,6 +18,7 @@ from PIL import Image
 
 from dbcore.config import AUTO, TrainConfig, read_run_config
 from dbcore.course.notebook import describe_subject, find_base
+from dbcore.datasets.photos import gather_photos
 from dbcore.engines.advice import advise, flags
 from dbcore.engines.run_folder import LORA_FILE, read_log
 from dbcore.models.adapter import Adapter, LoraFileError
@@ -29,6 +30,8 @@ from dbcore.utils.grids import Picture, image_grid
 
 DRIVE = Path("/content/drive")  # where Colab mounts it
 BLACK = 8  # of 255: an image without a brighter pixel
+SHEET_TITLE = ("in the last column: your subject with your word, and another without it?\n"
+               "(single images jump from step to step)")
 
 # --- which base, and how to begin with it ---------------------------------------------------------
 
@@ -112,14 +115,16 @@ def identifier_sheet(base: Family, words: Sequence[str], class_noun: str, count:
 
 
 def validation_sheet(run: str | Path, number: int = 0) -> Picture:
-    """A run's validation images: a row for a prompt, a column for a step; image `number` of
-    each."""
+    """A run's first photo, then its validation images: a row for a prompt, a column for a step;
+    image `number` of each."""
     folders = sorted(Path(run).glob("validation/step-*"))
-    prompts = (read_run_config(run) or {})["validation_prompt"]
-    rows = [[Image.open(folder / f"{row}-{number}.png") for folder in folders]
+    config = read_run_config(run) or {}
+    prompts, photos = config["validation_prompt"], gather_photos(config["instance_data_dir"])[0]
+    rows = [[None, *(Image.open(folder / f"{row}-{number}.png") for folder in folders)]
             for row in range(len(prompts))]
+    rows[0][0] = photos[0].load()
     steps = [f"step {int(folder.name.removeprefix('step-'))}" for folder in folders]
-    return image_grid(rows, prompts, steps, cell=0.9)
+    return image_grid(rows, prompts, ["your subject", *steps], cell=0.9, title=SHEET_TITLE)
 
 
 def examine_run(run: str | Path) -> list[str]:

@@ -98,9 +98,12 @@ def test_a_word_is_tested_beside_the_class_with_the_same_seeds(monkeypatch):
 def run(tmp_path):
     """A run of two steps, and one validation of two prompts after each."""
     folder = tmp_path / "run"
+    photos = tmp_path / "photos"
     config = TrainConfig(pretrained_model_name_or_path="base", max_train_steps=2, rank=4,
-                         learning_rate=0.1, validation_prompt=["one", "two"])
-    folder.mkdir()
+                         learning_rate=0.1, validation_prompt=["one", "two"],
+                         instance_data_dir=photos)
+    folder.mkdir(), photos.mkdir()
+    Image.new("RGB", (8, 8), (0, 0, 250)).save(photos / "0.png")
     write_yaml(config, folder / "config.yaml")
     log(folder, [0.5, 0.25])
     for step in (1, 2):
@@ -139,12 +142,12 @@ def test_a_sick_run_is_told_what_it_has(run):
     assert lines[5] == "report: none, the run did not end"
 
 
-def test_the_sheet_has_a_row_for_a_prompt_and_a_column_for_a_step(run, monkeypatch):
+def test_the_sheet_has_the_photo_first_a_row_for_a_prompt_and_a_column_for_a_step(run, monkeypatch):
     monkeypatch.setattr(own_subject, "image_grid", lambda rows, *labels, **_: (rows, *labels))
-    rows, prompts, steps = own_subject.validation_sheet(run)
-    assert (prompts, steps) == (["one", "two"], ["step 1", "step 2"])
-    assert [[image.getpixel((0, 0)) for image in row] for row in rows] == [
-        [(100, 0, 0), (200, 0, 0)], [(100, 50, 0), (200, 50, 0)]]
+    rows, prompts, columns = own_subject.validation_sheet(run)
+    assert (prompts, columns) == (["one", "two"], ["your subject", "step 1", "step 2"])
+    assert [[image and image.getpixel((0, 0)) for image in row] for row in rows] == [
+        [(0, 0, 250), (100, 0, 0), (200, 0, 0)], [None, (100, 50, 0), (200, 50, 0)]]
 
 
 def test_a_parcel_holds_the_lora_its_card_and_what_else_is_given(run, tmp_path):
