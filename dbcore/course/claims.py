@@ -25,7 +25,13 @@ def claim(words: str, value: float, sign: str, other: float) -> None:
     it does not hold and DBCORE_STRICT is set to anything but 0.
     """
     held = bool(SIGNS[sign](value, other))
-    line = f"{words}: {'held' if held else 'did NOT hold'} here ({value:.3g} {sign} {other:.3g})."
+    line = (f"{words}: {'held' if held else 'did NOT hold'} here "
+            f"({shown(value)} {sign} {shown(other)}).")
     print(line)
     if not held and os.environ.get(STRICT, "0") not in ("", "0"):
         raise ClaimError(line)
+
+
+def shown(number: float) -> str:
+    """A count in full, as 415,744; any other number in three digits."""
+    return f"{number:,}" if isinstance(number, int) else f"{number:.3g}"

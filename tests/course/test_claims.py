@@ -27,6 +27,11 @@ def test_it_says_whether_it_held(learner, capsys, value, sign, other, held):
                                        f"({value:.3g} {sign} {other:.3g}).\n")
 
 
+def test_a_count_is_shown_in_full(learner, capsys):
+    claim("as many", 415744, "<", 415745.0)
+    assert "(415,744 < 4.16e+05)" in capsys.readouterr().out
+
+
 def test_a_broken_claim_stops_a_test_alone(monkeypatch, capsys):
     for value in ("", "0"):
         monkeypatch.setenv(STRICT, value)
