@@ -248,7 +248,8 @@ def doctor_sheet(photos: Sequence[Photo], problems: Iterable[Problem], columns: 
 
 
 def photo_doctor(photos: Iterable[Photo], problems: Iterable[Problem]) -> Panel:
-    """Go through a folder's files and read what `gather_photos` found about each."""
+    """Go through a folder's files and read what `gather_photos` found about each; a duplicate is
+    shown beside the photo that it repeats."""
     loaders = {photo.path.name: photo.load for photo in photos}
     found: dict[str, list[Problem]] = {name: [] for name in loaders}
     for problem in problems:
@@ -260,7 +261,9 @@ def photo_doctor(photos: Iterable[Photo], problems: Iterable[Problem]) -> Panel:
         if photo not in loaders:
             return None, words
         verdict = ", ".join(problem.kind for problem in found[photo]) or "good"
-        return image_grid([[loaders[photo]()]], title=f"{photo}: {verdict}", cell=2.5), words
+        names = [photo, *(problem.twin.name for problem in found[photo] if problem.twin)]
+        return image_grid([[loaders[name]() for name in names]], title=f"{photo}: {verdict}",
+                          column_labels=names if names[1:] else None, cell=2.5), words
 
     return Panel(look, {"photo": list(found)})
 

@@ -65,7 +65,8 @@ class PhotoError(InputError):
 class Problem:
     """What is wrong with one file, in words for its owner; `skipped` where it is of no use.
 
-    `photo`: the photo that the file belongs to, where it is a caption or a mask.
+    `photo`: the photo that the file belongs to, where it is a caption or a mask. `twin`: the photo
+    that it repeats, where it is a duplicate.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class Problem:
     message: str
     skipped: bool = False
     photo: Path | None = None
+    twin: Path | None = None
 
     def __str__(self):
         return f"{shown(self.path.name)}: {self.message}" + (" [skipped]" if self.skipped else "")

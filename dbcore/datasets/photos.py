@@ -210,7 +210,8 @@ def check_photos(paths: Iterable[Path], resolution: int | None = None,
         notes += _shape_notes(size, buckets or [(resolution or 1, resolution or 1)])
         twin = digests.setdefault(_digest(path), path)
         if twin is not path:
-            notes.append(("duplicate", f"the same file as {shown(twin.name)}: keep one of the two"))
+            message = f"the same file as {shown(twin.name)}: keep one of the two"
+            problems.append(Problem(path, "duplicate", message, twin=twin))
             print_ = None
         prints.append(print_)
         problems += [Problem(path, *note) for note in notes]
@@ -313,9 +314,10 @@ def _near_duplicates(photos, thumbnails):
         known, _nearest_before([thumbnail for _, thumbnail in known])
     ):
         if cosine > ALIKE:
-            twin = shown(known[nearest][0].path.name)
-            message = f"looks nearly the same as {twin}: it counts twice, and adds little"
-            problems.append(Problem(photo.path, "near-duplicate", message))
+            twin = known[nearest][0].path
+            message = (f"looks nearly the same as {shown(twin.name)}: it counts twice, and adds "
+                       "little")
+            problems.append(Problem(photo.path, "near-duplicate", message, twin=twin))
     return problems
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 HELP = "check photos, turn them upright, crop them square and write a folder ready to train on"
 # the contact sheet: at most 60 photos, 150 pixels each
 SHEET_PHOTOS, SHEET_COLUMNS, CELL = 60, 4, 150
-SHEET_REMARK = 35  # letters of a photo's problems that fit above it
+SHEET_LETTERS, SHEET_LINES = 48, 2  # of a photo's problems, above it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,14 +193,17 @@ def contact_sheet(photos: list[Photo], rows: list[dict[str, Any]], folder: Path)
 
     shown_rows = rows[:SHEET_PHOTOS]
     columns = min(SHEET_COLUMNS, len(shown_rows))
-    wide, high = 2 * CELL + 16, CELL + 30
+    head = 15 * (1 + SHEET_LINES) + 5
+    wide, high = 2 * CELL + 16, head + CELL + 10
     sheet = Image.new("RGB", (columns * wide, -(-len(shown_rows) // columns) * high), "white")
     pen = ImageDraw.Draw(sheet)
     for number, (photo, row) in enumerate(zip(photos, shown_rows)):
-        left, top = number % columns * wide + 4, number // columns * high + 20
-        remark = textwrap.shorten("; ".join(row["problems"]), SHEET_REMARK, placeholder=" ...")
-        label = f"{row['file']}  {photo.size[0]} x {photo.size[1]}  {remark}"
-        pen.text((left, top - 15), label, fill="black", font_size=12)
+        left, top = number % columns * wide + 4, number // columns * high + head
+        label = [f"{row['file']}  {photo.size[0]} x {photo.size[1]}",
+                 *textwrap.wrap("; ".join(row["problems"]), SHEET_LETTERS, max_lines=SHEET_LINES,
+                                placeholder=" ...")]
+        for above, line in enumerate(reversed(label), 1):
+            pen.text((left, top - 15 * above), line, fill="black", font_size=12)
         small = photo.load()
         small.thumbnail((CELL, CELL))
         sheet.paste(small, (left, top))

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dbcore.course import widgets
-from dbcore.datasets.photos import Photo, Problem, check_box
+from dbcore.datasets.photos import Photo, Problem, check_box, gather_photos
 from dbcore.toybox.scene import CLASSES, COLORS, PATTERNS, PROPORTIONS, Character
 
 ipywidgets = pytest.importorskip("ipywidgets")
@@ -191,6 +191,15 @@ def test_the_doctor_shows_each_file_and_what_is_wrong(folder_of_photos):
     panel.controls["photo"].value = "notes.png"
     assert seen(panel) is None
     assert "not an image [skipped]" in words(panel)
+
+
+def test_the_doctor_shows_a_copy_beside_the_photo_that_it_repeats(tmp_path):
+    Image.effect_noise((64, 64), 80).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    panel = widgets.photo_doctor(*gather_photos(tmp_path, resolution=32))
+    assert len(panel.image().axes) == 1
+    panel.controls["photo"].value = "b.png"
+    assert [axis.get_title() for axis in panel.image().axes] == ["b.png", "a.png"]
 
 
 def test_the_doctors_sheet_has_every_photo_with_its_verdict(folder_of_photos):

@@ -528,6 +528,7 @@ def test_duplicates_and_near_duplicates(tmp_path):
                                                          ("c.jpg", "near-duplicate")]
     assert "a.png" in problems[0].message
     assert "a.png" in problems[1].message
+    assert {problem.twin for problem in problems} == {tmp_path / "a.png"}
 
 
 def product(seed, ground="white"):
