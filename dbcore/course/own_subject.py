@@ -120,9 +120,9 @@ def validation_sheet(run: str | Path, number: int = 0) -> Picture:
     folders = sorted(Path(run).glob("validation/step-*"))
     config = read_run_config(run) or {}
     prompts, photos = config["validation_prompt"], gather_photos(config["instance_data_dir"])[0]
-    rows = [[None, *(Image.open(folder / f"{row}-{number}.png") for folder in folders)]
-            for row in range(len(prompts))]
-    rows[0][0] = photos[0].load()
+    left = [photos[0].load(), *[None] * (len(prompts) - 1)]
+    rows = [[first, *(Image.open(folder / f"{row}-{number}.png") for folder in folders)]
+            for row, first in enumerate(left)]
     steps = [f"step {int(folder.name.removeprefix('step-'))}" for folder in folders]
     return image_grid(rows, prompts, ["your subject", *steps], cell=0.9, title=SHEET_TITLE)
 
