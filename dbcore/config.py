@@ -141,7 +141,7 @@ class TrainConfig:
         0.0, "share of the LoRA's inputs dropped in training, against overfitting",
         low=0, high=0.99)
     use_dora: bool = option(
-        False, "DoRA: learn magnitude and direction apart; slower, a little better at low rank")
+        False, "DoRA: learn magnitude and direction apart; slower (arXiv 2402.09353)")
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank), for high ranks")
     use_tlora: bool = option(
         False, "T-LoRA: fewer ranks at noisier timesteps, where few photos are soonest learnt by "
@@ -216,7 +216,8 @@ class TrainConfig:
     max_grad_norm: float = option(
         1.0, "longer gradients are shortened to this; less where the loss jumps", above=0)
     snr_gamma: float | None = option(
-        None, "min-SNR-gamma weighting of the loss, for quicker learning; 5 is usual", above=0)
+        None, "min-SNR-gamma weighting of the loss, meant for quicker learning; 5 is usual "
+        "(arXiv 2303.09556)", above=0)
     weighting_scheme: str = option(
         AUTO, "which levels of noise are trained on: none, each as often; logit_normal or mode, "
         "the middle more often (arXiv 2403.03206); auto as the base was trained",
@@ -239,12 +240,13 @@ class TrainConfig:
         AUTO, "precision of the frozen base; auto is bf16 or fp16 on a GPU, no elsewhere",
         PRECISIONS)
     gradient_checkpointing: bool = option(
-        False, "compute activations twice instead of keeping them: slower, smaller")
+        False, "compute activations twice instead of keeping them: less memory; slower, on a GPU "
+        "by far, as it runs without a CUDA graph")
     cache_latents: bool = option(True, "encode each photo once, before training")
     pre_compute_text_embeddings: bool = option(True, "encode each prompt once, before training")
     low_vram: bool = option(
         False, "keep the frozen UNet in 8 bits, checkpoint gradients, generate images one at a "
-        "time: for cards of 4 GB and less")
+        "time: for a GPU that is too small without it (dbcore doctor tells); much slower there")
     allow_tf32: bool = option(False, "faster, coarser float32 products on NVIDIA GPUs since Ampere")
     compile: bool = option(
         False, "torch.compile the UNet in runs of 1000 steps and more: minutes of compiling, then "

@@ -17,8 +17,9 @@ MAX_BYTES = 1_500_000
 IGNORED_TAGS = {"nbval-ignore-output", "nbval-skip"}
 IGNORED_COMMENT = re.compile(
     r"^\s*#\s*(NBVAL_IGNORE_OUTPUT|NBVAL_SKIP|PYTEST_VALIDATE_IGNORE_OUTPUT)\s*$", re.MULTILINE)
-PRIVATE = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|content)/[\w.]|[A-Z]:\\+Users\\",
-                     re.MULTILINE)
+# A Drive in Colab has this one path for everybody.
+PRIVATE = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|content(?!/drive))/[\w.]"
+                     r"|[A-Z]:\\+Users\\", re.MULTILINE)
 PASSING = {
     "a memory address": re.compile(r"\b0x[0-9a-f]{6,}"),
     "a time of day": re.compile(r"\b\d{1,2}:\d{2}:\d{2}\b"),

@@ -56,9 +56,10 @@ def word_maps(base: Family, prompt: str, seed: int, words: list[str],
     """The image of (prompt, seed), then a grey one for each of `words`, all of one size.
 
     A map is the word's share of the attention that each place gives to all words of the prompt,
-    brought to its own range: white is where it is largest, black where it is least. `words`: some
-    of the prompt's. `options`: those of `generate`. Returns [] for a denoiser without
-    cross-attention, such as FLUX.2's, where words and image share one attention.
+    brought to its own range: white is where it is largest, black where it is least; a word that is
+    cut off, because the prompt is too long, is black. `words`: some of the prompt's. `options`:
+    those of `generate`. Returns [] for a denoiser without cross-attention, such as FLUX.2's, where
+    words and image share one attention.
     """
     with recording(base.denoiser) as maps:
         (image,) = base.generate([prompt], [seed], **options)
@@ -68,17 +69,18 @@ def word_maps(base: Family, prompt: str, seed: int, words: list[str],
     mean = torch.stack([interpolate(one[None], (side, side), mode="bilinear")[0]
                         for one in maps]).mean(0)
     places = token_places(base.tokenizer, prompt)
-    all_words = mean[1:1 + len(base.tokenizer.tokenize(prompt))].sum(0)
+    all_words = mean[1:1 + len(base.tokenizer.tokenize(prompt))][:len(mean) - 2].sum(0)
     return [image, *(grey(mean[places[word]].sum(0) / all_words, image.size) for word in words)]
 
 
 def token_places(tokenizer: Any, prompt: str) -> dict[str, list[int]]:
-    """{word: where its tokens are in the encoded prompt}, behind the mark of its start."""
+    """{word: where its tokens are in the encoded prompt}, between the marks of start and end; none
+    for what is cut off."""
     places: dict[str, list[int]] = {}
-    first = 1
+    first, end = 1, tokenizer.model_max_length - 1
     for word in prompt.split():
         count = len(tokenizer.tokenize(word))
-        places[word] = list(range(first, first + count))
+        places[word] = list(range(first, min(first + count, end)))
         first += count
     return places
 

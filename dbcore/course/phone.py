@@ -13,7 +13,7 @@ TURNED = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90,
           8: Image.Transpose.ROTATE_270}  # fmt: skip
 # One after another: long side over short side, whether it stands, how the phone was held.
 SHOTS = [(4 / 3, False, 1), (4 / 3, True, 6), (16 / 9, False, 3), (4 / 3, True, 8), (1.0, False, 1)]
-SHORT = 900  # pixels of the shorter side
+SHORT = 1024  # pixels of the shorter side
 GRAIN = 4.0  # standard deviation of the sensor's noise, in grey levels
 
 

@@ -1,4 +1,4 @@
-"""`python -m dbcore.toybox`: make the toy base from nothing, in stages that a kill cannot undo.
+"""`python -m dbcore.toybox`: make the toy base from nothing, in stages that outlive a kill.
 
 render -> autoencoder -> its decoder -> toy CLIP -> UNet -> reader -> subject encoder -> the base's
 folder -> gates and card. Each stage leaves its result in `--work_dir`; what is there is not made
@@ -45,11 +45,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--unet_batch", type=int, default=None,
         help=f"samples a step of the UNet ({BATCH}; with --minutes on a GPU {GPU_BATCH})")
     add("--minutes", type=float, default=None,
-        help="minutes of training of all stages together, on all occasions, "
+        help="minutes of training of all stages together, over all runs, "
              "setting up not counted; without it, steps alone count")
     add("--weights_dir", type=Path, default=None,
         help="where each stage's weights are put in half precision, in files under 16 MiB; "
-             "what is there at the start is taken up")
+             "what is there at the start is used")
     add("--device", default=None, help="cpu or cuda; without it, cuda where there is one")
     add("--until", choices=STAGES, default="gates", help="stop after this stage")
     return parser.parse_args(argv)

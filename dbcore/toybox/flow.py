@@ -265,11 +265,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=None,
         help=f"samples a step ({BATCH}; with --minutes on a GPU {GPU_BATCH})")
     add("--minutes", type=float, default=None,
-        help="minutes of training of both together, on all occasions, setting up not counted; "
+        help="minutes of training of both together, over all runs, setting up not counted; "
              "without it, steps alone count")
     add("--weights_dir", type=Path, default=None,
         help="where both networks' weights are put in half precision, in files under 16 MiB; "
-             "what is there at the start is taken up")
+             "what is there at the start is used")
     add("--device", default=None, help="cpu or cuda; without it, cuda where there is one")
     add("--until", choices=STAGES, default="gates", help="stop after this stage")
     return parser.parse_args(argv)

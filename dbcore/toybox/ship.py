@@ -120,8 +120,9 @@ has words. It exists so that personalising a text-to-image model can be learnt a
 (`dbcore.toybox.encoder.load_subject_encoder`).
 
 ## Data
-{count:,} images of 64 x 64 pixels from a sphere tracer, each of its own random scene, with exact captions whose
-attributes are left out at random (15 % each for the UNet, 10 % for CLIP). Six pairs of class and colour were never
+{count:,} images of 64 x 64 pixels from a sphere tracer, each of its own random scene, for the autoencoder and CLIP; the
+UNet and the reader see more (below). The captions are exact; attributes are left out of them at random (15 % each
+for the UNet, 10 % for CLIP). Six pairs of class and colour were never
 rendered; the gates ask for them. `sks`, `ohwx` and `zwx` are one token each and occur in no caption.
 
 ## Recipe

@@ -150,6 +150,11 @@ class Page:
         """Scroll to it."""
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
 
+    def click(self, element):
+        """Scroll to it and click: at the edge of the page something else may lie over it."""
+        self.look_at(element)
+        element.click()
+
     def colour(self, element):
         """The mean RGB colour of an element as it is seen."""
         import io

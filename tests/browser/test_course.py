@@ -124,7 +124,7 @@ def test_stop_on_the_courses_dashboard_and_run_it_again(open_copy, folder):
     page.start_all()
     page.wait(lambda: any(f" of {steps}, about" in label.text
                           for label in page.find(".widget-label")), 300)
-    page.find("button.widget-button")[0].click()
+    page.click(page.find("button.widget-button")[0])
     page.wait(lambda: any("Interrupted: Stopped after step" in words.text
                           for words in page.find(".widget-html pre")), 120)
     page.look_at(page.find("button.widget-button")[0])
@@ -160,7 +160,7 @@ def test_stop_ends_a_real_run_and_saves(open_cells, folder):
     page.start_all()
     page.wait(lambda: any("of 5000, about" in label.text for label in page.find(".widget-label")),
               180)
-    page.find("button.widget-button")[0].click()
+    page.click(page.find("button.widget-button")[0])
     page.wait(lambda: any("Interrupted: Stopped after step" in words.text
                           for words in page.find(".widget-html pre")), 60)
     page.screenshot("stopped")

@@ -63,6 +63,14 @@ def test_a_word_of_several_tokens_has_all_of_them(tmp_path):
     assert [tokens[k] for k in places["dog"]] == tokenizer.tokenize("dog")
 
 
+def test_a_word_that_is_cut_off_is_black(base):
+    room = base.tokenizer.model_max_length
+    _, dog, owl = word_maps(base, "a dog" + " a" * room + " owl", 0, ["dog", "owl"],
+                            num_inference_steps=1)
+    assert np.asarray(dog).max() == 255
+    assert np.asarray(owl).max() == 0
+
+
 def test_without_cross_attention_there_are_no_maps(tmp_path):
     flux = load_base(make_flux2_miniature(tmp_path))
     assert word_maps(flux, PROMPT, 0, ["sks"], num_inference_steps=1) == []

@@ -19,7 +19,7 @@ def test_they_are_large_of_several_shapes_and_stored_turned(folder):
     paths = sorted(folder.glob("*.JPG"))
     photos, _ = gather_photos(folder)
     assert [path.name for path in paths] == [f"IMG_{k:04d}.JPG" for k in range(1, 7)]
-    assert min(min(photo.size) for photo in photos) >= 900
+    assert min(min(photo.size) for photo in photos) >= 1024
     assert len({photo.size for photo in photos}) >= 4
     turns = [Image.open(path).getexif()[ORIENTATION] for path in paths]
     assert {1, 3, 6, 8} == {*turns}
