@@ -213,7 +213,7 @@ def speed_gate(base: Family) -> list[Gate]:
     base.generate(["a photo of a dog"] * 4, [0, 1, 2, 3])
     return [Gate("four images at the recommended settings, seconds", 4,
                  time.perf_counter() - began, least=False,
-                 note=f"{torch.get_num_threads()} threads")]
+                 note=f"threads: {torch.get_num_threads()}")]
 
 
 # --- DreamBooth -----------------------------------------------------------------------------------
