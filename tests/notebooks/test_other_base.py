@@ -111,6 +111,18 @@ def test_another_subject_on_a_base_of_each_family(name, make, hub, tmp_path, mon
     assert 1 <= int(nb.cells[-1].outputs[0].text) <= 2
 
 
+@pytest.mark.slow
+def test_a_run_of_ones_own_goes_on_where_it_was_kept(hub, tmp_path, monkeypatch):
+    """As after a disconnect: all cells again, with the run's folder still there."""
+    kept = tmp_path / "kept"
+    for steps in (2, 4):
+        values = {"BASE": SD15, "STEPS": steps, "RUN_DIR": str(kept)}
+        run(prepared("09_your_own_subject", **values), hub, tmp_path, monkeypatch)
+    records = [json.loads(line) for line in (kept / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
+    assert (kept / "checkpoint-2").is_dir()
+
+
 # How many networks of the denoiser's class are in memory.
 COUNT = """import gc
 gc.collect()
