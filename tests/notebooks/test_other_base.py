@@ -27,7 +27,7 @@ SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SHORT = {
     "00_meet_the_model": {"STEPS": 5},
     "01_data_prep": {},
-    "02_lora_injection": {"STEPS": 2, "RANK": 4, "NUM_INFERENCE_STEPS": 4},
+    "02_lora_injection": {"STEPS": 2, "RANK": 1, "NUM_INFERENCE_STEPS": 4},
     "03_prior_preservation": {"STEPS": 4, "CLASS_IMAGES": 10},
     "04_gpu_training": {"STEPS": 8},
     "05_inference": {"STEPS": 2, "NUM_INFERENCE_STEPS": 4},
